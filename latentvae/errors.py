@@ -1,0 +1,21 @@
+"""The one error that means "the input is at fault": the command line prints it without a stack trace."""
+
+
+class LatentVAEError(Exception):
+    """Bad input. The message says what came, what was wanted and what to do."""
+
+
+class ImageError(LatentVAEError):
+    """An image, or a folder of images, that cannot be used."""
+
+
+class ModelError(LatentVAEError):
+    """A model that cannot be found, or is no AutoencoderKL."""
+
+
+class MissingWeightsError(LatentVAEError):
+    """Weights of a pretrained network that are neither in a cache nor at a given path."""
+
+
+class ConfigError(LatentVAEError):
+    """A training configuration that cannot work."""
