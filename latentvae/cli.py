@@ -1,0 +1,67 @@
+"""The `latentvae` command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped,
+4 training stopped by a signal after saving.
+"""
+
+import json
+import logging
+import os
+import sys
+
+import typer
+
+from latentvae import __version__
+from latentvae.commands.evaluate import evaluate
+from latentvae.commands.export import export
+from latentvae.commands.info import info
+from latentvae.commands.reconstruct import reconstruct
+from latentvae.commands.train import train
+from latentvae.errors import LatentVAEError
+
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    name="latentvae",
+    help="Image VAEs for latent diffusion: reconstruct, evaluate, train, export.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped, "
+    "4 training stopped by a signal after saving.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for verb in (reconstruct, evaluate, export, info, train):
+    app.command()(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"latentvae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Image VAEs for latent diffusion: reconstruct, evaluate, train, export."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line; bad input ends with a message on standard error and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # a broken or offline hub must not hold up a run that never needed it
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app(args=arguments)
+    except LatentVAEError as error:
+        if "--json" in arguments:
+            typer.echo(json.dumps({"error": str(error)}))
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the verbs share: options, devices, output folders and the --json convention."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentvae.errors import ImageError, LatentVAEError, MissingWeightsError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.perceptual import LPIPS
+
+EXIT_SKIPPED = 3
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Bundled name, diffusers folder, *.safetensors file or hub id.",
+        show_default="f8c4-small",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the fastest there is.")]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
+LPIPSNet = Annotated[Literal["alex", "squeeze", "vgg"], typer.Option(help="Backbone of LPIPS.")]
+LPIPSWeights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Backbone of LPIPS: file or folder. Default: $LATENTVAE_LPIPS, then torchvision's cache."
+    ),
+]
+Sample = Annotated[bool, typer.Option(help="Decode a sample of the posterior instead of its mode.")]
+Seed = Annotated[int, typer.Option(help="Of the samples.")]
+
+
+def load_model(model: str | None, device: str | None, precision: str) -> "AutoencoderKL":
+    """The model in the layout and dtype it runs fastest in at this precision.
+
+    Raises:
+        LatentVAEError: no such model or device.
+    """
+    import torch
+
+    from latentvae.model import load
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    try:
+        place = torch.device(device or best_device())
+        vae = load(model, dtype=dtype, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
+    return vae.to(memory_format=torch.channels_last)
+
+
+def best_device() -> str:
+    """cuda, mps or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def find_lpips(net: Any, weights: Path | None, device: "torch.device") -> tuple["LPIPS | None", str | None]:
+    """The LPIPS network, or None and the reason. Weights that were named and cannot be used are an error."""
+    from latentvae.perceptual import load_lpips
+
+    try:
+        return load_lpips(net, weights).to(device), None
+    except MissingWeightsError as error:
+        if weights is not None:
+            raise
+        return None, str(error)
+
+
+def image_channels(vae: "AutoencoderKL") -> int:
+    """1 or 3, as the model takes.
+
+    Raises:
+        LatentVAEError: a model of other channels; image files do not hold those.
+    """
+    channels = vae.config["in_channels"]
+    if channels not in (1, 3):
+        raise LatentVAEError(
+            f"this model takes {channels} channels; image files have 1 or 3. Use the Python functions."
+        )
+    return channels
+
+
+def read_images(
+    paths: list[Path], channels: int, skipped: list[dict[str, str]]
+) -> Iterator[tuple[Path, Any, Any]]:
+    """(path, image, info) of each readable file; the others go to `skipped` and standard error."""
+    from tqdm import tqdm
+
+    from latentvae.images import load_image_with_info
+
+    for path in tqdm(paths, unit="image", disable=len(paths) < 2):
+        try:
+            image, info = load_image_with_info(path, channels=channels)
+        except ImageError as error:
+            skipped.append({"path": str(path), "reason": str(error)})
+            typer.echo(f"skipped: {error}", err=True)
+            continue
+        yield path, image, info
+
+
+def make_folder(folder: Path) -> Path:
+    """Create an output folder.
+
+    Raises:
+        LatentVAEError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".latentvae-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another --output.") from error
+    return folder
+
+
+def finish(skipped: list[dict[str, str]], done: int) -> None:
+    """End with exit code 3 where some inputs were skipped.
+
+    Raises:
+        LatentVAEError: all of them were.
+    """
+    if skipped and not done:
+        raise LatentVAEError(
+            f"none of the {len(skipped)} images could be read; the first: {skipped[0]['reason']}"
+        )
+    if skipped:
+        typer.echo(f"{len(skipped)} of {done + len(skipped)} images were skipped, as named above.", err=True)
+        raise typer.Exit(EXIT_SKIPPED)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    typer.echo(json.dumps(result, ensure_ascii=False))

@@ -1,0 +1,114 @@
+"""`latentvae reconstruct`: through the model and back, as pictures and figures."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from latentvae.commands.common import (
+    Device,
+    Json,
+    LPIPSNet,
+    LPIPSWeights,
+    Model,
+    Precision,
+    Sample,
+    Seed,
+    find_lpips,
+    finish,
+    image_channels,
+    load_model,
+    make_folder,
+    print_json,
+    read_images,
+)
+
+SAMPLE_PICTURE = Path(__file__).parents[1] / "assets" / "chelsea.png"
+
+
+def reconstruct(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Images or folders. Default: a sample picture.")
+    ] = None,
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
+        "latentvae-output"
+    ),
+    sample: Sample = False,
+    seed: Seed = 0,
+    lpips_net: LPIPSNet = "alex",
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    json: Json = False,
+) -> None:
+    """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
+    import torch
+
+    from latentvae.images import find_images
+    from latentvae.latents import reconstruct as run
+    from latentvae.metrics import Metrics
+
+    sources = paths or [SAMPLE_PICTURE]
+    files = find_images(sources)
+    make_folder(output)
+    vae = load_model(model, device, precision)
+    lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
+    metrics = Metrics(lpips=lpips, lpips_missing_reason=reason, latents="sample" if sample else "mode")
+    generator = torch.Generator().manual_seed(seed)
+    skipped: list[dict[str, str]] = []
+    written: list[dict[str, Any]] = []
+    for path, image, info in read_images(files, image_channels(vae), skipped):
+        result = run(vae, image[None], sample=sample, generator=generator)
+        name = output_name(path, sources)
+        row = metrics.add(
+            name.as_posix(), image[None].to(vae.device), result.reconstructions, result.posterior.kl()
+        )
+        written.append(write_pictures(output / name, image, result.reconstructions[0].cpu(), row, info.notes))
+    if written:
+        report(metrics.summary(), written, skipped, as_json=json)
+    finish(skipped, len(written))
+
+
+def output_name(path: Path, sources: list[Path]) -> Path:
+    """The path below the folder it was found in; the bare name for a file that was named itself.
+
+    Suffixes stay: a.jpg and a.png are two images.
+    """
+    for source in sources:
+        if source.is_dir() and path.is_relative_to(source):
+            return path.relative_to(source)
+    return Path(path.name)
+
+
+def write_pictures(
+    place: Path, image: Any, reconstruction: Any, row: Any, notes: list[str]
+) -> dict[str, Any]:
+    """Save the reconstruction and the comparison; return their paths for the report."""
+    from latentvae.images import save_image
+    from latentvae.pictures import comparison
+
+    make_folder(place.parent)
+    plain = place.with_name(f"{place.name}.reconstruction.png")
+    compared = place.with_name(f"{place.name}.comparison.png")
+    save_image(reconstruction, plain)
+    figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
+    if row.lpips is not None:
+        figures["LPIPS"] = f"{row.lpips:.4f}"
+    figures["size"] = f"{image.shape[-1]} x {image.shape[-2]} px"
+    comparison(image, reconstruction, figures, place.name).save(compared)
+    return {"reconstruction": str(plain), "comparison": str(compared), "notes": notes}
+
+
+def report(summary: Any, written: list[dict[str, Any]], skipped: list[dict[str, str]], as_json: bool) -> None:
+    """Print the table, or the same as JSON."""
+    if as_json:
+        print_json({**summary.as_dict(), "files": written, "skipped": skipped})
+        return
+    typer.echo(summary.table())
+    for entry in written:
+        for note in entry["notes"]:
+            typer.echo(f"{Path(entry['comparison']).name.removesuffix('.comparison.png')}: {note}")
+    typer.echo(
+        f"\nLook at {written[0]['comparison']}" + (f" and {len(written) - 1} more." if written[1:] else ".")
+    )

@@ -1,0 +1,42 @@
+"""`latentvae train`: one process with all cores; GPUs go through `accelerate launch train/train.py`."""
+
+from typing import Annotated
+
+import typer
+
+from latentvae.commands.common import Json, print_json
+
+EXIT_INTERRUPTED = 4
+
+
+def train(
+    config: Annotated[str, typer.Option("--config", "-c", help="A recipe's name or a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Override a setting: section.key=value. Repeatable."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="'latest' or a checkpoint folder: continue that run.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a VAE on a folder of images; ends with an export in OUTPUT/vae.
+
+    Recipes: tiny, f8c4-small, f8c16-small, f8c4. Settings and their reasons: latentvae/training/config.py.
+    """
+    from latentvae.training.config import load_config
+    from latentvae.training.loop import TrainingInterrupted
+    from latentvae.training.loop import train as run
+
+    checked = load_config(config, settings)
+    try:
+        exported = run(checked, resume)
+    except TrainingInterrupted as stop:
+        typer.echo(str(stop), err=True)
+        if json:
+            print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
+        raise typer.Exit(EXIT_INTERRUPTED) from stop
+    if json:
+        print_json({"export": str(exported), "output": checked.output})
+    else:
+        typer.echo(f"Exported {exported}. Try: latentvae reconstruct --model {exported}")

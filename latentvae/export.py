@@ -1,0 +1,232 @@
+"""Write a VAE as a folder that stock diffusers loads, and prove it by loading it."""
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.errors import LatentVAEError, ModelError
+from latentvae.latents import LatentStatistics, reconstruct
+from latentvae.model import spatial_compression_ratio
+
+SIDECAR = "latentvae.json"
+MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
+
+
+@dataclass
+class Provenance:
+    """Where weights come from; goes into the model card and the sidecar."""
+
+    name: str = "latentvae model"
+    licence: str = "unknown"
+    base_model: str | None = None
+    trained_on: str = "not stated"
+    training: str = "not stated"
+    metrics: dict[str, Any] = field(default_factory=dict)  # MetricsSummary.as_dict()
+    config: dict[str, Any] = field(default_factory=dict)  # the run's resolved configuration
+
+
+def fold_latent_mean(vae: AutoencoderKL, mean: list[float]) -> AutoencoderKL:
+    """A copy of `vae` whose latents are those of `vae` minus `mean`, and whose reconstructions are the same.
+
+    The mean goes into the biases of the two 1x1 convolutions around the latents, exactly: encoder side
+    `b - mean` on the means' half, decoder side `b + W mean`. So pipelines that ignore shift_factor are right.
+
+    Args:
+        vae: with quant_conv and post_quant_conv.
+        mean: one figure per latent channel.
+
+    Raises:
+        ModelError: the model lacks one of the two convolutions.
+    """
+    folded = copy.deepcopy(vae)
+    if folded.quant_conv is None or folded.post_quant_conv is None:
+        raise ModelError(
+            "the latent mean cannot be folded into a model without quant_conv and post_quant_conv."
+        )
+    quant, post = folded.quant_conv, folded.post_quant_conv
+    assert quant.bias is not None
+    assert post.bias is not None
+    shift = torch.tensor(mean, dtype=torch.float64, device=quant.bias.device)
+    with torch.no_grad():
+        quant.bias[: len(mean)] = (quant.bias[: len(mean)].double() - shift).to(quant.bias.dtype)
+        through = post.weight.double()[:, :, 0, 0] @ shift
+        post.bias.copy_((post.bias.double() + through).to(post.bias.dtype))
+    return folded
+
+
+def with_statistics(vae: AutoencoderKL, statistics: LatentStatistics) -> AutoencoderKL:
+    """A copy of `vae` whose config scales its latents to zero mean and unit variance in every pipeline.
+
+    With both quant convolutions the channel means are folded in and shift_factor is 0. Without them the shift
+    is exported, one number for all channels, and only pipelines that read shift_factor are right.
+    """
+    if vae.quant_conv is not None and vae.post_quant_conv is not None:
+        folded = fold_latent_mean(vae, statistics.latents_mean)
+        shift, scaling = 0.0, statistics.scaling_factor
+    else:
+        folded = copy.deepcopy(vae)
+        shift, scaling = statistics.shift_factor, 1 / statistics.pooled_std
+    # latents_mean/std stay None: SDXL would apply them on top of scaling_factor
+    folded.register_to_config(shift_factor=shift, scaling_factor=scaling, latents_mean=None, latents_std=None)
+    return folded
+
+
+def export(
+    vae: AutoencoderKL,
+    folder: str | Path,
+    *,
+    statistics: LatentStatistics | None = None,
+    provenance: Provenance | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write config.json, fp32 and fp16 weights, a model card and a sidecar; then load and compare.
+
+    Args:
+        vae: any AutoencoderKL; not changed.
+        folder: becomes the model: `AutoencoderKL.from_pretrained(folder)` loads it.
+        statistics: of a model trained from scratch, to be folded in; None keeps the model's own factors, as a
+            fine-tuned model must.
+        provenance: for the model card.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LatentVAEError: the folder holds something else, cannot be written, or the reload differs.
+    """
+    folder = Path(folder)
+    _check_target(folder, overwrite)
+    prepared = prepare(vae, statistics)
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(prepared, partial, statistics, provenance or Provenance())
+        verify(prepared, partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise LatentVAEError(f"cannot write {folder}: {error}. Choose another --output.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def prepare(vae: AutoencoderKL, statistics: LatentStatistics | None) -> AutoencoderKL:
+    """The copy that `export` writes: fp32, on the CPU, factors set, sample_size >= 256, no path in it."""
+    prepared = copy.deepcopy(vae) if statistics is None else with_statistics(vae, statistics)
+    prepared = prepared.float().cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    prepared.register_to_config(
+        sample_size=max(MIN_SAMPLE_SIZE, prepared.config["sample_size"]),
+        shift_factor=prepared.config["shift_factor"] or 0.0,
+        _name_or_path="",
+    )
+    return prepared
+
+
+def verify(vae: AutoencoderKL, folder: Path) -> None:
+    """Load an export with stock diffusers and compare it with `vae`, weight by weight and on an image.
+
+    Raises:
+        LatentVAEError: keys are missing or extra, a weight differs, or a reconstruction does.
+    """
+    loaded, report = AutoencoderKL.from_pretrained(str(folder), output_loading_info=True)
+    keys = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if keys:
+        raise LatentVAEError(
+            f"the export in {folder} does not reload: {keys[0]!r} is missing, extra or misshaped."
+        )
+    for key, tensor in vae.state_dict().items():
+        if not torch.equal(tensor, loaded.state_dict()[key]):
+            raise LatentVAEError(f"the export in {folder} reloads with another {key!r} than was written.")
+    size = 8 * spatial_compression_ratio(vae)
+    channels = vae.config["in_channels"]
+    probe = torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    error = (
+        (reconstruct(vae, probe).reconstructions - reconstruct(loaded.eval(), probe).reconstructions)
+        .abs()
+        .max()
+    )
+    if error != 0:
+        raise LatentVAEError(
+            f"the export in {folder} reconstructs a probe image with an error of {error:.3g}."
+        )
+    half = AutoencoderKL.from_pretrained(str(folder), variant="fp16", torch_dtype=torch.float16)
+    bad = [key for key, tensor in half.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise LatentVAEError(f"{bad[0]!r} overflows in the fp16 variant of {folder}.")
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise LatentVAEError(f"{folder} is a file; wanted a folder to write the model to.")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / SIDECAR).is_file():
+        raise LatentVAEError(f"{folder} is not empty and no earlier export. Choose another --output.")
+    if not overwrite:
+        raise LatentVAEError(
+            f"{folder} holds an earlier export. Choose another --output, or pass --overwrite."
+        )
+
+
+def _write(
+    vae: AutoencoderKL, folder: Path, statistics: LatentStatistics | None, provenance: Provenance
+) -> None:
+    vae.save_pretrained(folder, safe_serialization=True)
+    copy.deepcopy(vae).half().save_pretrained(folder, safe_serialization=True, variant="fp16")
+    sidecar = {
+        "format": 1,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "spatial_compression_ratio": spatial_compression_ratio(vae),
+        "latent_statistics": statistics.as_dict() if statistics else None,
+        **vars(provenance),
+    }
+    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, default=str), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(vae, provenance), encoding="utf-8")
+
+
+def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:
+    """A Hugging Face model card in Markdown, with front matter."""
+    config = vae.config
+    front = ["library_name: diffusers", f"license: {provenance.licence}", "pipeline_tag: image-to-image"]
+    if provenance.base_model:
+        front.append(f"base_model: {provenance.base_model}")
+    ratio, parameters = spatial_compression_ratio(vae), sum(p.numel() for p in vae.parameters())
+    means = provenance.metrics.get("mean", {})
+    rows = [f"| {name} | {value:.4g} |" for name, value in means.items() if isinstance(value, float)]
+    figures = ["| figure | mean |", "|---|---|", *rows] if rows else ["Not measured."]
+    return "\n".join(
+        [
+            "---", *front, "---", "",
+            f"# {provenance.name}", "",
+            f"A KL-regularised image VAE (`diffusers.AutoencoderKL`): {ratio}x{ratio} pixels to "
+            f"one latent of {config['latent_channels']} channels, {parameters / 1e6:.1f} M parameters.",
+            "",
+            "```python",
+            "from diffusers import AutoencoderKL",
+            'vae = AutoencoderKL.from_pretrained("path/to/this/folder")',
+            "```", "",
+            "## Latents", "",
+            f"`scaled_latents = (latents - {config['shift_factor']:g}) * {config['scaling_factor']:.6g}`. "
+            "Per-channel figures are in `latentvae.json`.", "",
+            "## Training", "",
+            f"Data: {provenance.trained_on}", "",
+            f"Run: {provenance.training}", "",
+            "## Figures", "",
+            *figures, "",
+            f"Protocol: {json.dumps(provenance.metrics.get('protocol', 'none'))}", "",
+            "## Licence", "",
+            f"Weights: {provenance.licence}.", "",
+        ]
+    )  # fmt: skip

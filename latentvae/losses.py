@@ -1,0 +1,104 @@
+"""Training losses of the VAE: each term named and unweighted, and their weighted total.
+
+Reductions are LDM's (Rombach et al. 2022, `LPIPSWithDiscriminator`): rec_loss and kl_loss are summed over
+C, H, W and averaged over the batch; the perceptual distance counts once for every element of the image. That
+is what `kl_weight = 1e-6` refers to. The total is then divided by C * H * W, which moves no minimum and no ratio
+between terms, and makes the norm of the gradient independent of the crop's size.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import nn
+
+from latentvae.latents import Posterior
+from latentvae.perceptual import LPIPS
+
+PixelLossName = Literal["l1", "l2", "charbonnier"]
+
+# Charbonnier's rounding of the L1 corner: a twentieth of one 8-bit step (2/255).
+CHARBONNIER_EPS = 4e-4
+
+
+def pixel_loss(
+    images: torch.Tensor, reconstructions: torch.Tensor, kind: PixelLossName = "l1"
+) -> torch.Tensor:
+    """Reconstruction error per element, (B, C, H, W): |d|, d^2, or sqrt(d^2 + eps^2) - eps.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        reconstructions: the same shape.
+        kind: "l1", "l2" or "charbonnier" (Charbonnier et al. 1994; L1 with a smooth minimum).
+    """
+    difference = reconstructions - images
+    match kind:
+        case "l1":
+            return difference.abs()
+        case "l2":
+            return difference.square()
+        case "charbonnier":
+            return (difference.square() + CHARBONNIER_EPS**2).sqrt() - CHARBONNIER_EPS
+    raise ValueError(f"unknown pixel loss {kind!r}; wanted l1, l2 or charbonnier.")
+
+
+@dataclass
+class LossTerms:
+    """Scalars of one batch: the terms without their weights, and the total that is minimised."""
+
+    total: torch.Tensor
+    rec_loss: torch.Tensor
+    perceptual_loss: torch.Tensor
+    kl_loss: torch.Tensor
+
+    def detached(self) -> dict[str, torch.Tensor]:
+        """The terms by name, without their graph."""
+        return {field.name: getattr(self, field.name).detach() for field in fields(self)}
+
+
+class VAELoss(nn.Module):
+    """rec_loss + perceptual_weight * C*H*W * perceptual_loss + kl_weight * kl_loss, over C*H*W.
+
+    Args:
+        pixel: kind of the pixel loss.
+        lpips: the frozen LPIPS network, or None for no perceptual term.
+        perceptual_weight: weight of LPIPS against the mean pixel loss (LDM: 1).
+        kl_weight: weight of the KL sum against the pixel sum (LDM: 1e-6).
+    """
+
+    def __init__(
+        self,
+        pixel: PixelLossName = "l1",
+        lpips: LPIPS | None = None,
+        perceptual_weight: float = 1.0,
+        kl_weight: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.pixel = pixel
+        self.lpips = lpips
+        self.perceptual_weight = perceptual_weight
+        self.kl_weight = kl_weight
+
+    def forward(self, images: torch.Tensor, reconstructions: torch.Tensor, posterior: Posterior) -> LossTerms:
+        """Loss terms of a batch.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            reconstructions: (B, C, H, W).
+            posterior: of the same images.
+        """
+        elements = images[0].numel()
+        rec_loss = pixel_loss(images, reconstructions, self.pixel).flatten(1).sum(1).mean()
+        perceptual_loss = self.perceptual(images, reconstructions)
+        kl_loss = posterior.kl().mean()
+        total = rec_loss / elements + self.perceptual_weight * perceptual_loss
+        total = total + self.kl_weight * kl_loss / elements
+        return LossTerms(total, rec_loss, perceptual_loss, kl_loss)
+
+    def perceptual(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Mean LPIPS of the batch, a scalar; the images' side is computed without autograd bookkeeping."""
+        if self.lpips is None:
+            return reconstructions.new_zeros(())
+        with torch.no_grad():
+            target = self.lpips.features(images)
+        return self.lpips.distance_from_features(target, self.lpips.features(reconstructions)).mean()

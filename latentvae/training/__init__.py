@@ -1,0 +1,1 @@
+"""The training engine: config, data, step, loop, checkpoint."""

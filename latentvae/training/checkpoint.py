@@ -1,0 +1,201 @@
+"""Checkpoints that are whole or not there: temporary folder, hashes last, rename, and only then prune."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from latentvae.errors import ConfigError
+from latentvae.model import check_keys
+from latentvae.training.step import EMA
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+
+
+@dataclass
+class TrainingState:
+    """Everything that a run continues from."""
+
+    vae: AutoencoderKL
+    ema: EMA
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    step: int = 0  # optimizer steps done
+    skipped_images: int = 0
+
+
+def save(
+    state: TrainingState, folder: Path, config: dict[str, Any], keep: int, accelerator: Accelerator
+) -> Path:
+    """Write a checkpoint of every process's state into `folder`; keep the newest `keep`.
+
+    Args:
+        state: of this process.
+        folder: holds `step-00000500` and so on.
+        config: the run's resolved configuration, saved along.
+        keep: how many checkpoints remain.
+        accelerator: names the process, and makes all wait for one another.
+    """
+    final = folder / f"{PREFIX}{state.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    save_file({"torch": torch.get_rng_state()}, partial / f"rng-{accelerator.process_index:05d}.safetensors")
+    if accelerator.is_main_process:
+        _write_state(state, partial, config)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _seal(partial, final)
+        prune(folder, keep)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> None:
+    """Restore a process's state in place from a checkpoint that `newest` or `resolve` returned."""
+    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    _load_model(state.vae, checkpoint / "model.safetensors")
+    _load_model(state.ema.model, checkpoint / "ema.safetensors")
+    _load_optimizer(state.optimizer, saved["param_groups"], checkpoint / "optimizer.safetensors")
+    state.scheduler.load_state_dict(saved["scheduler"])
+    state.step, state.skipped_images = saved["step"], saved["skipped_images"]
+    rng = checkpoint / f"rng-{accelerator.process_index:05d}.safetensors"
+    if rng.is_file():  # absent when the run continues with more processes
+        torch.set_rng_state(load_file(rng)["torch"])
+
+
+def resolve(resume: str, folder: Path) -> Path:
+    """The checkpoint that `--resume` names: "latest", or a path.
+
+    Raises:
+        ConfigError: there is none, or the one named does not verify.
+    """
+    if resume == "latest":
+        found = newest(folder)
+        if found is None:
+            raise ConfigError(f"--resume latest: no complete checkpoint in {folder}. Start without --resume.")
+        return found
+    problem = damage(Path(resume))
+    if problem:
+        raise ConfigError(
+            f"--resume {resume}: {problem}. Use `--resume latest` for the newest that is whole."
+        )
+    return Path(resume)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose hashes verify; damaged ones are named in a warning."""
+    for checkpoint in reversed(listing(folder)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("checkpoint %s is passed over: %s", checkpoint.name, problem)
+    return None
+
+
+def listing(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first, verified or not."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{checkpoint} has no {MANIFEST}"
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, digest in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what interrupted saves left."""
+    for path in [*listing(folder)[:-keep], *folder.glob(f".{PREFIX}*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> None:
+    save_file(_contiguous(state.vae.state_dict()), folder / "model.safetensors")
+    save_file(_contiguous(state.ema.model.state_dict()), folder / "ema.safetensors")
+    optimizer = state.optimizer.state_dict()
+    tensors = {f"{i}.{key}": value for i, slots in optimizer["state"].items() for key, value in slots.items()}
+    save_file(_contiguous(tensors), folder / "optimizer.safetensors")
+    state.vae.save_config(folder)  # config.json, so that the folder alone can be exported
+    scalars = {
+        "step": state.step,
+        "skipped_images": state.skipped_images,
+        "scheduler": {
+            key: value for key, value in state.scheduler.state_dict().items() if key != "lr_lambdas"
+        },
+        "param_groups": optimizer["param_groups"],
+        "config": config,
+    }
+    (folder / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
+
+
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def _seal(partial: Path, final: Path) -> None:
+    """Make a complete folder durable and give it its name in one step."""
+    manifest = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*partial.iterdir(), partial]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
+    partial.rename(final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows has no handle to a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_model(model: AutoencoderKL, path: Path) -> None:
+    tensors = load_file(path)
+    check_keys(tensors, model.state_dict(), path)
+    model.load_state_dict(tensors)
+
+
+def _load_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]], path: Path) -> None:
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        index, key = name.split(".", 1)
+        slots.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})

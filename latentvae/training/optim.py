@@ -1,0 +1,136 @@
+"""Muon for convolution kernels with AdamW for the rest, as one optimizer; the learning rate's schedule."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
+
+from latentvae.training.config import OptimConfig
+
+# Quintic Newton-Schulz coefficients of Jordan et al. 2024 (Muon): steepest at zero.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+MUON_MOMENTUM = 0.95
+# Orthogonalised updates have RMS 1/sqrt(max(rows, columns)); AdamW's have about this (Liu et al. 2025).
+MUON_RMS = 0.2
+ADAM_EPS = 1e-8
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly replace the singular values of (..., rows, columns) by one, by Newton-Schulz iteration.
+
+    In bfloat16, whose error is far below the iteration's own; float64 input stays float64.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class MuonAdamW(Optimizer):
+    """Orthogonalised momentum steps for groups with `muon=True`, kernels seen as matrices; AdamW for others.
+
+    torch.optim.Muon takes 2-D parameters only; a kernel (out, in, kh, kw) is one as (out, in*kh*kw).
+    Both share one learning rate, as Muon's updates are scaled to the size of AdamW's.
+
+    Args:
+        groups: parameter groups; each may set `muon`, `lr`, `weight_decay`, `betas`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "weight_decay": 0.0, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters: list[Any] = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(group, parameters)
+            elif parameters:
+                self._adamw(group, parameters)
+
+    def _muon(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        by_shape = defaultdict(list)
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+            nesterov = parameter.grad.lerp(state["momentum"], MUON_MOMENTUM)
+            by_shape[parameter.shape].append((parameter, nesterov.flatten(1)))
+        for shape, members in by_shape.items():
+            updates = orthogonalize(torch.stack([matrix for _, matrix in members]))
+            step = group["lr"] * MUON_RMS * math.sqrt(max(updates.shape[-2:]))
+            for (parameter, _), update in zip(members, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view(shape), alpha=-step)
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=ADAM_EPS,
+            maximize=False,
+        )
+
+
+def build_optimizer(vae: nn.Module, config: OptimConfig) -> Optimizer:
+    """The configured optimizer over the trainable parameters of `vae`.
+
+    Kernels decay, biases and norms do not. Muon leaves the first and last convolutions and the 1x1 ones
+    around the latents to AdamW: their rows or columns are pixels and latents, whose scales mean something.
+    """
+    named = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
+    edges = ("encoder.conv_in.", "encoder.conv_out.", "decoder.conv_in.", "decoder.conv_out.", "quant_conv.")
+    hidden = [p for name, p in named if p.ndim == 4 and not any(edge in name for edge in edges)]
+    taken = {id(p) for p in hidden}
+    kernels = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [
+        {"params": hidden, "weight_decay": config.weight_decay, "muon": config.name == "muon"},
+        {"params": kernels, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return MuonAdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+
+
+def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Share of `lr` at an optimizer step: linear warm-up, constant, cosine decay to `final_lr`."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return warmup
+    start = config.warmup_steps if config.decay_steps is None else max_steps - config.decay_steps
+    progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
+    return warmup * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
+    """`learning_rate` as a torch scheduler, stepped once per optimizer step."""
+    return LambdaLR(optimizer, lambda step: learning_rate(config, step, max_steps))
