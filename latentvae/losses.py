@@ -2,8 +2,8 @@
 
 Reductions are LDM's (Rombach et al. 2022, `LPIPSWithDiscriminator`): rec_loss and kl_loss are summed over
 C, H, W and averaged over the batch; the perceptual distance counts once for every element of the image. That
-is what `kl_weight = 1e-6` refers to. The total is then divided by C * H * W, which moves no minimum and no ratio
-between terms, and makes the norm of the gradient independent of the crop's size.
+is what `kl_weight = 1e-6` refers to. The total is then divided by C * H * W, which moves no minimum and no
+ratio between terms, and makes the norm of the gradient independent of the crop's size.
 """
 
 from dataclasses import dataclass, fields

@@ -61,8 +61,8 @@ def _load(source: str | Path, dtype: torch.dtype) -> AutoencoderKL:
     if name in PRESETS:
         raise ModelError(
             f"the preset {name!r} comes without trained weights. Bundled models: "
-            f"{', '.join(bundled()) or 'none'}. Train it (`latentvae train`), or call latentvae.build({name!r}) for "
-            "random weights."
+            f"{', '.join(bundled()) or 'none'}. Train it (`latentvae train`), or call "
+            f"latentvae.build({name!r}) for random weights."
         )
     return _load_hub(name, dtype)
 
@@ -102,7 +102,7 @@ def _load_hub(name: str, dtype: torch.dtype) -> AutoencoderKL:
         known = [*bundled(), *PRESETS]
         raise ModelError(
             f"no model {name!r}: no such file or folder, no bundled model of that name."
-            f"{nearest(name, known)} Wanted one of {', '.join(bundled())}, a diffusers folder, a "
+            f"{nearest(name, known)} Wanted {', '.join([*bundled(), ''])}a diffusers folder, a "
             "*.safetensors file or a hub id (owner/name)."
         )
     try:

@@ -43,8 +43,7 @@ _BACKBONES: dict[str, _Backbone] = {
 class _UnitChannels(torch.autograd.Function):
     """y = scale * x / (|x| + eps), the norm over channels, in at least float32.
 
-    Written out because autograd's own gradient is NaN wherever all channels are zero (sqrt at 0: a flat black
-    patch is enough) and writes more maps as large as the network's largest.
+    Written out because autograd would write several more maps as large as the network's largest.
     """
 
     @staticmethod

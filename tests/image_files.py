@@ -90,10 +90,12 @@ def grey_profile(gamma: float) -> bytes:
     return profile(b"GRAY", {b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))})
 
 
-def cmyk_profile() -> bytes:
-    """A press whose coloured inks are all invisible: only black darkens."""
+def cmyk_profile(darkest: int = 0) -> bytes:
+    """A press whose coloured inks are all invisible: only black darkens, to the given lightness of 255."""
     ramp = bytes(range(256))
-    grid = b"".join(bytes((0 if corner & 1 else 255, 128, 128)) for corner in range(16))  # K runs fastest
+    grid = b"".join(
+        bytes((darkest if corner & 1 else 255, 128, 128)) for corner in range(16)
+    )  # K runs fastest
     one = struct.pack(">9i", *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
     lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + one + ramp * 4 + grid + ramp * 3
-    return profile(b"CMYK", {b"A2B0": lut, b"A2B1": lut}, b"prtr", b"Lab ")
+    return profile(b"CMYK", {b"A2B0": lut, b"A2B1": lut}, b"scnr", b"Lab ")

@@ -158,6 +158,11 @@ def test_cmyk_with_and_without_a_profile(tmp_path):
     assert notes(tmp_path / "c.jpg") == ["converted from ICC profile 'Test'"]
 
 
+def test_the_blackest_ink_is_black(tmp_path):
+    Image.new("CMYK", (2, 2), (0, 0, 0, 255)).save(tmp_path / "a.tif", icc_profile=cmyk_profile(darkest=50))
+    assert levels(tmp_path / "a.tif").max() <= 2  # 50 of 255 in lightness is a grey of 47
+
+
 def test_grey_one_bit_palette_and_rgb_are_exact(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey).save(tmp_path / "l.png")

@@ -53,14 +53,18 @@ def test_a_folder_is_searched_recursively_sorted_and_without_hidden_files(tmp_pa
 
 def test_links_to_folders_are_followed_once_and_loops_end(tmp_path):
     photo(tmp_path / "set/a.png")
+    photo(tmp_path / "set/sub/d.png")
+    photo(tmp_path / "above.png")
     photo(tmp_path / "elsewhere/b.png")
+    (tmp_path / "set/alias").symlink_to(tmp_path / "set/sub")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set")
     (tmp_path / "set/loop").symlink_to(tmp_path / "set")
     (tmp_path / "set/up").symlink_to(tmp_path)
     (tmp_path / "set/one").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/two").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/c.png").symlink_to(tmp_path / "set/c.png")  # a link to itself is no file
-    assert find_images(tmp_path / "set") == [tmp_path / "set/a.png", tmp_path / "set/one/b.png"]
+    wanted = [tmp_path / "set" / name for name in ("a.png", "one/b.png", "sub/d.png")]
+    assert find_images(tmp_path / "set") == wanted
 
 
 def test_paths_without_images_say_which_and_what_is_accepted(tmp_path):
@@ -92,12 +96,12 @@ def test_every_suffix_that_is_found_is_also_read(tmp_path):
 
 
 def test_the_first_frame_of_an_animation_is_read_and_stated(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
     for name in ("a.gif", "a.webp", "a.png", "a.tif", "a.mpo"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
         image, info = load_image_with_info(tmp_path / name)
         assert (image.mean((1, 2)) - torch.tensor([1.0, -1, -1])).abs().max() < 0.05, name
-        assert info.notes == ["first of 3 frames"], name
+        assert info.notes == ["first of 2 frames"], name
 
 
 def test_a_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
@@ -128,6 +132,8 @@ def test_max_pixels_is_the_limit_and_pillows_is_neither_obeyed_nor_changed(tmp_p
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".tif", ".webp", ".jpg", ".bmp"])
 def test_pillows_bomb_warning_never_surfaces(tmp_path, monkeypatch, suffix):
     path = photo(tmp_path / f"a{suffix}")
+    if suffix == ".gif":  # a frame larger than its screen: Pillow warns while it opens the file
+        path.write_bytes(path.read_bytes()[:6] + b"\1\0\1\0" + path.read_bytes()[10:])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # 1024 pixels warn, but are no error
     with warnings.catch_warnings():
         warnings.simplefilter("error")

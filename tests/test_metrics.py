@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ from torch import Tensor
 from latentvae.errors import LatentVAEError
 from latentvae.metrics import Metrics, Protocol, bits_per_pixel, psnr, rate, ssim
 from latentvae.perceptual import load_lpips
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def levels_to_images(levels: Tensor) -> Tensor:
@@ -49,7 +58,7 @@ def test_both_sides_are_rounded_and_clamped_to_8_bits() -> None:
     hidden = images + torch.tensor([-3.0, 0.49 / 127.5, 3.0]).view(1, 3, 1, 1)
     assert psnr(images, hidden).item() == math.inf
     assert psnr(hidden, images).item() == math.inf
-    assert ssim(images, hidden).item() == pytest.approx(1, abs=1e-6)
+    assert ssim(images, hidden).item() == 1
     seen = images + torch.tensor([0.0, 0.51 / 127.5, 0.0]).view(1, 3, 1, 1)
     assert psnr(images, seen).item() == pytest.approx(10 * math.log10(255**2 * 3), abs=1e-4)
 
@@ -66,38 +75,29 @@ def test_rounding_is_that_of_saved_images() -> None:
 
 def test_ssim_of_flat_images_is_the_luminance_term() -> None:
     a, b = 100.0, 110.0
-    figure = ssim(
-        levels_to_images(torch.full((1, 3, 16, 16), a)), levels_to_images(torch.full((1, 3, 16, 16), b))
-    )
+    flat = (levels_to_images(torch.full((1, 3, 16, 16), level)) for level in (a, b))
     c1 = (0.01 * 255) ** 2
-    assert figure.item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-4)
+    assert ssim(*flat).item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-7)
 
 
-def test_ssim_equals_torchmetrics_and_falls_with_noise() -> None:
+def test_ssim_equals_torchmetrics_in_float64_and_falls_with_noise() -> None:
     from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-    levels = photo_like()
+    levels = photo_like(48)[..., :37]
     noise = torch.randn(levels.shape, generator=torch.Generator().manual_seed(0))
     figures = []
     for strength in (5, 20):
         noisy = (levels + strength * noise).round().clamp(0, 255)
         measure = StructuralSimilarityIndexMeasure(gaussian_kernel=True, sigma=1.5, data_range=255.0)
         figures.append(ssim(levels_to_images(levels), levels_to_images(noisy)).item())
-        assert figures[-1] == pytest.approx(measure(noisy, levels).item(), abs=1e-6)
+        assert figures[-1] == pytest.approx(measure(noisy.double(), levels.double()).item(), abs=1e-7)
     assert 1 > figures[0] > figures[1] > 0
 
 
-def test_ssim_equals_the_formula_in_one_window() -> None:
-    """An 11x11 image has one window: Wang et al. 2004, equation 13, in float64."""
-    x, y = photo_like(11)[0, 0].double(), photo_like(11, 2)[1, 0].double()
-    axis = torch.exp(-(torch.arange(-5, 6).double() ** 2) / (2 * 1.5**2))
-    w = torch.outer(axis, axis) / axis.sum() ** 2
-    mx, my = (w * x).sum(), (w * y).sum()
-    vx, vy, cov = (w * x * x).sum() - mx**2, (w * y * y).sum() - my**2, (w * x * y).sum() - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    wanted = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    figure = ssim(levels_to_images(x[None, None]), levels_to_images(y[None, None]))
-    assert figure.item() == pytest.approx(wanted.item(), abs=1e-4)
+def test_ssim_of_white_with_itself_is_one() -> None:
+    """float32 gives 0.9991 here: small differences of large squares."""
+    white = torch.full((1, 3, 64, 64), 250 / 127.5 - 1)
+    assert ssim(white, white).item() == 1
 
 
 def test_figures_are_per_image_whatever_the_batch_and_autocast() -> None:
@@ -220,7 +220,7 @@ def test_the_table_is_aligned_and_says_what_is_missing() -> None:
 
 
 def test_lpips_is_measured_on_rounded_images(tmp_path: Path) -> None:
-    from tests.test_perceptual import write_weights
+    from test_perceptual import write_weights
 
     lpips = load_lpips("squeeze", write_weights(tmp_path))
     images = levels_to_images(photo_like(32))

@@ -21,6 +21,7 @@ from latentvae.commands.common import (
     print_json,
     read_images,
 )
+from latentvae.errors import LatentVAEError
 
 
 def evaluate(
@@ -43,10 +44,13 @@ def evaluate(
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
     skipped: list[dict[str, str]] = []
     images = ((path.name, image) for path, image, _ in read_images(files, image_channels(vae), skipped))
-    summary = run(vae, images, lpips, reason, latents="sample" if sample else "mode", seed=seed)
-    if summary.images:
-        if json:
-            print_json({**summary.as_dict(), "skipped": skipped})
-        else:
-            typer.echo(summary.table())
+    try:
+        summary = run(vae, images, lpips, reason, latents="sample" if sample else "mode", seed=seed)
+    except LatentVAEError:
+        finish(skipped, 0)  # says so where no image could be read at all
+        raise
+    if json:
+        print_json({**summary.as_dict(), "skipped": skipped})
+    else:
+        typer.echo(summary.table())
     finish(skipped, len(summary.images))

@@ -34,7 +34,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
         "compression": f"{ratio} x {ratio} pixels to one latent",
         "latent channels": config["latent_channels"],
         "image channels": config["in_channels"],
-        "values per pixel": f"1 latent value to {figures['values_ratio']:g} image values",
+        "latent size": f"1 value to {figures['values_ratio']:g} of the image",
         "scaling_factor": config["scaling_factor"],
         "shift_factor": config["shift_factor"],
         "bundled models": ", ".join(figures["bundled_models"]) or "none",

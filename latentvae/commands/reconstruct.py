@@ -61,7 +61,7 @@ def reconstruct(
     for path, image, info in read_images(files, image_channels(vae), skipped):
         result = run(vae, image[None], sample=sample, generator=generator)
         name = output_name(path, sources)
-        row = metrics.add(
+        (row,) = metrics.add(
             name.as_posix(), image[None].to(vae.device), result.reconstructions, result.posterior.kl()
         )
         written.append(write_pictures(output / name, image, result.reconstructions[0].cpu(), row, info.notes))
@@ -95,7 +95,6 @@ def write_pictures(
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
     if row.lpips is not None:
         figures["LPIPS"] = f"{row.lpips:.4f}"
-    figures["size"] = f"{image.shape[-1]} x {image.shape[-2]} px"
     comparison(image, reconstruction, figures, place.name).save(compared)
     return {"reconstruction": str(plain), "comparison": str(compared), "notes": notes}
 

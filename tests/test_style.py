@@ -1,0 +1,37 @@
+"""Lint, format, types and layers, so that one command checks everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["importlinter.cli"],
+    ],
+    ids=["ruff-check", "ruff-format", "mypy", "import-linter"],
+)
+def test_tool_finds_nothing(command: list[str]) -> None:
+    module, *arguments = command
+    result = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_file_is_one_noun() -> None:
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for folder in ("latentvae", "train", "demo", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 300
+    }
+    assert not long, f"files over 300 lines are likely two nouns: {long}"
