@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from latentvae.errors import ConfigError
 from latentvae.model import check_keys
@@ -33,7 +32,6 @@ class TrainingState:
     vae: AutoencoderKL
     ema: EMA
     optimizer: Optimizer
-    scheduler: LRScheduler
     step: int = 0  # optimizer steps done
     skipped_images: int = 0
 
@@ -72,8 +70,7 @@ def load(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> No
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     _load_model(state.vae, checkpoint / "model.safetensors")
     _load_model(state.ema.model, checkpoint / "ema.safetensors")
-    _load_optimizer(state.optimizer, saved["param_groups"], checkpoint / "optimizer.safetensors")
-    state.scheduler.load_state_dict(saved["scheduler"])
+    _load_optimizer(state.optimizer, checkpoint / "optimizer.safetensors")
     state.step, state.skipped_images = saved["step"], saved["skipped_images"]
     rng = checkpoint / f"rng-{accelerator.process_index:05d}.safetensors"
     if rng.is_file():  # absent when the run continues with more processes
@@ -146,17 +143,13 @@ def sha256(path: Path) -> str:
 def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> None:
     save_file(_contiguous(state.vae.state_dict()), folder / "model.safetensors")
     save_file(_contiguous(state.ema.model.state_dict()), folder / "ema.safetensors")
-    optimizer = state.optimizer.state_dict()
-    tensors = {f"{i}.{key}": value for i, slots in optimizer["state"].items() for key, value in slots.items()}
+    slots = state.optimizer.state_dict()["state"].items()
+    tensors = {f"{index}.{key}": value for index, slot in slots for key, value in slot.items()}
     save_file(_contiguous(tensors), folder / "optimizer.safetensors")
     state.vae.save_config(folder)  # config.json, so that the folder alone can be exported
     scalars = {
         "step": state.step,
         "skipped_images": state.skipped_images,
-        "scheduler": {
-            key: value for key, value in state.scheduler.state_dict().items() if key != "lr_lambdas"
-        },
-        "param_groups": optimizer["param_groups"],
         "config": config,
     }
     (folder / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
@@ -193,9 +186,10 @@ def _load_model(model: AutoencoderKL, path: Path) -> None:
     model.load_state_dict(tensors)
 
 
-def _load_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]], path: Path) -> None:
+def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
+    """Restore what the optimizer has accumulated; its rates and decays are the configuration's."""
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(path).items():
         index, key = name.split(".", 1)
         slots.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

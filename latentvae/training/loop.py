@@ -27,7 +27,7 @@ from latentvae.training import checkpoint
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config
 from latentvae.training.data import Batch, CropSequence, split_paths, training_batches
-from latentvae.training.optim import build_optimizer, build_scheduler
+from latentvae.training.optim import build_optimizer, set_learning_rate
 from latentvae.training.record import Record, tracker_name
 from latentvae.training.step import EMA, TrainableVAE, posterior_noise
 from latentvae.training.validation import Validation
@@ -125,7 +125,6 @@ def set_up(config: Config, resume: str | None) -> Run:
         vae=vae,
         ema=EMA(vae, config.train.ema_decay),
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, config.train.max_steps),
     )
     if start is not None:
         checkpoint.load(state, start, accelerator)
@@ -205,9 +204,9 @@ def optimizer_step(run: Run, incoming: Iterator[Batch]) -> dict[str, torch.Tenso
             f"the gradient of step {run.state.step + 1} is not finite. The last checkpoint is intact: "
             "lower optim.lr, or use train.precision=fp32, and add --resume latest."
         )
+    set_learning_rate(run.state.optimizer, run.config.optim, run.state.step, run.config.train.max_steps)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.state.scheduler.step()  # ours, not Accelerate's, which steps once per process
     run.state.step += 1
     run.state.ema.update(run.state.vae, run.state.step)
     return sums

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
-from torch.optim.lr_scheduler import LambdaLR
 
 from latentvae.training.config import OptimConfig
 
@@ -131,6 +130,7 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     return warmup * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def build_scheduler(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
-    """`learning_rate` as a torch scheduler, stepped once per optimizer step."""
-    return LambdaLR(optimizer, lambda step: learning_rate(config, step, max_steps))
+def set_learning_rate(optimizer: Optimizer, config: OptimConfig, step: int, max_steps: int) -> None:
+    """Give every group the rate of an optimizer step. It follows from the step, so it is not saved."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * learning_rate(config, step, max_steps)
