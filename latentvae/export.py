@@ -2,13 +2,15 @@
 
 import copy
 import json
+import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 
 from latentvae.errors import LatentVAEError, ModelError
 from latentvae.latents import LatentStatistics, reconstruct
@@ -16,6 +18,8 @@ from latentvae.model import spatial_compression_ratio
 
 SIDECAR = "latentvae.json"
 MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
+# An absolute path in a text: not the end of a relative one, a fraction or a URL.
+ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/\\-])(?:[A-Za-z]:[\\/]|/)[^\s'",;:)]+""")
 
 
 @dataclass
@@ -104,28 +108,45 @@ def export(
     folder = Path(folder)
     _check_target(folder, overwrite)
     prepared = prepare(vae, statistics)
-    partial = folder.parent / f".{folder.name}.partial"
+    final = folder.resolve()  # "." and links have no name to put another folder in place of
+    partial = final.parent / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(prepared, partial, statistics, provenance or Provenance())
+        _write(prepared, partial, statistics, without_paths(provenance or Provenance()))
         verify(prepared, partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
+        _put_in_place(partial, final)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         raise LatentVAEError(f"cannot write {folder}: {error}. Choose another --output.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename `partial` to `final`; what was there is deleted only after that, or comes back."""
+    old = final.parent / f".{final.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def prepare(vae: AutoencoderKL, statistics: LatentStatistics | None) -> AutoencoderKL:
     """The copy that `export` writes: fp32, on the CPU, factors set, sample_size >= 256, no path in it."""
-    prepared = copy.deepcopy(vae) if statistics is None else with_statistics(vae, statistics)
-    prepared = prepared.float().cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    prepared = copy.deepcopy(vae).float().cpu().to(memory_format=torch.contiguous_format)
+    prepared = prepared.eval().requires_grad_(False)
+    if statistics is not None:  # in fp32: biases rounded to half precision would not cancel
+        prepared = with_statistics(prepared, statistics)
+    size = prepared.config["sample_size"]
     prepared.register_to_config(
-        sample_size=max(MIN_SAMPLE_SIZE, prepared.config["sample_size"]),
+        sample_size=max(MIN_SAMPLE_SIZE, size if isinstance(size, int) else min(size)),
         shift_factor=prepared.config["shift_factor"] or 0.0,
         _name_or_path="",
     )
@@ -194,6 +215,23 @@ def _write(
     }
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, default=str), encoding="utf-8")
     (folder / "README.md").write_text(model_card(vae, provenance), encoding="utf-8")
+
+
+def without_paths(provenance: Provenance) -> Provenance:
+    """A copy in which absolute paths are cut to their last part: an export is published, a home is not."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [cut(item) for item in value]
+        if isinstance(value, str | Path) and Path(value).is_absolute():
+            return Path(value).name
+        if isinstance(value, str):
+            return ABSOLUTE_PATH.sub(lambda match: re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], value)
+        return value
+
+    return Provenance(**cut(asdict(provenance)))
 
 
 def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:

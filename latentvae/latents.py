@@ -47,13 +47,16 @@ class Posterior:
         """The latents that standard normal `noise` (B, C, h, w) stands for (the reparametrisation trick)."""
         return self.mean + self.std * noise
 
-    def kl(self) -> torch.Tensor:
-        """KL divergence to the standard normal in nats, summed over C, h, w: (B,).
+    def kl_map(self) -> torch.Tensor:
+        """KL divergence to the standard normal of every latent element in nats, (B, C, h, w).
 
-        Kingma & Welling 2013, appendix B. Never in half precision: the sum overflows fp16 at 4x64x64 latents.
+        Kingma & Welling 2013, appendix B.
         """
-        kl = 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
-        return kl.flatten(1).sum(1)
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+    def kl(self) -> torch.Tensor:
+        """`kl_map` summed over C, h, w: (B,). Never in half precision: fp16 overflows at 4x64x64 latents."""
+        return self.kl_map().flatten(1).sum(1)
 
 
 class Reconstruction(NamedTuple):
@@ -154,8 +157,8 @@ def compute_latent_statistics(vae: AutoencoderKL, images: Iterable[torch.Tensor]
     total = square = torch.zeros(1, dtype=torch.float64)
     for batch in images:
         posterior, _ = encode(vae, batch)
-        mean = posterior.mean.double().cpu()
-        variance = posterior.logvar.double().exp().cpu()
+        mean = posterior.mean.cpu().double()  # in this order, because MPS has no float64
+        variance = posterior.logvar.cpu().double().exp()
         total = total + mean.sum((0, 2, 3))
         square = square + (mean.square() + variance).sum((0, 2, 3))
         count += mean.shape[0] * mean.shape[2] * mean.shape[3]

@@ -87,13 +87,19 @@ class VAELoss(nn.Module):
             reconstructions: (B, C, H, W).
             posterior: of the same images.
         """
-        elements = images[0].numel()
+        nll, rec_loss, perceptual_loss = self.reconstruction(images, reconstructions)
+        kl_loss = posterior.kl().mean()
+        total = nll + self.kl_weight * kl_loss / images[0].numel()
+        return LossTerms(total, rec_loss, perceptual_loss, kl_loss)
+
+    def reconstruction(
+        self, images: torch.Tensor, reconstructions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weighted sum of the two terms that compare images, over C*H*W; then rec_loss and perceptual_loss."""
         rec_loss = pixel_loss(images, reconstructions, self.pixel).flatten(1).sum(1).mean()
         perceptual_loss = self.perceptual(images, reconstructions)
-        kl_loss = posterior.kl().mean()
-        total = rec_loss / elements + self.perceptual_weight * perceptual_loss
-        total = total + self.kl_weight * kl_loss / elements
-        return LossTerms(total, rec_loss, perceptual_loss, kl_loss)
+        nll = rec_loss / images[0].numel() + self.perceptual_weight * perceptual_loss
+        return nll, rec_loss, perceptual_loss
 
     def perceptual(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Mean LPIPS of the batch, a scalar; the images' side is computed without autograd bookkeeping."""
@@ -102,3 +108,29 @@ class VAELoss(nn.Module):
         with torch.no_grad():
             target = self.lpips.features(images)
         return self.lpips.distance_from_features(target, self.lpips.features(reconstructions)).mean()
+
+
+def g_loss(logits_fake: torch.Tensor) -> torch.Tensor:
+    """The generator's adversarial loss, a scalar: minus the mean logit of reconstructions (Lim & Ye 2017)."""
+    return -logits_fake.mean()
+
+
+def d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's hinge loss, a scalar: real logits up to 1, fake ones down to -1 (Lim & Ye 2017)."""
+    return 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
+
+
+def adaptive_weight(nll_gradient: torch.Tensor, g_gradient: torch.Tensor) -> torch.Tensor:
+    """How much g_loss must be scaled so that it pulls at the decoder's last layer as hard as the other losses.
+
+    Esser et al. 2021 (VQGAN), equation 7. A ratio of norms: average both gradients over ranks and accumulation
+    first, as the mean of ratios is another number.
+
+    Args:
+        nll_gradient: of pixel and perceptual loss at `decoder.conv_out.weight`.
+        g_gradient: of g_loss, at the same weight.
+
+    Returns:
+        A scalar in [0, 1e4].
+    """
+    return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).clamp(0, 1e4)

@@ -20,6 +20,12 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DEFAULT_MODEL = "f8c4-small"
 
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+OLD_ATTENTION_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
 
 
 def bundled() -> list[str]:
@@ -58,6 +64,8 @@ def _load(source: str | Path, dtype: torch.dtype) -> AutoencoderKL:
         raise ModelError(_refuse_pickle(path))
     if path.suffix == ".safetensors":
         return _load_file(path, dtype)
+    if path.is_file():
+        raise ModelError(f"{path} is no model: wanted a *.safetensors file or a folder with a config.json.")
     if name in PRESETS:
         raise ModelError(
             f"the preset {name!r} comes without trained weights. Bundled models: "
@@ -71,15 +79,28 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     config = _read_config(folder)
-    if not any(folder.glob("*.safetensors")):
+    files = _weight_files(folder)
+    if not files:
         pickled = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLED_SUFFIXES]
         if pickled:
             raise ModelError(_refuse_pickle(pickled[0]))
         raise ModelError(f"{folder} has a config.json and no weights. Wanted {WEIGHTS_NAME} beside it.")
-    weights = folder / WEIGHTS_NAME
-    if weights.is_file():
-        return _assemble(config, _read_tensors(weights), dtype, weights)
-    return _from_pretrained(str(folder), dtype)  # variants and shards
+    tensors = {key: tensor for path in files for key, tensor in _read_tensors(path).items()}
+    return _assemble(config, tensors, dtype, files[0] if len(files) == 1 else folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards of an index, or else a variant (fp16)."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    indexes = sorted(folder.glob(f"{WEIGHTS_NAME}.index*.json"), key=lambda path: len(path.name))
+    if indexes:
+        try:
+            shards = set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{indexes[0]} is no index of shards: {error!r}. Download it again.") from error
+        return [folder / Path(name).name for name in sorted(shards)]
+    return sorted(folder.glob(f"{WEIGHTS_NAME.removesuffix('.safetensors')}.*.safetensors"))[:1]
 
 
 def _load_file(path: Path, dtype: torch.dtype) -> AutoencoderKL:
@@ -106,42 +127,52 @@ def _load_hub(name: str, dtype: torch.dtype) -> AutoencoderKL:
             "*.safetensors file or a hub id (owner/name)."
         )
     try:
-        return _from_pretrained(name, dtype)
-    except ModelError:
-        try:
-            return _from_pretrained(name, dtype, subfolder="vae")
-        except ModelError as error:
-            raise ModelError(
-                f"no model {name!r}: no such folder here, and the hub did not give it ({error.__cause__}). "
-                "Check the name and the connection, or download it and pass the folder."
-            ) from error
+        subfolder = _hub_subfolder(name)
+        _check_class(AutoencoderKL.load_config(name, subfolder=subfolder), Path(name))
+        return _from_pretrained(name, dtype, subfolder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no model {name!r}: no such folder here, and the hub did not give it ({error}). "
+            "Check the name and the connection, or download it and pass the folder."
+        ) from error
 
 
-def _from_pretrained(source: str, dtype: torch.dtype, **kwargs: Any) -> AutoencoderKL:
-    variants = [None, "fp16"]
-    for variant in variants:
+def _hub_subfolder(name: str) -> str:
+    """Where in a hub repository, or in the cache's copy of it, the VAE's config is: "" or "vae".
+
+    Asked before anything is downloaded, because downloads without a connection retry for minutes.
+    """
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    files = {"": "config.json", "vae": "vae/config.json"}
+    for subfolder, file in files.items():
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return subfolder
+    for subfolder, file in files.items():
         try:
-            vae, report = AutoencoderKL.from_pretrained(
-                source,
-                variant=variant,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **kwargs,
-            )
-        except (OSError, ValueError) as error:
-            if variant is variants[-1]:
-                raise ModelError(f"{source} could not be loaded as an AutoencoderKL: {error}") from error
-            continue
-        broken = [
-            key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]
-        ]
-        if broken:
-            raise ModelError(
-                f"{source} is no complete AutoencoderKL: {len(broken)} keys do not fit, first {broken[0]!r}."
-            )
-        return vae
-    raise AssertionError("unreachable")
+            if file_exists(name, file):
+                return subfolder
+        except Exception as error:  # what is raised without a connection depends on the hub's HTTP library
+            raise OSError(f"{type(error).__name__}: {error}") from error
+    raise OSError("there is no such repository, or no config.json in it or in its vae/")
+
+
+def _from_pretrained(name: str, dtype: torch.dtype, subfolder: str) -> AutoencoderKL:
+    options: dict[str, Any] = {"subfolder": subfolder, "torch_dtype": dtype, "use_safetensors": True}
+    options["output_loading_info"] = True
+    try:
+        vae, report = AutoencoderKL.from_pretrained(name, **options)
+    except OSError as error:
+        try:  # some repositories have no other than half-precision weights
+            vae, report = AutoencoderKL.from_pretrained(name, variant="fp16", **options)
+        except OSError:
+            raise error from None
+    broken = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if broken:
+        raise ModelError(
+            f"{name} is no complete AutoencoderKL: {len(broken)} keys do not fit, first {broken[0]!r}."
+        )
+    return vae
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -170,7 +201,10 @@ def _config_in_metadata(path: Path) -> dict[str, Any] | None:
         text = (file.metadata() or {}).get("config")
     if text is None:
         return None
-    config = json.loads(text)
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"the config in the metadata of {path} is not valid JSON: {error}.") from error
     _check_class(config, path)
     return config
 
@@ -188,10 +222,22 @@ def _assemble(
     config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: Path
 ) -> AutoencoderKL:
     """Put tensors into the model that `config` describes, refusing anything left over or left out."""
-    vae = AutoencoderKL.from_config(config)
+    try:
+        vae = AutoencoderKL.from_config(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the config of {path} makes no AutoencoderKL: {error}.") from error
+    tensors = {_current_name(key): tensor for key, tensor in tensors.items()}
     check_keys(tensors, vae.state_dict(), path)
     vae.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
     return vae.requires_grad_(True)
+
+
+def _current_name(key: str) -> str:
+    """What diffusers calls a weight today: files from before 2023, such as SD's, name attention otherwise."""
+    block, dot, rest = key.partition(".attentions.")
+    for old, new in OLD_ATTENTION_NAMES.items():
+        rest = rest.replace(old, new)
+    return block + dot + rest
 
 
 def check_keys(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: Path) -> None:

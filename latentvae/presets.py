@@ -58,16 +58,20 @@ def preset_config(preset: str, **overrides: Any) -> dict[str, Any]:
     """The `AutoencoderKL` arguments of a preset, with `overrides` applied.
 
     Raises:
-        ModelError: unknown preset, or an override that is no argument of AutoencoderKL.
+        ModelError: unknown preset, or an override that is no argument of AutoencoderKL or of another type.
     """
     if preset not in PRESETS:
         raise ModelError(
             f"unknown preset {preset!r}.{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
         )
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in _BASE:
             raise ModelError(
                 f"unknown model setting {key!r}.{nearest(key, _BASE)} Settings: {', '.join(_BASE)}."
+            )
+        if not _is_like(value, _BASE[key]):
+            raise ModelError(
+                f"model setting {key}={value!r} is of the wrong type; wanted one like {_BASE[key]!r}."
             )
     config = {**PRESETS[preset], **overrides}
     config["block_out_channels"] = tuple(config["block_out_channels"])
@@ -79,6 +83,15 @@ def preset_config(preset: str, **overrides: Any) -> dict[str, Any]:
             "Choose widths that are multiples of norm_num_groups, or fewer groups."
         )
     return {**config, **block_types(config["block_out_channels"])}
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a setting has the example's type; whole numbers count things, so they start at 1."""
+    if isinstance(example, tuple):
+        return isinstance(value, list | tuple) and len(value) > 0 and all(_is_like(v, 1) for v in value)
+    if isinstance(example, float):
+        return isinstance(value, float) or type(value) is int
+    return type(value) is type(example) and (type(value) is not int or value > 0)
 
 
 def build(preset: str, **overrides: Any) -> AutoencoderKL:

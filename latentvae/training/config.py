@@ -1,13 +1,13 @@
 """What a training run is told, checked before any weight is loaded. Every default carries its reason."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from latentvae.errors import ConfigError, ModelError
-from latentvae.presets import nearest, preset_config
+from latentvae.presets import PRESETS, nearest, preset_config
 
 # An editable checkout keeps the recipes where people edit them; a wheel carries them inside the package.
 _RECIPE_DIRS = (
@@ -16,8 +16,11 @@ _RECIPE_DIRS = (
 )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -63,7 +66,7 @@ class OptimConfig(_Section):
 
     name: Literal["muon", "adamw"] = "muon"  # Muon on kernels: clearly ahead of AdamW at equal steps
     lr: float = Field(1e-3, gt=0)  # Muon's updates are scaled to AdamW's size, so one rate serves both
-    betas: tuple[float, float] = (0.9, 0.99)  # 0.99: short runs cannot wait for an average over 1000 steps
+    betas: tuple[Beta, Beta] = (0.9, 0.99)  # 0.99: short runs cannot wait for an average over 1000 steps
     weight_decay: float = Field(0.01, ge=0)  # kernels only: norms undo their scale, but the step size sees it
     warmup_steps: int = Field(100, ge=0)  # Adam's second moments are noise before
     schedule: Literal["cosine", "constant"] = "cosine"  # the decay is worth half a dB at the end
@@ -94,7 +97,7 @@ class Config(_Section):
     """A whole training run."""
 
     output: str = "runs/latentvae"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)  # what both torch's and numpy's generators take
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -103,6 +106,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
+        _check_overrides(self.model.overrides)
         try:
             shape = preset_config(self.model.preset, **self.model.overrides)
         except ModelError as error:
@@ -122,6 +126,29 @@ class Config(_Section):
                 f"train.max_steps={self.train.max_steps}; lower them"
             )
         return self
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    """Refuse values of another type than the presets'; names are checked where the preset is looked up."""
+    for key, value in overrides.items():
+        match PRESETS["f8c4"].get(key):
+            case bool():
+                fits, wanted = isinstance(value, bool), "true or false"
+            case int():
+                fits, wanted = _is_count(value), "a whole number from 1"
+            case float():
+                fits, wanted = type(value) in (int, float), "a number such as 0.5"
+            case tuple():
+                fits = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
+                wanted = "a list of whole numbers from 1"
+            case _:
+                continue
+        if not fits:
+            raise ValueError(f"model.overrides.{key}={value!r}; wanted {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def recipes() -> dict[str, Path]:
@@ -164,7 +191,9 @@ def _read(source: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} holds {type(tree).__name__}; wanted sections such as `data:` and `train:`."
         )
-    return tree
+    sections = [name for name, field in Config.model_fields.items() if isinstance(field.default, _Section)]
+    # a section whose lines are all commented out reads as None
+    return {key: {} if value is None and key in sections else value for key, value in tree.items()}
 
 
 def _apply(tree: dict[str, Any], setting: str) -> None:

@@ -155,7 +155,7 @@ def _collate(items: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
 
 
 def split_paths(config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """Training and validation files; without a validation folder, evenly spaced images are held out.
+    """Training and validation files, none in both; without a validation folder, some are held out evenly.
 
     Raises:
         ConfigError: no training folder given, or too few images to hold any out.
@@ -167,14 +167,34 @@ def split_paths(config: DataConfig) -> tuple[list[Path], list[Path]]:
         )
     train = find_images(config.train)
     if config.val is not None:
-        return train, find_images(config.val)[: config.val_images]
+        held_out = find_images(config.val)[: config.val_images]
+        if _nested(Path(config.train).resolve(), Path(config.val).resolve()):
+            train = _without(train, held_out)
+        return train, held_out
     if len(train) < 2:
         raise ConfigError(
             f"{config.train} holds one image, none is left for validation. Add images, or set data.val."
         )
     every = max(2, len(train) // min(config.val_images, len(train) // 2))
     held_out = train[::every][: config.val_images]
-    return [path for path in train if path not in set(held_out)], held_out
+    chosen = set(held_out)
+    return [path for path in train if path not in chosen], held_out
+
+
+def _nested(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _without(train: list[Path], measured: list[Path]) -> list[Path]:
+    """The training files that are not measured, however their folders are spelled."""
+    places = {path.resolve() for path in measured}
+    rest = [path for path in train if path.resolve() not in places]
+    if not rest:
+        raise ConfigError(
+            f"all {len(train)} images of data.train are also in data.val. Use other folders, or lower "
+            "data.val_images."
+        )
+    return rest
 
 
 def validation_images(paths: list[Path], config: DataConfig, channels: int) -> list[tuple[str, torch.Tensor]]:
