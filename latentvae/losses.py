@@ -79,6 +79,11 @@ class VAELoss(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.kl_weight = kl_weight
 
+    @property
+    def min_size(self) -> int:
+        """The smallest side of images that every term can judge."""
+        return 1 if self.lpips is None else self.lpips.min_size
+
     def forward(self, images: torch.Tensor, reconstructions: torch.Tensor, posterior: Posterior) -> LossTerms:
         """Loss terms of a batch.
 
@@ -95,7 +100,7 @@ class VAELoss(nn.Module):
     def reconstruction(
         self, images: torch.Tensor, reconstructions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weighted sum of the two terms that compare images, over C*H*W; then rec_loss and perceptual_loss."""
+        """Weighted sum of the terms that compare images, over C*H*W; then rec_loss and perceptual_loss."""
         rec_loss = pixel_loss(images, reconstructions, self.pixel).flatten(1).sum(1).mean()
         perceptual_loss = self.perceptual(images, reconstructions)
         nll = rec_loss / images[0].numel() + self.perceptual_weight * perceptual_loss
@@ -120,11 +125,20 @@ def d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor
     return 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
 
 
-def adaptive_weight(nll_gradient: torch.Tensor, g_gradient: torch.Tensor) -> torch.Tensor:
-    """How much g_loss must be scaled so that it pulls at the decoder's last layer as hard as the other losses.
+def distillation_loss(student: Posterior, teacher: Posterior, scaling_factor: float) -> torch.Tensor:
+    """How far a student's moments are from its teacher's, a scalar: means in scaled units, and log-variances.
 
-    Esser et al. 2021 (VQGAN), equation 7. A ratio of norms: average both gradients over ranks and accumulation
-    first, as the mean of ratios is another number.
+    Squared errors, averaged over elements; log-variances count a tenth: small ones hardly move a sample.
+    """
+    means = ((student.mean - teacher.mean) * scaling_factor).square().mean()
+    return means + 0.1 * (student.logvar - teacher.logvar).square().mean()
+
+
+def adaptive_weight(nll_gradient: torch.Tensor, g_gradient: torch.Tensor) -> torch.Tensor:
+    """How much g_loss must be scaled to pull at the decoder's last layer as hard as the other losses.
+
+    Esser et al. 2021 (VQGAN), equation 7. A ratio of norms: average both gradients over ranks and
+    accumulation first, as the mean of ratios is another number.
 
     Args:
         nll_gradient: of pixel and perceptual loss at `decoder.conv_out.weight`.

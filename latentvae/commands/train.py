@@ -24,9 +24,9 @@ def train(
 
     Recipes: tiny, f8c4-small, f8c16-small, f8c4. Settings and their reasons: latentvae/training/config.py.
     """
-    from latentvae.training.config import load_config
     from latentvae.training.loop import TrainingInterrupted
     from latentvae.training.loop import train as run
+    from latentvae.training.settings import load_config
 
     checked = load_config(config, settings)
     try:

@@ -13,16 +13,19 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.optim import Optimizer
 
 from latentvae.errors import ConfigError
 from latentvae.model import check_keys
-from latentvae.training.step import EMA
+from latentvae.training.adversary import Adversary
+from latentvae.training.ema import EMA
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+COUNTERS = ("step", "skipped_images", "skipped_steps", "bad_steps")
 
 
 @dataclass
@@ -32,8 +35,17 @@ class TrainingState:
     vae: AutoencoderKL
     ema: EMA
     optimizer: Optimizer
-    step: int = 0  # optimizer steps done
+    adversary: Adversary | None = None
+    step: int = 0  # optimizer steps done, bad ones included
     skipped_images: int = 0
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    bad_steps: int = 0  # of those, how many in a row just now
+
+    def count_step(self, finite: bool) -> None:
+        """Count a step that was done, or one that was skipped."""
+        self.step += 1
+        self.skipped_steps += not finite
+        self.bad_steps = 0 if finite else self.bad_steps + 1
 
 
 def save(
@@ -68,10 +80,14 @@ def save(
 def load(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> None:
     """Restore a process's state in place from a checkpoint that `newest` or `resolve` returned."""
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    _load_model(state.vae, checkpoint / "model.safetensors")
-    _load_model(state.ema.model, checkpoint / "ema.safetensors")
+    _load_module(state.vae, checkpoint / "model.safetensors")
+    _load_module(state.ema.model, checkpoint / "ema.safetensors")
     _load_optimizer(state.optimizer, checkpoint / "optimizer.safetensors")
-    state.step, state.skipped_images = saved["step"], saved["skipped_images"]
+    if state.adversary is not None and (checkpoint / "discriminator.safetensors").is_file():
+        _load_module(state.adversary.discriminator, checkpoint / "discriminator.safetensors")
+        _load_optimizer(state.adversary.optimizer, checkpoint / "disc_optimizer.safetensors")
+    for counter in COUNTERS:
+        setattr(state, counter, saved.get(counter, 0))
     rng = checkpoint / f"rng-{accelerator.process_index:05d}.safetensors"
     if rng.is_file():  # absent when the run continues with more processes
         torch.set_rng_state(load_file(rng)["torch"])
@@ -143,16 +159,23 @@ def sha256(path: Path) -> str:
 def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> None:
     save_file(_contiguous(state.vae.state_dict()), folder / "model.safetensors")
     save_file(_contiguous(state.ema.model.state_dict()), folder / "ema.safetensors")
-    slots = state.optimizer.state_dict()["state"].items()
-    tensors = {f"{index}.{key}": value for index, slot in slots for key, value in slot.items()}
-    save_file(_contiguous(tensors), folder / "optimizer.safetensors")
+    save_file(_slots(state.optimizer), folder / "optimizer.safetensors")
+    if state.adversary is not None:
+        discriminator = state.adversary.discriminator.state_dict()
+        save_file(_contiguous(discriminator), folder / "discriminator.safetensors")
+        save_file(_slots(state.adversary.optimizer), folder / "disc_optimizer.safetensors")
     state.vae.save_config(folder)  # config.json, so that the folder alone can be exported
     scalars = {
-        "step": state.step,
-        "skipped_images": state.skipped_images,
+        **{counter: getattr(state, counter) for counter in COUNTERS},
         "config": config,
     }
     (folder / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
+
+
+def _slots(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """What an optimizer has accumulated, as "parameter index.name"."""
+    slots = optimizer.state_dict()["state"].items()
+    return _contiguous({f"{index}.{key}": value for index, slot in slots for key, value in slot.items()})
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -180,10 +203,10 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _load_model(model: AutoencoderKL, path: Path) -> None:
+def _load_module(module: nn.Module, path: Path) -> None:
     tensors = load_file(path)
-    check_keys(tensors, model.state_dict(), path)
-    model.load_state_dict(tensors)
+    check_keys(tensors, module.state_dict(), path)
+    module.load_state_dict(tensors)
 
 
 def _load_optimizer(optimizer: Optimizer, path: Path) -> None:

@@ -1,38 +1,22 @@
-"""The training loop, top to bottom: set up, step, watch, save, export."""
+"""The training loop, top to bottom: step, record, validate, save, export."""
 
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from latentvae.errors import ConfigError, LatentVAEError
-from latentvae.latents import Posterior
-from latentvae.losses import VAELoss
-from latentvae.model import load, spatial_compression_ratio
-from latentvae.perceptual import load_lpips
-from latentvae.presets import build
+from latentvae.errors import LatentVAEError
 from latentvae.training import checkpoint
-from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config
-from latentvae.training.data import Batch, CropSequence, split_paths, training_batches
-from latentvae.training.optim import build_optimizer, set_learning_rate
-from latentvae.training.record import Record, tracker_name
-from latentvae.training.step import EMA, TrainableVAE, posterior_noise
-from latentvae.training.validation import Validation
-
-logger = get_logger(__name__)
+from latentvae.training.data import Batch, training_batches
+from latentvae.training.run import Run, set_up
+from latentvae.training.step import optimizer_step
 
 
 class TrainingInterrupted(Exception):
@@ -43,33 +27,6 @@ class TrainingInterrupted(Exception):
         self.checkpoint = checkpoint
 
 
-@dataclass
-class Run:
-    """What one process holds while it trains."""
-
-    config: Config
-    accelerator: Accelerator
-    folder: Path
-    state: TrainingState
-    model: nn.Module  # TrainableVAE as Accelerate wrapped it
-    optimizer: Any  # as Accelerate wrapped it
-    loss: VAELoss
-    sequence: CropSequence
-    validation: Validation
-    record: Record
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def global_batch(self) -> int:
-        """Images per optimizer step over all processes."""
-        return self.config.train.batch_size * self.config.train.accumulation * self.accelerator.num_processes
-
-
 def train(config: Config, resume: str | None = None) -> Path:
     """Train, validate, save and export; return the folder of the exported VAE.
 
@@ -78,7 +35,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         resume: None to start, "latest" or a checkpoint folder to continue.
 
     Raises:
-        LatentVAEError: nothing to train on, weights missing, output taken, or gradients not finite.
+        LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
         TrainingInterrupted: SIGTERM or SIGINT came; the state is saved.
     """
     run = set_up(config, resume)
@@ -87,68 +44,12 @@ def train(config: Config, resume: str | None = None) -> Path:
     )
     with stop_on_signal(run.stop):
         loop(run, batches)
-    exported = (
-        run.validation.export(run.state, run.folder, run.record.seconds)
-        if is_main(run)
-        else run.folder / "vae"
-    )
+    exported = run.folder / "vae"
+    if run.is_main:
+        exported = run.validation.export(run.state, run.folder, run.record.seconds)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return exported
-
-
-def set_up(config: Config, resume: str | None) -> Run:
-    """Check everything that can be wrong, cheapest first; then build, and restore if asked."""
-    folder = Path(config.output)
-    precision = "bf16" if config.train.precision == "bf16" else "no"
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker_name(config), project_dir=folder)
-    start = checkpoint.resolve(resume, folder / "checkpoints") if resume else None
-    if start is None and checkpoint.listing(folder / "checkpoints"):
-        raise ConfigError(
-            f"{folder} holds a run's checkpoints. Add --resume latest, or choose another output."
-        )
-    train_paths, val_paths = split_paths(config.data)
-    lpips = None
-    if config.loss.perceptual_weight > 0:
-        lpips = load_lpips(config.loss.perceptual_net, config.loss.perceptual_weights)
-
-    torch.manual_seed(config.seed)
-    vae = (
-        load(config.model.init) if config.model.init else build(config.model.preset, **config.model.overrides)
-    )
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    vae = vae.train().to(accelerator.device, memory_format=layout)
-    if config.train.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    optimizer = build_optimizer(vae, config.optim)
-    state = TrainingState(
-        vae=vae,
-        ema=EMA(vae, config.train.ema_decay),
-        optimizer=optimizer,
-    )
-    if start is not None:
-        checkpoint.load(state, start, accelerator)
-        logger.info("continuing from %s", start)
-    trainable: Any = TrainableVAE(vae)
-    model, wrapped = accelerator.prepare(
-        torch.compile(trainable) if config.train.compile else trainable, optimizer
-    )
-    loss = VAELoss(config.loss.pixel, lpips, config.loss.perceptual_weight, config.loss.kl_weight)
-    channels = vae.config["in_channels"]
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        state=state,
-        model=model,
-        optimizer=wrapped,
-        loss=loss.to(accelerator.device).to(memory_format=layout),
-        sequence=CropSequence(train_paths, config.data, channels, config.seed),
-        validation=Validation(config, train_paths, val_paths, channels),
-        record=Record(folder, accelerator, state.step),
-    )
-    _announce(run)
-    return run
 
 
 def loop(run: Run, batches: DataLoader) -> None:
@@ -156,74 +57,63 @@ def loop(run: Run, batches: DataLoader) -> None:
     config, state = run.config.train, run.state
     incoming = iter(batches)
     bar = tqdm(
-        total=config.max_steps, initial=state.step, unit="step", disable=not is_main(run), smoothing=0.05
+        total=config.max_steps, initial=state.step, unit="step", disable=not run.is_main, smoothing=0.05
     )
     while state.step < config.max_steps:
-        terms = optimizer_step(run, incoming)
+        terms = optimizer_step(run, take(run, incoming))
+        check_finite(run)
         bar.update()
         last = state.step == config.max_steps
         if state.step % config.log_every == 0 or last:
             bar.set_postfix(run.record.step(state, terms, run.global_batch))
-        if (state.step % config.validate_every == 0 or last) and is_main(run):
-            with run.record.pause(), run.accelerator.autocast():
-                run.record.validation(state.step, *run.validation(state.ema.model, state.step, run.folder))
+        if (state.step % config.validate_every == 0 or last) and run.is_main:
+            validate(run)
         stop = stop_requested(run)
         if state.step % config.save_every == 0 or last or stop:
-            with run.record.pause():
-                saved = checkpoint.save(
-                    state, run.checkpoints, run.config.model_dump(), config.keep_checkpoints, run.accelerator
-                )
+            saved = save(run)
             if stop and not last:
                 raise TrainingInterrupted(saved)
     bar.close()
 
 
-def optimizer_step(run: Run, incoming: Iterator[Batch]) -> dict[str, torch.Tensor]:
-    """One update from `accumulation` forward passes; returns the mean of each term, and grad_norm."""
-    run.model.train()
-    accumulation = run.config.train.accumulation
-    sums: dict[str, torch.Tensor] = {}
-    for forward_pass in range(accumulation):
-        waiting = time.perf_counter()
-        batch = next(incoming)
-        run.record.waited(time.perf_counter() - waiting)
+def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:
+    """The batches of one optimizer step, with the time that they were waited for."""
+    start = time.perf_counter()
+    batches = [next(incoming) for _ in range(run.config.train.accumulation)]
+    run.record.waited(time.perf_counter() - start)
+    for batch in batches:
         run.state.skipped_images += len(batch.skipped)
         run.record.skipped(batch.skipped)
-        more_to_come = forward_pass < accumulation - 1
-        with run.accelerator.no_sync(run.model) if more_to_come else nullcontext():
-            terms = losses(run, batch)
-            run.accelerator.backward(terms["total"] / accumulation)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0) + value.detach() / accumulation
+    return batches
 
-    sums["grad_norm"] = run.accelerator.clip_grad_norm_(
-        run.model.parameters(), run.config.optim.max_grad_norm
-    )
-    if not torch.isfinite(sums["grad_norm"]):
+
+def check_finite(run: Run) -> None:
+    """Stop after too many steps in a row that were skipped.
+
+    Raises:
+        LatentVAEError: with the remedy; nothing is saved over the last checkpoint.
+    """
+    if run.state.bad_steps >= run.config.train.max_bad_steps:
         raise LatentVAEError(
-            f"the gradient of step {run.state.step + 1} is not finite. The last checkpoint is intact: "
-            "lower optim.lr, or use train.precision=fp32, and add --resume latest."
+            f"loss or gradient was not finite in {run.state.bad_steps} steps in a row, the last of them "
+            f"step {run.state.step}. The last checkpoint is intact: lower optim.lr, or use "
+            "train.precision=fp32, and add --resume latest."
         )
-    set_learning_rate(run.state.optimizer, run.config.optim, run.state.step, run.config.train.max_steps)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.state.step += 1
-    run.state.ema.update(run.state.vae, run.state.step)
-    return sums
 
 
-def losses(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
-    """Loss terms of one batch on this process; "total" carries the graph."""
-    device = run.accelerator.device
-    layout = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images = batch.pixel_values.to(device, memory_format=layout, non_blocking=True)
-    side = images.shape[-1] // spatial_compression_ratio(run.state.vae)
-    shape = (run.state.vae.config["latent_channels"], side, side)
-    noise = posterior_noise(run.config.seed, batch.positions, shape).to(device, non_blocking=True)
-    moments, reconstructions = run.model(images, noise)
-    with run.accelerator.autocast():
-        terms = run.loss(images, reconstructions, Posterior(moments))
-    return {**terms.detached(), "total": terms.total}
+def validate(run: Run) -> None:
+    """Measure and draw the averaged model, outside the run's clock."""
+    with run.record.pause(), run.accelerator.autocast():
+        run.record.validation(
+            run.state.step, *run.validation(run.state.ema.model, run.state.step, run.folder)
+        )
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint, outside the run's clock."""
+    settings, keep = run.config.model_dump(), run.config.train.keep_checkpoints
+    with run.record.pause():
+        return checkpoint.save(run.state, run.checkpoints, settings, keep, run.accelerator)
 
 
 @contextmanager
@@ -254,22 +144,3 @@ def stop_requested(run: Run) -> bool:
     if run.stop.is_set():
         run.accelerator.set_trigger()
     return run.accelerator.check_trigger()
-
-
-def is_main(run: Run) -> bool:
-    """Whether this process is the one that writes."""
-    return run.accelerator.is_main_process
-
-
-def _announce(run: Run) -> None:
-    if not is_main(run):
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
-    (run.folder / "config.yaml").write_text(resolved, encoding="utf-8")
-    parameters = sum(p.numel() for p in run.state.vae.parameters()) / 1e6
-    logger.info(
-        "%.1f M parameters; %d images; %d per process and pass x %d passes x %d processes = %d per step; %s",
-        *(parameters, len(run.sequence), run.config.train.batch_size, run.config.train.accumulation),
-        *(run.accelerator.num_processes, run.global_batch, run.accelerator.device),
-    )

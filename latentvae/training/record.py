@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config
 
 logger = logging.getLogger(__name__)
+
+ACTIVE_NATS = 0.01  # per latent pixel: a channel that costs less says nothing (Burda et al. 2016)
 
 
 class Record:
@@ -47,17 +50,21 @@ class Record:
 
     def step(self, state: TrainingState, terms: dict[str, torch.Tensor], global_batch: int) -> dict[str, str]:
         """Write the terms (means over processes) and the speed since the last call; return a few."""
-        gathered = self.accelerator.reduce(
-            torch.stack([terms[name].float() for name in terms]), reduction="mean"
-        )
-        figures = dict(zip(terms, gathered.tolist(), strict=True))
+        per_channel = terms.pop("kl_per_channel", None)
+        values = torch.stack([terms[name].to(torch.float32) for name in terms])
+        figures = dict(zip(terms, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+        if per_channel is not None:
+            figures["active_channels"] = int((per_channel > ACTIVE_NATS).sum())
         elapsed = time.perf_counter() - self.mark
         figures["lr"] = state.optimizer.param_groups[0]["lr"]
         figures["images_per_second"] = (state.step - self.mark_step) * global_batch / elapsed
         figures["data_wait"] = self.waiting / elapsed
+        figures["memory_gb"] = peak_memory() / 1e9
         figures["skipped_images"] = state.skipped_images
+        figures["skipped_steps"] = state.skipped_steps
         self.seconds += elapsed
-        self._write({"step": state.step, **figures, "seconds": self.seconds})
+        channels = {} if per_channel is None else {"kl_per_channel": per_channel.tolist()}
+        self._write({"step": state.step, **figures, **channels, "seconds": self.seconds})
         if self.tracker is not None:
             self.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=state.step)
         self.mark, self.mark_step, self.waiting = time.perf_counter(), state.step, 0.0
@@ -105,6 +112,18 @@ class Record:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: of the GPU if there is one, else of this process; 0 if nobody tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def tracker_name(config: Config) -> str | None:

@@ -1,71 +1,207 @@
-"""One forward pass of the VAE in training, its noise, and its moving average."""
+"""One optimizer step: forward passes, one backward each, and the updates of both networks."""
 
-import copy
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import nn
+from torch.nn.grad import conv2d_weight
 
 from latentvae.latents import Posterior
+from latentvae.losses import adaptive_weight, distillation_loss
+from latentvae.model import spatial_compression_ratio
+from latentvae.training.adversary import Adversary
+from latentvae.training.data import Batch
+from latentvae.training.draws import Stream, draw_transform, mask, sample_noise
+from latentvae.training.module import Outputs
+from latentvae.training.optim import set_learning_rate
+from latentvae.training.run import Run
+
+Terms = dict[str, torch.Tensor]
 
 
-class Outputs(NamedTuple):
-    """Of a training forward pass: moments (B, 2C, h, w), reconstructions (B, C, H, W)."""
+@dataclass
+class Inputs:
+    """One forward pass's tensors on the device, every random choice made."""
 
-    moments: torch.Tensor
-    reconstructions: torch.Tensor
+    target: torch.Tensor  # images to compare with, (B, C, H, W)
+    arguments: tuple[Any, ...]  # of TrainableVAE.forward
 
 
-class TrainableVAE(nn.Module):
-    """Encode, sample, decode in one `forward`: only what goes through it is synchronised between ranks.
+@dataclass
+class Judgement:
+    """What the losses say of one forward pass's reconstructions, before the backward through the VAE."""
 
-    Args:
-        vae: trained in place.
+    outputs: Outputs
+    nll_gradient: torch.Tensor  # at the reconstructions
+    g_gradient: torch.Tensor
+    terms: Terms
+
+
+def optimizer_step(run: Run, batches: list[Batch]) -> Terms:
+    """One update from `accumulation` batches; returns the mean of each term, and grad_norm.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
     """
+    run.model.train()
+    inputs = [prepare(run, batch) for batch in batches]
+    adversary = run.state.adversary
+    playing = adversary is not None and adversary.ramp(run.state.step) > 0
+    terms = adversarial_pass(run, inputs, adversary) if adversary and playing else plain_pass(run, inputs)
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
+    optimizers = [run.state.optimizer, *([adversary.optimizer] if adversary and playing else [])]
+    terms["grad_norm"] = clip(run, run.state.vae)
+    finite = torch.isfinite(terms["grad_norm"]) & torch.isfinite(terms["total"])
+    if adversary and playing:
+        terms["d_grad_norm"] = clip(run, adversary.discriminator)
+        finite = finite & torch.isfinite(terms["d_grad_norm"])
+    run.state.count_step(bool(run.accelerator.reduce(finite.float(), "mean") == 1))
+    if run.state.bad_steps == 0:
+        set_learning_rate(
+            run.state.optimizer, run.config.optim, run.state.step - 1, run.config.train.max_steps
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+        run.state.ema.update(run.state.vae, run.state.step)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return terms
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Outputs:
-        """Reconstruct images (B, C, H, W) from the latents that `noise` (B, c, h, w) picks."""
-        moments = self.vae.encode(images).latent_dist.parameters
-        latents = Posterior(moments).at(noise)
-        return Outputs(moments, self.vae.decode(latents).sample)
+
+def prepare(run: Run, batch: Batch) -> Inputs:
+    """Move a batch to the device, and make its random choices."""
+    config, seed = run.config.regularise, run.config.seed
+    images = batch.pixel_values.to(
+        run.accelerator.device,
+        run.config.train.dtype,
+        memory_format=run.config.train.memory_format,
+        non_blocking=True,
+    )
+    ratio = spatial_compression_ratio(run.state.vae)
+    side = images.shape[-1] // ratio
+    shape = (run.state.vae.config["latent_channels"], side, side)
+
+    def noise(stream: Stream) -> torch.Tensor:
+        return sample_noise(seed, batch.positions, shape, stream).to(images, non_blocking=True)
+
+    latent_noise = config.latent_noise * noise(Stream.LATENT_NOISE) if config.latent_noise else None
+    least = -(-run.smallest_side // ratio)
+    transform = draw_transform(config.equivariance, seed, run.state.step, side, least)
+    target = images if transform is None else transform.images(images, ratio)
+    seen = mask(images, config.mask, seed, batch.positions)
+    return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform))
 
 
-def posterior_noise(seed: int, positions: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Standard normal noise (B, *shape) that depends on (seed, global sample index) alone.
+def plain_pass(run: Run, inputs: list[Inputs]) -> Terms:
+    """Forward and backward of every batch without a discriminator."""
+    sums: Terms = {}
+    for number, each in enumerate(inputs):
+        with synchronised_last(run, number, len(inputs)):
+            outputs = run.model(*each.arguments)
+            with run.accelerator.autocast():
+                nll, terms = reconstruction_terms(run, each.target, outputs.reconstructions)
+                rest, more = latent_terms(run, outputs, each.target[0].numel())
+            run.accelerator.backward((nll + rest) / len(inputs))
+        add(sums, {**terms, **more, "total": nll + rest}, 1 / len(inputs))
+    return sums
 
-    So it is the same however many processes share the batch, and after a resume.
+
+def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Terms:
+    """Forward and backward of every batch for the VAE and for the discriminator.
+
+    The adaptive weight needs the gradients of all batches and processes before any of them is used. So the
+    losses are taken back to the reconstructions only, which are small enough to keep, and weighted there.
+    With accumulation the VAE's forward is repeated, as the graphs of all batches would fill the memory.
     """
-    noise = torch.empty(len(positions), *shape)
-    generator = torch.Generator()
-    for row, position in zip(noise, positions.tolist(), strict=True):
-        # consecutive seeds start Mersenne Twister in well mixed states; the odd multiplier keeps runs apart
-        generator.manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
-        row.normal_(generator=generator)
-    return noise
+    share, keep = 1 / len(inputs), len(inputs) == 1
+    sums: Terms = {}
+    judgements = []
+    for number, each in enumerate(inputs):
+        with torch.set_grad_enabled(keep), synchronised_last(run, number, len(inputs)):
+            judgement, at_last_layer = judge(run, each, adversary)
+        judgements.append(judgement)
+        add(sums, {**judgement.terms, **at_last_layer}, share)
+    weight = adaptive_weight(
+        *(run.accelerator.reduce(sums.pop(name), "mean") for name in ("nll_at_last", "g_at_last"))
+    )
+    weight = weight * run.config.adversarial.disc_weight * adversary.ramp(run.state.step)
+
+    for number, (each, judgement) in enumerate(zip(inputs, judgements, strict=True)):
+        with synchronised_last(run, number, len(inputs)):
+            outputs = judgement.outputs if keep else run.model(*each.arguments)
+            rest, more = latent_terms(run, outputs, each.target[0].numel())
+            at_reconstructions = (judgement.nll_gradient + weight * judgement.g_gradient) * share
+            torch.autograd.backward([outputs.reconstructions, rest * share], [at_reconstructions, None])
+        with synchronised_last(run, number, len(inputs), adversary.model), run.accelerator.autocast():
+            more |= adversary.backward(run.accelerator, each.target, outputs.reconstructions, share)
+        add(
+            sums, {**more, "total": judgement.terms["nll"] + rest + weight * judgement.terms["g_loss"]}, share
+        )
+    sums.pop("nll")
+    return {**sums, "adaptive_weight": weight}
 
 
-class EMA:
-    """Exponential moving average of a model's weights in float32, with the decay warmed up.
+def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Terms]:
+    """Forward one batch and take its losses back to the reconstructions and to the decoder's last layer."""
+    seen: list[torch.Tensor] = []
+    last = run.state.vae.decoder.conv_out
+    hook = last.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].detach()))
+    try:
+        outputs = run.model(*each.arguments)
+    finally:
+        hook.remove()
+    with torch.enable_grad(), run.accelerator.autocast():
+        reconstructions = outputs.reconstructions.detach().requires_grad_()
+        nll, terms = reconstruction_terms(run, each.target, reconstructions)
+        (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
+        g_loss = adversary.generator_loss(reconstructions)
+        (g_gradient,) = torch.autograd.grad(g_loss, reconstructions)
+    entering = seen[0].to(nll_gradient.dtype)
+    at_last = {
+        f"{name}_at_last": conv2d_weight(entering, last.weight.shape, gradient, padding=last.padding)
+        for name, gradient in (("nll", nll_gradient), ("g", g_gradient))
+    }
+    return Judgement(outputs, nll_gradient, g_gradient, {**terms, "nll": nll, "g_loss": g_loss}), at_last
 
-    Args:
-        model: averaged; the average is `ema.model`, a copy in eval mode without gradients.
-        decay: the final decay. At step n it is at most (1 + n) / (10 + n), so that short runs do not report
-            their first weights.
-    """
 
-    def __init__(self, model: AutoencoderKL, decay: float) -> None:
-        self.decay = decay
-        self.model: AutoencoderKL = copy.deepcopy(model).requires_grad_(False).eval()
+def reconstruction_terms(
+    run: Run, target: torch.Tensor, reconstructions: torch.Tensor
+) -> tuple[torch.Tensor, Terms]:
+    """The weighted sum of the terms that compare images, and each of them."""
+    nll, rec_loss, perceptual_loss = run.loss.reconstruction(target, reconstructions)
+    return nll, {"rec_loss": rec_loss, "perceptual_loss": perceptual_loss}
 
-    @torch.no_grad()
-    def update(self, model: AutoencoderKL, step: int) -> None:
-        """Move the average towards `model`, once per optimizer step; `step` counts from 1."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            # lerp_ keeps weights that do not change exactly; mul_ and add_ round them
-            average.lerp_(parameter.detach(), weight)
+
+def latent_terms(run: Run, outputs: Outputs, elements: int) -> tuple[torch.Tensor, Terms]:
+    """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
+    posterior = Posterior(outputs.moments)
+    if outputs.teacher_moments is not None:
+        scaling_factor = run.state.vae.config["scaling_factor"]
+        distil_loss = distillation_loss(posterior, Posterior(outputs.teacher_moments), scaling_factor)
+        return run.config.loss.distil_weight * distil_loss, {"distil_loss": distil_loss}
+    config = run.config.loss
+    kl_map = posterior.kl_map()
+    per_channel = run.accelerator.reduce(kl_map.detach().mean((0, 2, 3)), "mean")  # nats per latent pixel
+    spent = kl_map * (per_channel > config.free_bits)[:, None, None] if config.free_bits else kl_map
+    warmup = min(1.0, (run.state.step + 1) / (config.kl_warmup_steps + 1))
+    kl_loss = spent.flatten(1).sum(1).mean()
+    terms = {"kl_loss": kl_map.detach().flatten(1).sum(1).mean(), "kl_per_channel": per_channel}
+    return warmup * config.kl_weight * kl_loss / elements, terms
+
+
+def synchronised_last(
+    run: Run, number: int, count: int, model: torch.nn.Module | None = None
+) -> AbstractContextManager[Any]:
+    """Keep gradients local in all but the last of `count` passes."""
+    return nullcontext() if number == count - 1 else run.accelerator.no_sync(model or run.model)
+
+
+def clip(run: Run, module: torch.nn.Module) -> torch.Tensor:
+    """Clip a module's gradients to max_grad_norm; returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(module.parameters(), run.config.optim.max_grad_norm)
+
+
+def add(sums: Terms, terms: Terms, share: float) -> None:
+    """Add a share of each term to its sum."""
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0) + value.detach() * share

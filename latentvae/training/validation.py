@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -46,11 +47,11 @@ class Validation:
         """Figures over all validation images, and a grid of some, saved as samples/step-00000500.png."""
         lpips = self.lpips.to(vae.device) if self.lpips is not None else None
         summary = evaluate(vae, self.images, lpips, self.reason)
-        rows = [
-            [image, reconstruct(vae, image[None]).reconstructions[0].float().cpu()]
-            for _, image in self.images[:GRID_IMAGES]
-        ]
-        picture = grid(rows, ["original", f"step {step}"])
+        images = [image for _, image in self.images[:GRID_IMAGES]]
+        pairs = [[image, reconstruct(vae, image[None]).reconstructions[0].float().cpu()] for image in images]
+        columns = 2 if len(pairs) > 1 else 1
+        rows = [[*chain(*pairs[i : i + columns])] for i in range(0, len(pairs) - columns + 1, columns)]
+        picture = grid(rows, ["original", f"step {step}"] * columns)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "samples" / f"step-{step:08d}.png")
         return summary, picture
@@ -60,7 +61,7 @@ class Validation:
         vae = state.ema.model
         summary = evaluate(vae, self.images, self.lpips, self.reason)
         statistics = None
-        if self.config.model.init is None:
+        if self.config.model.init is None and self.config.model.teacher is None:
             batches = (
                 image[None]
                 for _, image in validation_images(self.train_paths, self.config.data, self.channels)
