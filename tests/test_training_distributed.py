@@ -76,7 +76,12 @@ def test_two_processes_with_half_the_batch_equal_one_in_float64_with_gan_and_acc
     fp64 = ("train.precision=fp64", "train.accumulation=2")
     one = train(photos, tmp_path / "one", 1, *fp64, "train.batch_size=4")
     two = train(photos, tmp_path / "two", 2, *fp64, "train.batch_size=2")
-    for name in ("model.safetensors", "ema.safetensors", "discriminator.safetensors", "optimizer.safetensors"):
+    for name in (
+        "model.safetensors",
+        "ema.safetensors",
+        "discriminator.safetensors",
+        "optimizer.safetensors",
+    ):
         assert difference(one, two, name) < 1e-8, name
     weights = [json.loads(line).get("adaptive_weight") for line in (one / "../../metrics.jsonl").open()]
     assert sum(weight is not None and weight > 0 for weight in weights) == 6, "the GAN ran in steps 5 to 10"

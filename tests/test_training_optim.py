@@ -106,7 +106,12 @@ def test_the_muon_part_is_torchs_muon_to_bfloat16(shape, weight_decay):
     (ours,), (theirs,) = parameters(shape), parameters(shape)
     mine = MuonAdamW([{"params": [ours], "weight_decay": weight_decay, "muon": True}], lr=lr, betas=BETAS)
     torchs = torch.optim.Muon(
-        [theirs], lr=lr, weight_decay=weight_decay, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+        [theirs],
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=0.95,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
     )
     start = ours.detach().clone()
     for step in range(4):
@@ -161,7 +166,10 @@ def test_a_parameter_without_a_gradient_is_left_alone():
     those = parameters((8, 4, 3, 3), (8, 4, 3, 3), (5,), (5,))
     before = [p.detach().clone() for p in those]
     optimizer = MuonAdamW(
-        [{"params": those[:2], "muon": True, "weight_decay": 0.5}, {"params": those[2:], "weight_decay": 0.5}],
+        [
+            {"params": those[:2], "muon": True, "weight_decay": 0.5},
+            {"params": those[2:], "weight_decay": 0.5},
+        ],
         lr=0.1,
         betas=BETAS,
     )
