@@ -23,6 +23,7 @@ from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, LossConfig
 from latentvae.training.data import CropSequence, split_paths
 from latentvae.training.ema import EMA
+from latentvae.training.memory import keep_freed_memory
 from latentvae.training.module import TrainableVAE
 from latentvae.training.optim import build_optimizer
 from latentvae.training.record import Record, tracker_name
@@ -74,6 +75,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     Raises:
         LatentVAEError: bad data, missing weights, an output that is taken, or models that do not fit.
     """
+    keep_freed_memory()
     folder = Path(config.output)
     precision = "bf16" if config.train.precision == "bf16" else "no"
     accelerator = Accelerator(

@@ -1,0 +1,185 @@
+"""Our training step beside the plain one of public scripts: the same model, batch and losses, in one run.
+
+    python benchmarks/training.py --model f8c4-small --batch 16 --crop 96
+
+plain: fp32 (on CUDA: bf16 autocast), NCHW, the lpips package on both images with autograd bookkeeping, AdamW.
+ours: bf16 autocast over fp32 master weights, channels_last, the target's LPIPS features without a graph, and
+the recipes' optimizer. Each case is its own process; they take turns, and the ratios are those of medians.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torchvision.models import squeezenet1_1
+
+from latentvae.latents import Posterior
+from latentvae.losses import VAELoss
+from latentvae.perceptual import load_lpips
+from latentvae.presets import build
+from latentvae.training.config import OptimConfig
+from latentvae.training.memory import keep_freed_memory
+from latentvae.training.module import TrainableVAE
+from latentvae.training.optim import build_optimizer
+
+Step = Callable[[], None]
+
+
+def plain_step(model: str, images: torch.Tensor, weights: Path) -> Step:
+    """A step as public trainers write it."""
+    from lpips import LPIPS
+
+    device = images.device
+    vae = build(model).to(device).train()
+    perceptual = LPIPS(net="squeeze", pnet_rand=True, verbose=False).to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(images).latent_dist
+            reconstructions = vae.decode(posterior.sample()).sample.float()
+        rec_loss = (images - reconstructions).abs() + perceptual(images, reconstructions)
+        loss = rec_loss.sum() / images.shape[0] + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(model: str, images: torch.Tensor, weights: Path, optimizer: str, bf16: bool) -> Step:
+    """A step as latentvae/training takes it."""
+    keep_freed_memory()
+    device, layout = images.device, torch.channels_last
+    module = TrainableVAE(build(model)).to(device).to(memory_format=layout).train()
+    loss = VAELoss("l1", load_lpips("squeeze", weights)).to(device).to(memory_format=layout)
+    updates = build_optimizer(module.vae, OptimConfig.model_validate({"name": optimizer}))
+    images = images.to(memory_format=layout)
+    side = images.shape[-1] // 8
+    noise = torch.randn(images.shape[0], module.vae.config["latent_channels"], side, side, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            moments, reconstructions, _ = module(images, noise)
+            terms = loss(images, reconstructions.float(), Posterior(moments))
+        terms.total.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        updates.step()
+        updates.zero_grad()
+
+    return step
+
+
+CASES: dict[str, Callable[[str, torch.Tensor, Path], Step]] = {
+    "plain": plain_step,
+    "ours": partial(our_step, optimizer="muon", bf16=True),
+    "ours, AdamW": partial(our_step, optimizer="adamw", bf16=True),
+    "ours, fp32": partial(our_step, optimizer="muon", bf16=False),
+}
+
+
+def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Images per second and peak memory in GB of one case, in this process."""
+    cuda = torch.cuda.is_available()
+    shape = (arguments.batch, 3, arguments.crop, arguments.crop)
+    images = torch.rand(shape, device="cuda" if cuda else "cpu") * 2 - 1
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        step = CASES[case](arguments.model, images, random_backbone(Path(folder)))
+    seconds = []
+    for _ in range(arguments.warmup + arguments.steps):
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "images_per_second": arguments.batch / statistics.median(seconds[arguments.warmup :]),
+        "peak_gb": (torch.cuda.max_memory_allocated() if cuda else resident) / 1e9,
+    }
+
+
+def random_backbone(folder: Path) -> Path:
+    """Weights of SqueezeNet's shape: the time does not depend on their values."""
+    path = folder / "squeezenet1_1_features.safetensors"
+    save_file(squeezenet1_1(weights=None).features.state_dict(), path)
+    return path
+
+
+def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians over rounds, and their ratios to the plain step."""
+    table = {
+        case: {key: statistics.median(run[key] for run in rounds) for key in rounds[0]}
+        for case, rounds in runs.items()
+    }
+    for figures in table.values():
+        for key, ratio in (("images_per_second", "speed_ratio"), ("peak_gb", "memory_ratio")):
+            figures[ratio] = figures[key] / table["plain"][key]
+    return table
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def report(table: dict[str, dict[str, float]], arguments: argparse.Namespace) -> str:
+    """The table in Markdown."""
+    lines = [
+        f"{arguments.model}, batch {arguments.batch}, {arguments.crop} px; {machine()}",
+        "",
+        "| step | images/s | ratio | peak GB | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for case, figures in table.items():
+        speed = f"{figures['images_per_second']:.1f} | {figures['speed_ratio']:.2f}"
+        lines.append(f"| {case} | {speed} | {figures['peak_gb']:.2f} | {figures['memory_ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every case in turn, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="f8c4-small")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--crop", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(arguments.case, arguments)))
+        return
+    runs: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+    for _ in range(arguments.rounds):
+        for case in CASES:
+            line = [sys.executable, __file__, *sys.argv[1:], "--case", case]
+            result = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+            runs[case].append(json.loads(result.stdout.splitlines()[-1]))
+    table = summarise(runs)
+    print(report(table, arguments))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "cases": table, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
