@@ -143,6 +143,7 @@ def training_batches(
         sequence,
         batch_sampler=PositionSampler(config.train.batch_size, passes, rank, world),
         collate_fn=_collate,
+        generator=torch.Generator(),  # or its seed would be drawn from torch's own state, one more per resume
         num_workers=config.data.workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.workers > 0,
