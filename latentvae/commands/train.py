@@ -1,5 +1,6 @@
 """`latentvae train`: one process with all cores; GPUs go through `accelerate launch train/train.py`."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -18,17 +19,28 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="'latest' or a checkpoint folder: continue that run.")
     ] = None,
+    find_batch_size: Annotated[
+        bool, typer.Option("--find-batch-size", help="Say how large a batch fits, and do not train.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train a VAE on a folder of images; ends with an export in OUTPUT/vae.
 
     Recipes: tiny, f8c4-small, f8c16-small, f8c4. Settings and their reasons: latentvae/training/config.py.
     """
+    from latentvae.training.batch_size import find_batch_size as find
     from latentvae.training.loop import TrainingInterrupted
     from latentvae.training.loop import train as run
     from latentvae.training.settings import load_config
 
     checked = load_config(config, settings)
+    if find_batch_size:
+        fit = find(checked)
+        if json:
+            print_json(asdict(fit))
+        else:
+            typer.echo(fit.advice())
+        return
     try:
         exported = run(checked, resume)
     except TrainingInterrupted as stop:

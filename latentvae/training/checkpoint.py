@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from latentvae.errors import ConfigError
+from latentvae.errors import ConfigError, LatentVAEError
 from latentvae.model import check_keys
 from latentvae.training.adversary import Adversary
 from latentvae.training.ema import EMA
@@ -62,17 +63,28 @@ def save(
     """
     final = folder / f"{PREFIX}{state.step:08d}"
     partial = folder / f".{final.name}.partial"
-    if accelerator.is_main_process:
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        save_file(
+            {"torch": torch.get_rng_state()}, partial / f"rng-{accelerator.process_index:05d}.safetensors"
+        )
+        if accelerator.is_main_process:
+            _write_state(state, partial, config)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _seal(partial, final)
+            prune(folder, keep)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_file({"torch": torch.get_rng_state()}, partial / f"rng-{accelerator.process_index:05d}.safetensors")
-    if accelerator.is_main_process:
-        _write_state(state, partial, config)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _seal(partial, final)
-        prune(folder, keep)
+        last = listing(folder)
+        kept = f"{last[-1]} is intact" if last else "there is none before it"
+        raise LatentVAEError(
+            f"the checkpoint of step {state.step} could not be written ({error}); {kept}. Make room, then add "
+            "--resume latest."
+        ) from error
     accelerator.wait_for_everyone()
     return final
 

@@ -1,5 +1,6 @@
 """The training loop, top to bottom: step, record, validate, save, export."""
 
+import json
 import signal
 import threading
 import time
@@ -8,13 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latentvae.errors import LatentVAEError
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
+from latentvae.training.curves import draw_curves
 from latentvae.training.data import Batch, training_batches
+from latentvae.training.record import peak_memory
 from latentvae.training.run import Run, set_up
 from latentvae.training.step import optimizer_step
 
@@ -42,14 +46,14 @@ def train(config: Config, resume: str | None = None) -> Path:
     batches = training_batches(
         config, run.sequence, run.state.step, run.accelerator.process_index, run.accelerator.num_processes
     )
-    with stop_on_signal(run.stop):
+    with status(run), stop_on_signal(run.stop), advice_on_memory(run):
         loop(run, batches)
-    exported = run.folder / "vae"
-    if run.is_main:
-        exported = run.validation.export(run.state, run.folder, run.record.seconds)
+        if run.is_main:
+            run.validation.export(run.state, run.folder, run.record.seconds)
+            draw_curves(run.record.path, run.folder / "curves.png")
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-    return exported
+    return run.folder / "vae"
 
 
 def loop(run: Run, batches: DataLoader) -> None:
@@ -114,6 +118,46 @@ def save(run: Run) -> Path:
     settings, keep = run.config.model_dump(), run.config.train.keep_checkpoints
     with run.record.pause():
         return checkpoint.save(run.state, run.checkpoints, settings, keep, run.accelerator)
+
+
+@contextmanager
+def status(run: Run) -> Iterator[None]:
+    """Keep status.json: "running", then "finished", "interrupted" or "failed", with the step and the reason.
+
+    A launcher hides its children's exit codes; this file tells what became of the run.
+    """
+
+    def write(state: str, reason: str = "") -> None:
+        if run.is_main:
+            entry = {"state": state, "step": run.state.step, "reason": reason}
+            (run.folder / "status.json").write_text(json.dumps(entry), encoding="utf-8")
+
+    write("running")
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        write("interrupted", str(stop))
+        raise
+    except BaseException as error:
+        write("failed", f"{type(error).__name__}: {error}")
+        raise
+    write("finished")
+
+
+@contextmanager
+def advice_on_memory(run: Run) -> Iterator[None]:
+    """Turn running out of GPU memory into an error that says what to set."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        config = run.config.train
+        smaller = max(1, config.batch_size // 2)
+        advice = [f"train.batch_size={smaller} with train.accumulation={config.accumulation * 2}"]
+        advice += [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+        raise LatentVAEError(
+            f"out of memory in step {run.state.step + 1}: batch {config.batch_size} of "
+            f"{run.config.data.crop} px, peak {peak_memory() / 1e9:.1f} GB. Try {', or '.join(advice)}, or --find-batch-size. ({error})"
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What a run writes down while it goes: metrics.jsonl, a tracker, and the figures beside the progress bar."""
 
-import importlib.util
 import json
 import logging
 import sys
@@ -13,9 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from PIL import Image
 
+from latentvae.errors import ConfigError
 from latentvae.metrics import MetricsSummary
+from latentvae.presets import nearest
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config
 
@@ -45,8 +48,10 @@ class Record:
             self._truncate(first_step)
         self.tracker: Any = None
         if accelerator.log_with:
-            accelerator.init_trackers("tensorboard")
-            self.tracker = accelerator.get_tracker(accelerator.log_with[0].value)
+            name = accelerator.log_with[0].value
+            # the project's name; TensorBoard makes it a folder
+            accelerator.init_trackers("tensorboard" if name == "tensorboard" else "latentvae")
+            self.tracker = accelerator.get_tracker(name)
 
     def step(self, state: TrainingState, terms: dict[str, torch.Tensor], global_batch: int) -> dict[str, str]:
         """Write the terms (means over processes) and the speed since the last call; return a few."""
@@ -80,7 +85,9 @@ class Record:
         self._write({"step": step, **figures})
         if self.tracker is not None:
             self.accelerator.log({f"val/{k}": v for k, v in figures.items() if v is not None}, step=step)
-            self.tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+            if hasattr(self.tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
+                self.tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, **layout)
 
     def skipped(self, names: list[str]) -> None:
         """Warn of each unusable training image once."""
@@ -127,10 +134,19 @@ def peak_memory() -> int:
 
 
 def tracker_name(config: Config) -> str | None:
-    """The tracker that Accelerate is to start, or None; says so where its package is missing."""
-    if config.train.tracker == "none":
+    """The tracker that Accelerate is to start, or None; says so where its package is missing.
+
+    Raises:
+        ConfigError: Accelerate knows no tracker of that name.
+    """
+    name = config.train.tracker
+    if name == "none":
         return None
-    if importlib.util.find_spec("tensorboard") is None:
-        logger.warning("TensorBoard is not installed: figures go to metrics.jsonl only. Extra: [train].")
+    if name not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(["none", *map(str, LOGGER_TYPE_TO_CLASS)])
+        hint = nearest(name, known.split(", "))
+        raise ConfigError(f"train.tracker={name!r} is no tracker of Accelerate's.{hint} Known: {known}.")
+    if LoggerType(name) not in get_available_trackers():
+        logger.warning("tracker %s is not installed: figures go to metrics.jsonl only. Extra: [train].", name)
         return None
-    return config.train.tracker
+    return name

@@ -1,0 +1,75 @@
+"""How large a batch fits, from the memory that two small ones take."""
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from latentvae.training.config import Config
+from latentvae.training.data import Batch
+from latentvae.training.record import peak_memory
+from latentvae.training.run import Run, set_up
+from latentvae.training.step import optimizer_step
+
+PROBES = (2, 6)
+SHARE = 0.85  # of the memory: fragments, validation and other processes take the rest
+
+
+@dataclass(frozen=True)
+class BatchFit:
+    """The largest batch per process and pass that fits, and the figures behind it, in bytes."""
+
+    batch_size: int
+    bytes_per_image: int
+    fixed_bytes: int
+    memory_bytes: int
+
+    def advice(self) -> str:
+        """The figures in a sentence, with the setting."""
+        gb = 1e9
+        return (
+            f"{self.fixed_bytes / gb:.2f} GB + {self.bytes_per_image / gb:.3f} GB per image of "
+            f"{self.memory_bytes / gb:.1f} GB: up to {self.batch_size} images per process and pass (--set train.batch_size={self.batch_size})"
+        )
+
+
+def find_batch_size(config: Config) -> BatchFit:
+    """Take real steps with small batches, and extrapolate: memory is linear in the batch.
+
+    Args:
+        config: of the run; its output is not touched, and the adversarial loss counts as started.
+
+    Raises:
+        LatentVAEError: whatever would stop the run itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trial = config.model_copy(deep=True)
+        trial.output = folder
+        trial.train.tracker = "none"
+        trial.train.accumulation = 1
+        trial.data.in_memory = False
+        trial.adversarial.disc_start = 0
+        run = set_up(trial, None)
+        peaks = [_peak(run, size) for size in PROBES]
+    per_image = max(1, (peaks[1] - peaks[0]) // (PROBES[1] - PROBES[0]))
+    fixed = max(0, peaks[0] - PROBES[0] * per_image)
+    memory = total_memory()
+    return BatchFit(max(1, int((SHARE * memory - fixed) // per_image)), per_image, fixed, memory)
+
+
+def _peak(run: Run, size: int) -> int:
+    """Peak memory after two steps of a batch, so that the optimizer's states are there."""
+    side, channels = run.config.data.crop, run.state.vae.config["in_channels"]
+    for step in range(2):
+        batch = Batch(torch.rand(size, channels, side, side) * 2 - 1, torch.arange(size) + step * size, [])
+        optimizer_step(run, [batch])
+    return peak_memory()
+
+
+def total_memory() -> int:
+    """Bytes of the GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    import psutil  # a dependency of accelerate
+
+    return psutil.virtual_memory().total
