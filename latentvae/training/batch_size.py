@@ -26,10 +26,12 @@ class BatchFit:
 
     def advice(self) -> str:
         """The figures in a sentence, with the setting."""
-        gb = 1e9
+        fixed, each, memory = (
+            size / 1e9 for size in (self.fixed_bytes, self.bytes_per_image, self.memory_bytes)
+        )
         return (
-            f"{self.fixed_bytes / gb:.2f} GB + {self.bytes_per_image / gb:.3f} GB per image of "
-            f"{self.memory_bytes / gb:.1f} GB: up to {self.batch_size} images per process and pass (--set train.batch_size={self.batch_size})"
+            f"{fixed:.2f} GB + {each:.3f} GB per image of {memory:.1f} GB: up to {self.batch_size} images per "
+            f"process and pass (--set train.batch_size={self.batch_size})"
         )
 
 

@@ -82,8 +82,8 @@ def save(
         last = listing(folder)
         kept = f"{last[-1]} is intact" if last else "there is none before it"
         raise LatentVAEError(
-            f"the checkpoint of step {state.step} could not be written ({error}); {kept}. Make room, then add "
-            "--resume latest."
+            f"the checkpoint of step {state.step} could not be written ({error}); {kept}. Make room, then "
+            "add --resume latest."
         ) from error
     accelerator.wait_for_everyone()
     return final

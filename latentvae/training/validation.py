@@ -91,5 +91,4 @@ def _load_lpips(config: Config) -> tuple[LPIPS | None, str | None]:
             return load_lpips(net, config.loss.perceptual_weights), None
         except MissingWeightsError as error:
             reason = str(error)
-            logger.info("validation without LPIPS-%s: %s", net, error)
     return None, reason
