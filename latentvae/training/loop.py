@@ -155,8 +155,8 @@ def advice_on_memory(run: Run) -> Iterator[None]:
         advice = [f"train.batch_size={smaller} with train.accumulation={config.accumulation * 2}"]
         advice += [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
         raise LatentVAEError(
-            f"out of memory in step {run.state.step + 1}: batch {config.batch_size} of "
-            f"{run.config.data.crop} px, peak {peak_memory() / 1e9:.1f} GB. Try {', or '.join(advice)}, or --find-batch-size. ({error})"
+            f"out of memory in step {run.state.step + 1}: batch {config.batch_size}, crop {run.config.data.crop}, "
+            f"peak {peak_memory() / 1e9:.1f} GB. Try {', or '.join(advice)}, or --find-batch-size. ({error})"
         ) from error
 
 
