@@ -154,9 +154,10 @@ def advice_on_memory(run: Run) -> Iterator[None]:
         smaller = max(1, config.batch_size // 2)
         advice = [f"train.batch_size={smaller} with train.accumulation={config.accumulation * 2}"]
         advice += [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+        figures = f"batch {config.batch_size}, crop {run.config.data.crop}, peak {peak_memory() / 1e9:.1f} GB"
         raise LatentVAEError(
-            f"out of memory in step {run.state.step + 1}: batch {config.batch_size}, crop {run.config.data.crop}, "
-            f"peak {peak_memory() / 1e9:.1f} GB. Try {', or '.join(advice)}, or --find-batch-size. ({error})"
+            f"out of memory in step {run.state.step + 1} ({figures}): {error}. Try {', or '.join(advice)}, or see "
+            "what fits with --find-batch-size."
         ) from error
 
 
