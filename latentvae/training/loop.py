@@ -156,8 +156,8 @@ def advice_on_memory(run: Run) -> Iterator[None]:
         advice += [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
         figures = f"batch {config.batch_size}, crop {run.config.data.crop}, peak {peak_memory() / 1e9:.1f} GB"
         raise LatentVAEError(
-            f"out of memory in step {run.state.step + 1} ({figures}): {error}. Try {', or '.join(advice)}, or see "
-            "what fits with --find-batch-size."
+            f"out of memory in step {run.state.step + 1} ({figures}): {error}. Try "
+            f"{', or '.join(advice)}, or see what fits with --find-batch-size."
         ) from error
 
 
