@@ -54,6 +54,9 @@ def save(
 ) -> Path:
     """Write a checkpoint of every process's state into `folder`; keep the newest `keep`.
 
+    Raises:
+        LatentVAEError: no room, or processes that have drifted apart; earlier checkpoints stay.
+
     Args:
         state: of this process.
         folder: holds `step-00000500` and so on.
@@ -61,6 +64,7 @@ def save(
         keep: how many checkpoints remain.
         accelerator: names the process, and makes all wait for one another.
     """
+    check_agreement(state, accelerator)
     final = folder / f"{PREFIX}{state.step:08d}"
     partial = folder / f".{final.name}.partial"
     try:
@@ -166,6 +170,36 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(module: nn.Module) -> torch.Tensor:
+    """A scalar int64 that changes with any bit of any parameter."""
+    total = torch.zeros((), dtype=torch.int64)
+    for number, parameter in enumerate(module.parameters(), 1):
+        bits = (
+            parameter.detach()
+            .contiguous()
+            .view(torch.int32 if parameter.element_size() == 4 else torch.int64)
+        )
+        total += number * bits.sum(dtype=torch.int64).cpu()
+    return total
+
+
+def check_agreement(state: TrainingState, accelerator: Accelerator) -> None:
+    """Refuse to save where processes hold different weights.
+
+    Raises:
+        LatentVAEError: names the processes that differ from the first.
+    """
+    if accelerator.num_processes == 1:
+        return
+    sums = accelerator.gather(checksum(state.vae).reshape(1).to(accelerator.device)).tolist()
+    apart = [rank for rank, each in enumerate(sums) if each != sums[0]]
+    if apart:
+        raise LatentVAEError(
+            f"processes {apart} hold other weights than process 0 at step {state.step}; nothing was saved. "
+            "Check that all machines run the same versions and GPUs, and continue with --resume latest."
+        )
 
 
 def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> None:
