@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_runs import ROOT, command, finish, launch, records, tensors, write_photos
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

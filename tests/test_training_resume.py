@@ -9,7 +9,7 @@ from training_runs import assert_same, command, finish, kill, kill_after_step, l
 
 from latentvae.training.checkpoint import listing, newest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
