@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from latentvae.errors import ConfigError, LatentVAEError
+from latentvae.errors import LatentVAEError
 from latentvae.latents import Posterior
 from latentvae.losses import VAELoss
 from latentvae.model import load, spatial_compression_ratio
@@ -25,8 +25,9 @@ from latentvae.perceptual import load_lpips
 from latentvae.presets import build
 from latentvae.training import checkpoint
 from latentvae.training.checkpoint import TrainingState
+from latentvae.training.checks import check_crop, starting_point
 from latentvae.training.config import Config
-from latentvae.training.data import Batch, CropSequence, split_paths, training_batches
+from latentvae.training.data import Batch, CropSequence, split_sources, training_batches
 from latentvae.training.optim import build_optimizer, set_learning_rate
 from latentvae.training.record import Record, tracker_name
 from latentvae.training.step import EMA, TrainableVAE, posterior_noise
@@ -102,39 +103,22 @@ def set_up(config: Config, resume: str | None) -> Run:
     folder = Path(config.output)
     precision = "bf16" if config.train.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=precision, log_with=tracker_name(config), project_dir=folder)
-    start = checkpoint.resolve(resume, folder / "checkpoints") if resume else None
-    if start is None and checkpoint.listing(folder / "checkpoints"):
-        raise ConfigError(
-            f"{folder} holds a run's checkpoints. Add --resume latest, or choose another output."
-        )
-    train_paths, val_paths = split_paths(config.data)
+    start = starting_point(config, resume)
+    train_images, val_images = split_sources(config.data)
     lpips = None
     if config.loss.perceptual_weight > 0:
         lpips = load_lpips(config.loss.perceptual_net, config.loss.perceptual_weights)
-
-    torch.manual_seed(config.seed)
-    vae = (
-        load(config.model.init) if config.model.init else build(config.model.preset, **config.model.overrides)
-    )
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    vae = vae.train().to(accelerator.device, memory_format=layout)
-    if config.train.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    optimizer = build_optimizer(vae, config.optim)
-    state = TrainingState(
-        vae=vae,
-        ema=EMA(vae, config.train.ema_decay),
-        optimizer=optimizer,
-    )
+    state = new_state(config, accelerator.device)
+    check_crop(config, state.vae, lpips)
     if start is not None:
         checkpoint.load(state, start, accelerator)
         logger.info("continuing from %s", start)
-    trainable: Any = TrainableVAE(vae)
+    trainable: Any = TrainableVAE(state.vae)
     model, wrapped = accelerator.prepare(
-        torch.compile(trainable) if config.train.compile else trainable, optimizer
+        torch.compile(trainable) if config.train.compile else trainable, state.optimizer
     )
     loss = VAELoss(config.loss.pixel, lpips, config.loss.perceptual_weight, config.loss.kl_weight)
-    channels = vae.config["in_channels"]
+    channels = state.vae.config["in_channels"]
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -142,13 +126,30 @@ def set_up(config: Config, resume: str | None) -> Run:
         state=state,
         model=model,
         optimizer=wrapped,
-        loss=loss.to(accelerator.device).to(memory_format=layout),
-        sequence=CropSequence(train_paths, config.data, channels, config.seed),
-        validation=Validation(config, train_paths, val_paths, channels),
+        loss=loss.to(accelerator.device).to(memory_format=memory_layout(config)),
+        sequence=CropSequence(train_images, config.data, channels, config.seed),
+        validation=Validation(config, train_images, val_images, channels),
         record=Record(folder, accelerator, state.step),
     )
     _announce(run)
     return run
+
+
+def new_state(config: Config, device: torch.device) -> TrainingState:
+    """The model with its first weights, its average and its optimizer."""
+    torch.manual_seed(config.seed)
+    vae = (
+        load(config.model.init) if config.model.init else build(config.model.preset, **config.model.overrides)
+    )
+    vae = vae.train().to(device, memory_format=memory_layout(config))
+    if config.train.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    return TrainingState(vae, EMA(vae, config.train.ema_decay), build_optimizer(vae, config.optim))
+
+
+def memory_layout(config: Config) -> torch.memory_format:
+    """How tensors lie in memory."""
+    return torch.channels_last if config.train.channels_last else torch.contiguous_format
 
 
 def loop(run: Run, batches: DataLoader) -> None:
@@ -215,8 +216,7 @@ def optimizer_step(run: Run, incoming: Iterator[Batch]) -> dict[str, torch.Tenso
 def losses(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
     """Loss terms of one batch on this process; "total" carries the graph."""
     device = run.accelerator.device
-    layout = torch.channels_last if run.config.train.channels_last else torch.contiguous_format
-    images = batch.pixel_values.to(device, memory_format=layout, non_blocking=True)
+    images = batch.pixel_values.to(device, memory_format=memory_layout(run.config), non_blocking=True)
     side = images.shape[-1] // spatial_compression_ratio(run.state.vae)
     shape = (run.state.vae.config["latent_channels"], side, side)
     noise = posterior_noise(run.config.seed, batch.positions, shape).to(device, non_blocking=True)
