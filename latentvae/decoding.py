@@ -38,17 +38,29 @@ class Decoded:
     notes: list[str] = field(default_factory=list)
 
 
-def decode(path: Path, max_pixels: int) -> Decoded:
+@dataclass(frozen=True)
+class Encoded:
+    """An image file in memory, under the name that messages give it; decoded like the file at a path."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def decode(path: Path | Encoded, max_pixels: int) -> Decoded:
     """Read one image file; every way in which that fails is an ImageError that names the file."""
     with _opened(path, max_pixels) as image:
         mode, rawmode = image.mode, _rawmode(image)
         # Pillow's TIFF reader turns the picture itself while it loads, and then drops the tag.
-        turned = _orientation(image) if image.format == "TIFF" else 1
+        turned = _orientation(image, path) if image.format == "TIFF" else 1
         image.load()
         decoded = _samples(image, rawmode, path, max_pixels)
         decoded.mode, decoded.format = mode, image.format or ""
-        orientation = _orientation(image)
-        _turn(decoded, orientation)
+        orientation = _orientation(image, path)
+        decoded.colour = _upright(decoded.colour, orientation)
+        decoded.alpha = None if decoded.alpha is None else _upright(decoded.alpha, orientation)
         if 2 <= max(turned, orientation) <= 8:
             decoded.notes.append(f"rotated by EXIF orientation {max(turned, orientation)}")
         frames = _count_frames(image)
@@ -61,13 +73,13 @@ def decode(path: Path, max_pixels: int) -> Decoded:
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def _opened(path: Path | Encoded, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """Open the file, refuse a bomb by its header, and name the file in whatever goes wrong inside."""
     try:
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             came = "is no file" if path.exists() else "does not exist"
             raise ImageError(f"{path} {came}, but one image file was wanted: use find_images for a folder")
-        with path.open("rb") as file:
+        with path.open("rb") if isinstance(path, Path) else io.BytesIO(path.data) as file:
             image = _identify(file, path)
             width, height = image.size
             _check_size(path, width, height, max_pixels)
@@ -81,7 +93,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
         raise ImageError(f"{path} cannot be read: {reason}. Replace the file, or leave it out") from error
 
 
-def _identify(file: IO[bytes], path: Path) -> ImageFile.ImageFile:
+def _identify(file: IO[bytes], path: Path | Encoded) -> ImageFile.ImageFile:
     """Do what Image.open does, without its size check: that one warns, and obeys a process-wide number."""
     prefix = file.read(16)
     if not prefix:
@@ -93,7 +105,8 @@ def _identify(file: IO[bytes], path: Path) -> ImageFile.ImageFile:
         if accept is None or accept(prefix) is True:
             file.seek(0)
             with _quiet() if name == "GIF" else nullcontext():  # the one reader that warns while it opens
-                return factory(file, str(path))
+                # Pillow maps a file of this name into memory, so bytes must not be called like another file.
+                return factory(file, str(path) if isinstance(path, Path) else "")
     raise ImageError(
         f"{path} is no image by its content, whatever its name says: "
         f"one of {', '.join(FORMATS)} was wanted; convert it to PNG"
@@ -107,7 +120,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
+def _check_size(path: Path | Encoded, width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{path} is {width} x {height} pixels: it holds no picture; leave it out")
     if width * height > max_pixels:
@@ -117,11 +130,11 @@ def _check_size(path: Path, width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def _orientation(image: ImageFile.ImageFile, path: Path | Encoded) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception as error:  # damaged EXIF says nothing about the pixels
-        logger.warning("%s: unreadable EXIF data ignored (%s)", image.filename, error)
+        logger.warning("%s: unreadable EXIF data ignored (%s)", path, error)
         return 1
 
 
@@ -132,14 +145,8 @@ def _count_frames(image: ImageFile.ImageFile) -> int:
         return 1
 
 
-def _turn(decoded: Decoded, orientation: int) -> None:
-    """Bring the samples upright, as views."""
-    decoded.colour = _turn_array(decoded.colour, orientation)
-    if decoded.alpha is not None:
-        decoded.alpha = _turn_array(decoded.alpha, orientation)
-
-
-def _turn_array(samples: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Bring the samples upright, as a view."""
     if orientation in (5, 7):  # transposed: a mirror image of 8 and 6
         samples, orientation = samples[:, ::-1], {5: 8, 7: 6}[orientation]
     if orientation in (2, 4):
@@ -153,7 +160,7 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return str(args[0] if isinstance(args, tuple) and args else args)
 
 
-def _samples(image: ImageFile.ImageFile, rawmode: str, path: Path, max_pixels: int) -> Decoded:
+def _samples(image: ImageFile.ImageFile, rawmode: str, path: Path | Encoded, max_pixels: int) -> Decoded:
     if image.mode == "F":
         return _float_grey(image, path)
     if image.mode.startswith("I"):
@@ -167,7 +174,7 @@ def _samples(image: ImageFile.ImageFile, rawmode: str, path: Path, max_pixels: i
     return decoded
 
 
-def _float_grey(image: Image.Image, path: Path) -> Decoded:
+def _float_grey(image: Image.Image, path: Path | Encoded) -> Decoded:
     colour = np.asarray(image, dtype=np.float32)
     low, high = float(colour.min()), float(colour.max())
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
@@ -178,7 +185,7 @@ def _float_grey(image: Image.Image, path: Path) -> Decoded:
     return Decoded(colour, 1.0, notes=_unapplied_profile(image))
 
 
-def _integer_grey(image: ImageFile.ImageFile, path: Path) -> Decoded:
+def _integer_grey(image: ImageFile.ImageFile, path: Path | Encoded) -> Decoded:
     """Scale instead of clipping: Pillow's convert("RGB") turns 99.6 % of a 16-bit ramp white."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_TAG, (16,))[0]
@@ -204,7 +211,7 @@ def _other_order(order: str) -> str:
     return "L" if (native if order == "N" else order) == "B" else "B"
 
 
-def _deep_colour(image: ImageFile.ImageFile, swapped: str, path: Path, max_pixels: int) -> Decoded:
+def _deep_colour(image: ImageFile.ImageFile, swapped: str, path: Path | Encoded, max_pixels: int) -> Decoded:
     """Read 16-bit colour in full: Pillow keeps the high bytes, or in the wrong byte order the low ones."""
     with _opened(path, max_pixels) as again:
         again.tile = [

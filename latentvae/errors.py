@@ -9,6 +9,10 @@ class ImageError(LatentVAEError):
     """An image, or a folder of images, that cannot be used."""
 
 
+class SourceError(LatentVAEError):
+    """Training images that were there when the run began and are gone: no image of theirs can be skipped."""
+
+
 class ModelError(LatentVAEError):
     """A model that cannot be found, or is no AutoencoderKL."""
 

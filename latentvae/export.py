@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
@@ -237,16 +238,16 @@ def without_paths(provenance: Provenance) -> Provenance:
 def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:
     """A Hugging Face model card in Markdown, with front matter."""
     config = vae.config
-    front = ["library_name: diffusers", f"license: {provenance.licence}", "pipeline_tag: image-to-image"]
+    front = {"library_name": "diffusers", "license": provenance.licence, "pipeline_tag": "image-to-image"}
     if provenance.base_model:
-        front.append(f"base_model: {provenance.base_model}")
+        front["base_model"] = provenance.base_model
     ratio, parameters = spatial_compression_ratio(vae), sum(p.numel() for p in vae.parameters())
     means = provenance.metrics.get("mean", {})
     rows = [f"| {name} | {value:.4g} |" for name, value in means.items() if isinstance(value, float)]
     figures = ["| figure | mean |", "|---|---|", *rows] if rows else ["Not measured."]
     return "\n".join(
         [
-            "---", *front, "---", "",
+            "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", "",
             f"# {provenance.name}", "",
             f"A KL-regularised image VAE (`diffusers.AutoencoderKL`): {ratio}x{ratio} pixels to "
             f"one latent of {config['latent_channels']} channels, {parameters / 1e6:.1f} M parameters.",

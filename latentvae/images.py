@@ -12,25 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentvae.decoding import HAS_AVIF, Decoded, decode
+from latentvae.decoding import HAS_AVIF, Decoded, Encoded, decode
 from latentvae.errors import ImageError
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice its MAX_IMAGE_PIXELS
-SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-)
-SUFFIXES += (".pnm", *((".avif",) if HAS_AVIF else ()))
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", *((".avif",) if HAS_AVIF else ()))
 SAVE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
@@ -96,7 +83,7 @@ def find_images(path: PathLike | Sequence[PathLike]) -> list[Path]:
 def _find_in(path: Path) -> list[Path]:
     accepted = " ".join(SUFFIXES)
     if path.is_dir():
-        found = sorted(_walk(path), key=lambda image: image.as_posix())
+        found = list_files(path, SUFFIXES)
         if not found:
             raise ImageError(f"no image in the folder {path}: put files there that end in one of {accepted}")
         return found
@@ -107,8 +94,13 @@ def _find_in(path: Path) -> list[Path]:
     return [path]
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Yield the images below root, following links to folders unless that would visit one twice."""
+def list_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Sort the files below root that end in one of the suffixes; hidden ones and loops are left out."""
+    return sorted(_walk(root, suffixes), key=lambda file: file.as_posix())
+
+
+def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Yield files below root, following links to folders unless that would visit one twice."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -118,9 +110,9 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(root, onerror=refuse, followlinks=True):
         names[:] = [name for name in sorted(names) if _follow(Path(folder, name), top, visited)]
         for file in files:
-            image = Path(folder, file)
-            if not file.startswith(".") and image.suffix.lower() in SUFFIXES and image.is_file():
-                yield image
+            path = Path(folder, file)
+            if not file.startswith(".") and path.suffix.lower() in suffixes and path.is_file():
+                yield path
 
 
 def _follow(folder: Path, top: Path, visited: set[Path]) -> bool:
@@ -136,19 +128,23 @@ def _follow(folder: Path, top: Path, visited: set[Path]) -> bool:
 
 
 def load_image(
-    path: PathLike,
+    source: PathLike | bytes,
     *,
+    name: str = "image bytes",
     background: Colour = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
     channels: int = 3,
 ) -> torch.Tensor:
     """Load one image as float32 (channels, H, W) in [-1, 1]; see `load_image_with_info`."""
-    return load_image_with_info(path, background=background, max_pixels=max_pixels, channels=channels)[0]
+    return load_image_with_info(
+        source, name=name, background=background, max_pixels=max_pixels, channels=channels
+    )[0]
 
 
 def load_image_with_info(
-    path: PathLike,
+    source: PathLike | bytes,
     *,
+    name: str = "image bytes",
     background: Colour = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
     channels: int = 3,
@@ -156,7 +152,8 @@ def load_image_with_info(
     """Load one image upright, in sRGB, without alpha, and say what that took.
 
     Args:
-        path: the file; its content decides the format, not its suffix.
+        source: the path of an image file, or what is in one; the content decides the format, not a suffix.
+        name: what messages call bytes; a path names itself.
         background: 8-bit sRGB colour put behind transparent pixels.
         max_pixels: refuse more, from the header, before anything is decoded.
         channels: 3 for RGB, 1 for luminance (BT.601).
@@ -168,7 +165,7 @@ def load_image_with_info(
         raise ImageError(
             f"channels={channels} came, but images have 3 (RGB) or 1 (luminance): pass one of these"
         )
-    decoded = decode(Path(path), max_pixels)
+    decoded = decode(Encoded(source, name) if isinstance(source, bytes) else Path(source), max_pixels)
     images = _with_channels(_composite(decoded, background), channels)
     info = ImageInfo(images.shape[2], images.shape[1], decoded.mode, decoded.format, decoded.notes)
     return images, info

@@ -51,7 +51,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def textured(width: int, height: int, seed: int) -> np.ndarray:
     """uint8 (H, W, 3): a diagonal grating over shading, with a little noise, in colours of its own."""
     random = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width, np.newaxis][:2]
+    y, x = np.mgrid[0:height, 0:width, 0:1][:2]  # (H, W, 1) each
     wave = np.sin(random.uniform(0.1, 0.6, 3) * x + random.uniform(0.1, 0.6, 3) * y)
     shade = random.uniform(-1, 1, 3) * x / width + random.uniform(-1, 1, 3) * y / height
     noise = random.normal(0, 0.1, (height, width, 3))

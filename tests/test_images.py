@@ -202,6 +202,31 @@ def test_what_the_system_refuses_is_an_image_error_with_its_cause(tmp_path, monk
     assert isinstance(caught.value.__cause__, PermissionError)
 
 
+def test_bytes_load_like_the_file_they_come_from(tmp_path, monkeypatch):
+    (tmp_path / "deep.png").write_bytes(
+        png(tmp_path / "x", noise(8, 8, 3).numpy() * 100 + 999, 2).read_bytes()
+    )
+    for suffix in (".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".ppm"):
+        photo(tmp_path / f"a{suffix}")
+    for path in find_images(tmp_path):
+        image, info = load_image_with_info(path.read_bytes(), name="shard.tar:a")
+        assert torch.equal(image, load_image(path)), path
+        assert info == load_image_with_info(path)[1]
+    with pytest.raises(ImageError, match=r"^shard\.tar:a\.png cannot be read"):
+        load_image((tmp_path / "a.png").read_bytes()[:100], name="shard.tar:a.png")
+    with pytest.raises(ImageError, match=r"^image bytes is empty \(0 bytes\)"):
+        load_image(b"")
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".ppm", ".tif"])
+def test_the_name_of_bytes_never_opens_a_file(tmp_path, suffix):
+    """Pillow maps uncompressed pictures from the file of that name."""
+    Image.new("L", (8, 8), 10).save(tmp_path / f"secret{suffix}")
+    Image.new("L", (8, 8), 200).save(tmp_path / f"sent{suffix}")
+    sent = (tmp_path / f"sent{suffix}").read_bytes()
+    assert (to_uint8(load_image(sent, name=str(tmp_path / f"secret{suffix}"))) == 200).all()
+
+
 def test_bad_files_are_reported_and_skipped(tmp_path):
     good = [photo(tmp_path / "a.png"), photo(tmp_path / "c.png")]
     (tmp_path / "b.png").write_text("text")

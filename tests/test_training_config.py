@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from latentvae.errors import ConfigError
-from latentvae.training.config import Config, load_config, recipes
+from latentvae.training.config import Config
+from latentvae.training.settings import load_config, recipes
 
 RECIPES = sorted(path.stem for path in Path(__file__).parents[1].glob("train/configs/*.yaml"))
 
@@ -24,7 +25,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-# --- recipes ---------------------------------------------------------------------------------------------
+# --- recipes -----------------------------------------------------------------------------------------------
 
 
 def test_the_recipes_are_the_files_that_people_edit():
@@ -126,7 +127,7 @@ def test_all_problems_are_named_at_once():
     assert all(key in message for key in ("train.max_steps", "loss.pixl", "optim.lr"))
 
 
-# --- types and ranges ----------------------------------------------------------------------------------------
+# --- types and ranges --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_a_model_that_cannot_be_built_is_refused_before_it_is_built(key, value):
     assert key in refusal("model.preset=tiny", f"model.overrides.{key}={value}")
 
 
-# --- settings on the command line ------------------------------------------------------------------------------
+# --- settings on the command line --------------------------------------------------------------------------
 
 
 def test_settings_reach_into_sections_and_dictionaries():
@@ -271,7 +272,7 @@ def test_loading_twice_shares_nothing():
     assert load_config(None).data.crop == 64
 
 
-# --- values that must fit together -------------------------------------------------------------------------------
+# --- values that must fit together -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["crop", "val_size"])
@@ -296,7 +297,7 @@ def test_a_schedule_longer_than_the_run_is_refused():
     assert "max_steps=99" in refusal("train.max_steps=99", "optim.warmup_steps=100")
 
 
-# --- what is written down ------------------------------------------------------------------------------------------
+# --- what is written down ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [None, *RECIPES])

@@ -1,6 +1,7 @@
-"""The training images: item k is the same everywhere, every image comes once an epoch, bad files are named."""
+"""Training images: item k is the same everywhere, each image comes once an epoch, bad files are named."""
 
 import logging
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from latentvae.training.data import (
     PositionSampler,
     epoch_order,
     resize_short_side,
-    split_paths,
+    split_sources,
     training_batches,
     validation_images,
 )
+from latentvae.training.sources import FolderSource
 
 COUNT, HEIGHT, WIDTH, CROP = 7, 40, 52, 32
 
@@ -45,7 +47,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 def sequence(paths: list[Path], seed: int = 0, channels: int = 3, **settings: object) -> CropSequence:
-    return CropSequence(paths, DataConfig(crop=CROP, **settings), channels, seed)
+    return CropSequence(FolderSource(paths), DataConfig(crop=CROP, **settings), channels, seed)
 
 
 def run_config(batch_size: int, accumulation: int, max_steps: int, workers: int = 0) -> Config:
@@ -63,7 +65,7 @@ def same(left: Batch, right: Batch) -> bool:
     )
 
 
-# --- item k ----------------------------------------------------------------------------------------------------
+# --- item k ------------------------------------------------------------------------------------------------
 
 
 def test_item_k_depends_on_seed_and_k_alone(paths):
@@ -117,7 +119,7 @@ def test_worker_processes_make_the_same_batches(paths):
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-# --- what is drawn ---------------------------------------------------------------------------------------------
+# --- what is drawn -----------------------------------------------------------------------------------------
 
 
 def test_every_epoch_visits_every_image_once_in_its_own_order(paths):
@@ -164,7 +166,7 @@ def test_the_short_side_is_resized_and_the_aspect_stays(paths, size, expected):
     assert abs(float(resized.mean() - image.mean())) < 0.01
 
 
-# --- processes and resuming ------------------------------------------------------------------------------------
+# --- processes and resuming --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 3), (2, 1), (2, 3), (4, 2)])
@@ -173,12 +175,12 @@ def test_processes_share_out_exactly_the_positions_of_one(world, accumulation):
     passes = range(steps * accumulation)
     shares = [list(PositionSampler(per_process, passes, rank, world)) for rank in range(world)]
     alone = list(PositionSampler(per_process * world, passes))
-    assert [sum((share[i] for share in shares), []) for i in passes] == alone
-    assert sum(alone, []) == list(range(steps * accumulation * per_process * world))
+    assert [list(chain(*(share[i] for share in shares))) for i in passes] == alone
+    assert list(chain(*alone)) == list(range(steps * accumulation * per_process * world))
 
 
 def test_accumulation_and_processes_leave_the_images_of_a_step_as_they_are(paths):
-    """One process with batches of 8, one with 2 passes of 4, two with 2 passes of 2: the same 8 crops a step."""
+    """One process with 8, one with 2 passes of 4, two with 2 passes of 2: the same 8 crops a step."""
     steps = 3
 
     def crops_of_steps(batch_size, accumulation, world):
@@ -203,7 +205,7 @@ def test_a_resume_from_step_s_continues_with_the_batches_of_the_straight_run(pat
         assert all(same(a, b) for a, b in zip(straight[4 * accumulation :], resumed, strict=True))
 
 
-# --- files that cannot be used -----------------------------------------------------------------------------------
+# --- files that cannot be used -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -260,7 +262,12 @@ def test_an_error_says_so_where_no_image_can_be_used(mixed, in_memory):
         sequence(bad, in_memory=in_memory)[0]
 
 
-# --- training and validation files -------------------------------------------------------------------------------
+# --- training and validation files -------------------------------------------------------------------------
+
+
+def split_paths(config: DataConfig) -> tuple[list[Path], list[Path]]:
+    train, val = ([Path(source.name(i)) for i in range(len(source))] for source in split_sources(config))
+    return train, val
 
 
 def many(folder: Path, count: int) -> list[Path]:
@@ -323,11 +330,11 @@ def test_validation_images_are_centre_crops_and_small_ones_whole(tmp_path, caplo
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        images = dict(validation_images([large, broken, small], DataConfig(val_size=32), 3))
+        images = dict(validation_images(FolderSource([large, broken, small]), DataConfig(val_size=32), 3))
     assert list(images) == ["large.png", "small.png"]
     assert "broken.png" in caplog.text
     assert where(images["large.png"]) == (2, 4, 14, False)
     assert where(images["small.png"]) == (3, 0, 9, False)
     assert images["small.png"].shape == (3, 20, 32)
     with pytest.raises(ImageError, match="none of the 1 validation images"):
-        validation_images([broken], DataConfig(), 3)
+        validation_images(FolderSource([broken]), DataConfig(), 3)

@@ -1,6 +1,7 @@
 """Muon with AdamW: the same steps as torch's own optimizers, the right parameters in each, the schedule."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def give_gradients(those: list[nn.Parameter], step: int, scale: float = 1.0) -> 
         parameter.grad = drawn(*parameter.shape, seed=1000 * step + i + 500).to(parameter.dtype) * scale
 
 
-# --- orthogonalisation -------------------------------------------------------------------------------------------
+# --- orthogonalisation -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 48), (3, 8, 72), (2, 3, 72, 8), (1, 9)])
@@ -82,7 +83,7 @@ def test_orthogonalize_forgets_the_scale_and_leaves_zero_zero():
     assert torch.equal(orthogonalize(torch.zeros(8, 30)), torch.zeros(8, 30))
 
 
-# --- steps -----------------------------------------------------------------------------------------------------
+# --- steps -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -181,7 +182,7 @@ def test_a_parameter_without_a_gradient_is_left_alone():
     assert those[2] not in optimizer.state
 
 
-# --- which parameters go where -----------------------------------------------------------------------------------
+# --- which parameters go where -----------------------------------------------------------------------------
 
 
 def placed(vae: nn.Module, config: OptimConfig) -> dict[str, list[dict]]:
@@ -227,7 +228,7 @@ def test_frozen_parameters_are_in_no_group():
     assert len(build_optimizer(vae, OptimConfig()).param_groups) == 1
 
 
-# --- schedule ------------------------------------------------------------------------------------------------------
+# --- schedule ----------------------------------------------------------------------------------------------
 
 
 def rates(max_steps: int, **settings: object) -> list[float]:
@@ -247,7 +248,7 @@ def test_the_cosine_falls_from_the_warm_up_to_the_final_rate():
     assert rate[60] == pytest.approx(0.6)  # half way between 1 and 0.2
     assert rate[35] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert rate[110] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(rate[10:], rate[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rate[10:]))
     assert learning_rate(OptimConfig(warmup_steps=10, final_lr=0.2), 500, 110) == pytest.approx(0.2)
 
 

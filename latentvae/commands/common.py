@@ -1,6 +1,8 @@
 """What the verbs share: options, devices, output folders and the --json convention."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -109,9 +111,30 @@ def read_images(
             image, info = load_image_with_info(path, channels=channels)
         except ImageError as error:
             skipped.append({"path": str(path), "reason": str(error)})
-            typer.echo(f"skipped: {error}", err=True)
+            tqdm.write(f"skipped: {error}", file=sys.stderr)  # beside the bar, not in it
             continue
         yield path, image, info
+
+
+def short_names(files: list[Path], sources: list[Path]) -> dict[Path, Path]:
+    """What to call each file: its path below the folder it was found in; a file named itself has no folder.
+
+    Suffixes stay: a.jpg and a.png are two images. Where two files would be called the same, all are called by
+    their path below what they have in common.
+    """
+    names = {file: _below(file, sources) for file in files}
+    if len(set(names.values())) == len(names):
+        return names
+    places = {file: Path(os.path.normpath(file.absolute())) for file in files}
+    common = os.path.commonpath([place.parent for place in places.values()])
+    return {file: place.relative_to(common) for file, place in places.items()}
+
+
+def _below(path: Path, sources: list[Path]) -> Path:
+    for source in sources:
+        if source.is_dir() and path.is_relative_to(source):
+            return path.relative_to(source)
+    return Path(path.name)
 
 
 def make_folder(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latentvae.commands.common import Json, print_json
+from latentvae.commands.common import Json, finish, image_channels, print_json, read_images
 from latentvae.errors import LatentVAEError
 
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
@@ -49,12 +49,14 @@ def export(
         training=f"{state['step']} steps" if state else "not stated",
         config=state.get("config", {}),
     )
-    statistics = measure(vae, images, state)
+    skipped: list[dict[str, str]] = []
+    statistics = measure(vae, images, state, skipped)
     folder = run(vae, output, statistics=statistics, provenance=provenance, overwrite=overwrite)
     if json:
         print_json({"export": str(folder), "latent_statistics": statistics.as_dict() if statistics else None})
     else:
         typer.echo(f"Exported {folder}, reloaded in diffusers without a difference.")
+    finish(skipped, statistics.image_count if statistics else 0)
 
 
 def find_checkpoint(source: Path) -> Path | None:
@@ -78,26 +80,44 @@ def load_checkpoint(checkpoint: Path, ema: bool) -> tuple[Any, dict[str, Any]]:
     return vae, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def measure(vae: Any, images: Path | None, state: dict[str, Any]) -> Any:
+def measure(vae: Any, images: Path | None, state: dict[str, Any], skipped: list[dict[str, str]]) -> Any:
     """Latent statistics of `images`, or of the run's own data; None where a parent's factors stay.
 
     Raises:
         LatentVAEError: a model trained from scratch, and no images to measure.
     """
-    from latentvae.images import find_images, iter_images
+    config = state.get("config", {})
+    if images is not None:
+        return measure_files(vae, images, skipped)
+    return measure_training_data(vae, config["data"]) if state and not config["model"]["init"] else None
+
+
+def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
+    """Latent statistics of whole images, evenly chosen."""
+    from latentvae.images import find_images
     from latentvae.latents import compute_latent_statistics
 
-    config = state.get("config", {})
-    from_scratch = bool(state) and not config.get("model", {}).get("init")
-    folder = images or (config["data"]["train"] if from_scratch else None)
-    if folder is None:
-        return None
-    if not Path(folder).exists():
-        raise LatentVAEError(
-            f"latent statistics need images, and {folder} is not there. Pass --images FOLDER, pictures "
-            "like those it was trained on."
-        )
-    paths = find_images(folder)
+    paths = find_images(images)
     some = paths[:: max(1, len(paths) // STATISTICS_IMAGES)][:STATISTICS_IMAGES]
-    batches = (image[None] for _, image in iter_images(some, on_error=lambda path, error: None))
-    return compute_latent_statistics(vae, batches)
+    read = read_images(some, image_channels(vae), skipped)
+    try:
+        return compute_latent_statistics(vae, (image[None] for _, image, _ in read))
+    except ValueError:
+        finish(skipped, 0)  # says that no image could be read at all
+        raise
+
+
+def measure_training_data(vae: Any, config: dict[str, Any]) -> Any:
+    """Latent statistics of what the run was trained on, as the run itself measures them at its end."""
+    from latentvae.training.config import DataConfig
+    from latentvae.training.data import split_sources
+    from latentvae.training.validation import training_statistics
+
+    try:
+        data = DataConfig.model_validate(config)
+        return training_statistics(vae, split_sources(data)[0], data)
+    except (LatentVAEError, ValueError) as error:
+        raise LatentVAEError(
+            f"latent statistics need images, and the run's own cannot be used: {error} Pass --images FOLDER, "
+            "pictures like those it was trained on."
+        ) from error

@@ -21,6 +21,7 @@ from latentvae.commands.common import (
     make_folder,
     print_json,
     read_images,
+    short_names,
 )
 
 SAMPLE_PICTURE = Path(__file__).parents[1] / "assets" / "chelsea.png"
@@ -51,8 +52,9 @@ def reconstruct(
 
     sources = paths or [SAMPLE_PICTURE]
     files = find_images(sources)
-    make_folder(output)
+    names = short_names(files, sources)
     vae = load_model(model, device, precision)
+    make_folder(output)
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
     metrics = Metrics(lpips=lpips, lpips_missing_reason=reason, latents="sample" if sample else "mode")
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +62,7 @@ def reconstruct(
     written: list[dict[str, Any]] = []
     for path, image, info in read_images(files, image_channels(vae), skipped):
         result = run(vae, image[None], sample=sample, generator=generator)
-        name = output_name(path, sources)
+        name = names[path]
         (row,) = metrics.add(
             name.as_posix(), image[None].to(vae.device), result.reconstructions, result.posterior.kl()
         )
@@ -68,17 +70,6 @@ def reconstruct(
     if written:
         report(metrics.summary(), written, skipped, as_json=json)
     finish(skipped, len(written))
-
-
-def output_name(path: Path, sources: list[Path]) -> Path:
-    """The path below the folder it was found in; the bare name for a file that was named itself.
-
-    Suffixes stay: a.jpg and a.png are two images.
-    """
-    for source in sources:
-        if source.is_dir() and path.is_relative_to(source):
-            return path.relative_to(source)
-    return Path(path.name)
 
 
 def write_pictures(

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 COUNTERS = ("step", "skipped_images", "skipped_steps", "bad_steps")
+REQUIRED = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"}
 
 
 @dataclass
@@ -80,7 +81,7 @@ def save(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _seal(partial, final)
-            prune(folder, keep)
+            prune(folder, keep, final)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(partial, ignore_errors=True)
         last = listing(folder)
@@ -151,6 +152,8 @@ def damage(checkpoint: Path) -> str | None:
         return f"{checkpoint} has no {MANIFEST}"
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
+    if not isinstance(manifest, dict) or not manifest.keys() >= REQUIRED:
+        return f"its {MANIFEST} does not list a checkpoint's files"
     for name, digest in manifest.items():
         path = checkpoint / name
         if not path.is_file():
@@ -160,9 +163,14 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what interrupted saves left."""
-    for path in [*listing(folder)[:-keep], *folder.glob(f".{PREFIX}*.partial")]:
+def prune(folder: Path, keep: int, last: Path) -> None:
+    """Delete all but `keep` checkpoints up to `last`, and what interrupted saves left.
+
+    Those after `last` go too: the run went back to before them, and `latest` must not mean them.
+    """
+    upto = [path for path in listing(folder) if path.name <= last.name]
+    later = [path for path in listing(folder) if path.name > last.name]
+    for path in [*upto[:-keep], *later, *folder.glob(f".{PREFIX}*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -261,4 +269,11 @@ def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
     for name, tensor in load_file(path).items():
         index, key = name.split(".", 1)
         slots.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group in groups:
+        if any(("momentum" in slots[index]) != group["muon"] for index in group["params"] if index in slots):
+            raise ConfigError(
+                f"{path.parent} was written with another optim.name. Keep that one, or start a new run from "
+                f"its weights with model.init={path.parent / 'ema.safetensors'}."
+            )
+    optimizer.load_state_dict({"state": slots, "param_groups": groups})

@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentvae.errors import ModelError
-from latentvae.presets import PRESETS, preset_config
+from latentvae.presets import preset_config
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -29,9 +29,13 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Folders of images, and the crops drawn from them."""
+    """Images, and the crops drawn from them."""
 
-    train: str | None = None  # a folder; the only setting without a default that works
+    # A folder of images, .tar shards or .parquet files, one such file, a dataset saved with save_to_disk,
+    # or a pattern such as shards/{000..011}.tar. The only setting without a default that works.
+    train: str | None = None
+    # Of a dataset: the column with the images; of .tar shards: the members' extension. None: found by type.
+    column: str | None = None
     val: str | None = None  # None: hold out `val_images` of the training folder
     val_images: int = Field(24, ge=1)  # enough for a mean that moves by less than 0.1 dB between runs
     val_size: int = Field(256, ge=16)  # centre crops of this size, so that they batch
@@ -156,7 +160,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        _check_overrides(self.model.overrides)
         _check_sizes(self)
         _check_steps(self)
         _check_mode(self.model)
@@ -211,26 +214,3 @@ def _check_mode(model: ModelConfig) -> None:
             f"model.mode={model.mode} with model.teacher={model.teacher}; "
             "distil needs a teacher, and only distil has one"
         )
-
-
-def _check_overrides(overrides: dict[str, Any]) -> None:
-    """Refuse values of another type than the presets'; names are checked where the preset is looked up."""
-    for key, value in overrides.items():
-        match PRESETS["f8c4"].get(key):
-            case bool():
-                fits, wanted = isinstance(value, bool), "true or false"
-            case int():
-                fits, wanted = _is_count(value), "a whole number from 1"
-            case float():
-                fits, wanted = type(value) in (int, float), "a number such as 0.5"
-            case tuple():
-                fits = isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_count, value))
-                wanted = "a list of whole numbers from 1"
-            case _:
-                continue
-        if not fits:
-            raise ValueError(f"model.overrides.{key}={value!r}; wanted {wanted}")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0

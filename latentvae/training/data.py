@@ -1,11 +1,14 @@
 """Training images: an endless, seekable sequence of crops in which item k is the same in every run."""
 
+import atexit
 import logging
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -13,11 +16,15 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from latentvae.errors import ConfigError, ImageError
-from latentvae.images import find_images, from_uint8, load_image, to_uint8
+from latentvae.errors import ConfigError, ImageError, LatentVAEError
+from latentvae.images import from_uint8, to_uint8
 from latentvae.training.config import Config, DataConfig
+from latentvae.training.sources import ImageSource, Selection, hold_out, open_source, root, without
 
 logger = logging.getLogger(__name__)
+
+
+Item = tuple[torch.Tensor, int, list[str]]  # (C, H, W), position, skipped
 
 
 @dataclass
@@ -26,51 +33,58 @@ class Batch:
 
     pixel_values: torch.Tensor  # (B, C, H, W) in [-1, 1]
     positions: torch.Tensor  # (B,) int64: global sample index, counted from the run's start
-    skipped: list[str]  # "path: reason"
+    skipped: list[str]  # "name: reason"
 
 
-class CropSequence(Dataset[tuple[torch.Tensor, int, list[str]]]):
+class CropSequence(Dataset[Item]):
     """Item k of an endless sequence: a random crop of image `order(k // N)[k % N]`, drawn from (seed, k).
 
     Nothing is remembered between items, so any process can make any item and a run resumes at any position.
     An image that cannot be used is replaced by the next one in the same epoch's order, and reported.
 
     Args:
-        paths: image files.
+        source: of the images.
         config: crop, resize and flip.
         channels: of the model; 3 or 1.
         seed: of the run.
     """
 
-    def __init__(self, paths: list[Path], config: DataConfig, channels: int, seed: int) -> None:
-        self.paths = paths
+    def __init__(self, source: ImageSource, config: DataConfig, channels: int, seed: int) -> None:
+        self.source = source
         self.config = config
         self.channels = channels
         self.seed = seed
         self.memory: list[torch.Tensor | str] | None = None
         if config.in_memory:
-            self.memory = _decode_all(self, paths)
+            self.memory = _decode_all(self)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, list[str]]:
-        count = len(self.paths)
+    def __getitem__(self, position: int) -> Item:
+        count = len(self.source)
         epoch, offset = divmod(position, count)
         order = epoch_order(self.seed, epoch, count)
         skipped: list[str] = []
         for attempt in range(count):
-            index = order[(offset + attempt) % count]
-            image = self.memory[index] if self.memory is not None else self.decode(self.paths[index])
+            index = int(order[(offset + attempt) % count])
+            image = self.memory[index] if self.memory is not None else self.decode(index)
             if isinstance(image, torch.Tensor):
                 return self._crop(image, position), position, skipped
-            skipped.append(f"{self.paths[index]}: {image}")
+            skipped.append(f"{self.source.name(index)}: {image}")
         raise ImageError(f"none of the {count} training images can be used; the first: {skipped[0]}")
 
-    def decode(self, path: Path) -> torch.Tensor | str:
+    def __getitems__(self, positions: list[int]) -> list[Item] | LatentVAEError:
+        """What a DataLoader collates: the items, or the error to raise in the main process."""
+        try:
+            return [self[position] for position in positions]
+        except LatentVAEError as error:
+            return error
+
+    def decode(self, index: int) -> torch.Tensor | str:
         """One image as uint8 (C, H, W), at least as large as a crop; or the reason why it cannot be used."""
         try:
-            image = load_image(path, channels=self.channels)
+            image = self.source.load(index, self.channels)
         except ImageError as error:
             return str(error)
         if self.config.short_side is not None:
@@ -107,11 +121,13 @@ def resize_short_side(image: torch.Tensor, size: int) -> torch.Tensor:
     )
 
 
-def _decode_all(sequence: CropSequence, paths: list[Path]) -> list[torch.Tensor | str]:
+def _decode_all(sequence: CropSequence) -> list[torch.Tensor | str]:
+    count, first = len(sequence), sequence.source.name(0)
     with ThreadPoolExecutor() as pool:
-        images = list(tqdm(pool.map(sequence.decode, paths), total=len(paths), desc="decoding", leave=False))
+        decoded = pool.map(sequence.decode, range(count))
+        images = list(tqdm(decoded, total=count, desc="decoding", leave=False))
     if not any(isinstance(image, torch.Tensor) for image in images):
-        raise ImageError(f"none of the {len(paths)} training images can be used; {paths[0]}: {images[0]}")
+        raise ImageError(f"none of the {count} training images can be used; {first}: {images[0]}")
     return images
 
 
@@ -134,76 +150,95 @@ class PositionSampler(Sampler[list[int]]):
             yield list(range(start, start + self.batch_size))
 
 
+class BatchLoader(DataLoader):
+    """A DataLoader whose workers' errors arrive as they were, not as a stack trace in a message."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, LatentVAEError):
+                # a new one: raising `batch` itself ties a cycle with this frame, and leaves workers to gc
+                raise type(batch)(*batch.args)
+            yield batch
+
+
 def training_batches(
     config: Config, sequence: CropSequence, first_step: int, rank: int, world: int
-) -> DataLoader:
+) -> BatchLoader:
     """Batches from an optimizer step to the end of the run, `accumulation` of them per step."""
     passes = range(first_step * config.train.accumulation, config.train.max_steps * config.train.accumulation)
-    return DataLoader(
+    return BatchLoader(
         sequence,
         batch_sampler=PositionSampler(config.train.batch_size, passes, rank, world),
         collate_fn=_collate,
-        generator=torch.Generator(),  # or its seed would be drawn from torch's own state, one more per resume
         num_workers=config.data.workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # it draws a seed for its workers: not from the run's generator
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.data.workers > 0,
     )
 
 
-def _collate(items: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Go on when the whole process group is asked to stop: the main process saves first, and then ends us."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register  # after multiprocessing's own, hence run before it
+def _end_workers() -> None:
+    """Kill the workers that are left at exit: multiprocessing would ask with SIGTERM, and wait for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def _collate(items: list[Item] | LatentVAEError) -> Batch | LatentVAEError:
+    if isinstance(items, LatentVAEError):
+        return items
     crops, positions, skipped = zip(*items, strict=True)
     return Batch(torch.stack(crops), torch.tensor(positions), [name for names in skipped for name in names])
 
 
-def split_paths(config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """Training and validation files, none in both; without a validation folder, some are held out evenly.
+def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
+    """Training and validation images, none in both; without `data.val`, some are held out evenly.
 
     Raises:
-        ConfigError: no training folder given, or too few images to hold any out.
-        ImageError: a folder that is missing or holds no image.
+        ConfigError: no training data given, too few images to hold any out, or what `open_source` raises.
+        ImageError: data that is missing or damaged, or holds no image.
     """
     if config.train is None:
         raise ConfigError(
             "data.train is not set: which images? Add `--set data.train=FOLDER`, or set it in the config."
         )
-    train = find_images(config.train)
-    if config.val is not None:
-        held_out = find_images(config.val)[: config.val_images]
-        if _nested(Path(config.train).resolve(), Path(config.val).resolve()):
-            train = _without(train, held_out)
+    train = open_source(config.train, config.column)
+    if config.val is None:
+        if len(train) < 2:
+            raise ConfigError(
+                f"{config.train} holds one image, none is left for validation. Add images, or set data.val."
+            )
+        return hold_out(train, config.val_images)
+    val = open_source(config.val, config.column)
+    held_out = Selection(val, np.arange(min(len(val), config.val_images)))
+    one, other = root(config.train), root(config.val)
+    if not (one.is_relative_to(other) or other.is_relative_to(one)):
         return train, held_out
-    if len(train) < 2:
-        raise ConfigError(
-            f"{config.train} holds one image, none is left for validation. Add images, or set data.val."
-        )
-    every = max(2, len(train) // min(config.val_images, len(train) // 2))
-    held_out = train[::every][: config.val_images]
-    chosen = set(held_out)
-    return [path for path in train if path not in chosen], held_out
-
-
-def _nested(one: Path, other: Path) -> bool:
-    return one.is_relative_to(other) or other.is_relative_to(one)
-
-
-def _without(train: list[Path], measured: list[Path]) -> list[Path]:
-    """The training files that are not measured, however their folders are spelled."""
-    places = {path.resolve() for path in measured}
-    rest = [path for path in train if path.resolve() not in places]
-    if not rest:
+    rest = without(train, held_out)
+    if not len(rest):
         raise ConfigError(
             f"all {len(train)} images of data.train are also in data.val. Use other folders, or lower "
             "data.val_images."
         )
-    return rest
+    return rest, held_out
 
 
-def validation_images(paths: list[Path], config: DataConfig, channels: int) -> list[tuple[str, torch.Tensor]]:
+def validation_images(
+    source: ImageSource, config: DataConfig, channels: int
+) -> list[tuple[str, torch.Tensor]]:
     """Centre crops of `val_size` (smaller images whole), as (name, (C, H, W) in [-1, 1])."""
     images = []
-    for path in paths:
+    for index in range(len(source)):
         try:
-            image = load_image(path, channels=channels)
+            image = source.load(index, channels)
         except ImageError as error:
             logger.warning("validation image left out: %s", error)
             continue
@@ -211,7 +246,10 @@ def validation_images(paths: list[Path], config: DataConfig, channels: int) -> l
             image = resize_short_side(image, config.short_side)
         height, width = (min(side, config.val_size) for side in image.shape[-2:])
         top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-        images.append((path.name, image[:, top : top + height, left : left + width].contiguous()))
+        name = PurePath(source.name(index)).name
+        images.append((name, image[:, top : top + height, left : left + width].contiguous()))
     if not images:
-        raise ImageError(f"none of the {len(paths)} validation images can be read; the first is {paths[0]}")
+        raise ImageError(
+            f"none of the {len(source)} validation images can be read; the first is {source.name(0)}"
+        )
     return images

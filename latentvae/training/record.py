@@ -81,8 +81,8 @@ class Record:
 
     def validation(self, step: int, summary: MetricsSummary, picture: Image.Image) -> None:
         """Write the mean figures of a validation, and show its picture to the tracker."""
-        figures = {f"val_{name}": value for name, value in summary.as_dict()["mean"].items()}
-        self._write({"step": step, **figures})
+        figures = summary.as_dict()["mean"]
+        self._write({"step": step, **{f"val_{name}": value for name, value in figures.items()}})
         if self.tracker is not None:
             self.accelerator.log({f"val/{k}": v for k, v in figures.items() if v is not None}, step=step)
             if hasattr(self.tracker, "log_images"):

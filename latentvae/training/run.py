@@ -20,8 +20,9 @@ from latentvae.presets import build, nearest
 from latentvae.training import checkpoint
 from latentvae.training.adversary import Adversary
 from latentvae.training.checkpoint import TrainingState
+from latentvae.training.checks import check_crop, starting_point
 from latentvae.training.config import Config, LossConfig
-from latentvae.training.data import CropSequence, split_paths
+from latentvae.training.data import CropSequence, split_sources
 from latentvae.training.ema import EMA
 from latentvae.training.memory import keep_freed_memory
 from latentvae.training.module import TrainableVAE
@@ -84,10 +85,11 @@ def set_up(config: Config, resume: str | None) -> Run:
         log_with=tracker_name(config),
         project_dir=folder,
     )
-    start = starting_point(folder, resume)
-    train_paths, val_paths = split_paths(config.data)
+    start = starting_point(config, resume)
+    train_images, val_images = split_sources(config.data)
     loss = build_loss(config.loss)
     vae, teacher = models(config, accelerator.device)
+    check_crop(config, vae, loss.lpips)
     channels = vae.config["in_channels"]
     state = TrainingState(
         vae=vae,
@@ -105,25 +107,14 @@ def set_up(config: Config, resume: str | None) -> Run:
         state=state,
         model=wrap(config, TrainableVAE(vae, teacher), accelerator),
         loss=loss.to(accelerator.device, config.train.dtype).to(memory_format=config.train.memory_format),
-        sequence=CropSequence(train_paths, config.data, channels, config.seed),
-        validation=Validation(config, train_paths, val_paths, channels),
+        sequence=CropSequence(train_images, config.data, channels, config.seed),
+        validation=Validation(config, train_images, val_images, channels),
         record=Record(folder, accelerator, state.step),
     )
     if state.adversary is not None:
         state.adversary.prepare(accelerator)
     announce(run)
     return run
-
-
-def starting_point(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from, or None; refuses to start over another run."""
-    if resume:
-        return checkpoint.resolve(resume, folder / "checkpoints")
-    if checkpoint.listing(folder / "checkpoints"):
-        raise ConfigError(
-            f"{folder} holds a run's checkpoints. Add --resume latest, or choose another output."
-        )
-    return None
 
 
 def build_loss(config: LossConfig) -> VAELoss:

@@ -5,20 +5,22 @@ import platform
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latentvae.errors import MissingWeightsError
+from latentvae.errors import LatentVAEError
 from latentvae.evaluation import evaluate
 from latentvae.export import Provenance, export
-from latentvae.latents import compute_latent_statistics, reconstruct
+from latentvae.latents import LatentStatistics, compute_latent_statistics, reconstruct
 from latentvae.metrics import MetricsSummary
 from latentvae.perceptual import LPIPS, load_lpips
 from latentvae.pictures import grid
 from latentvae.training.checkpoint import TrainingState
-from latentvae.training.config import Config
+from latentvae.training.config import Config, DataConfig
 from latentvae.training.data import validation_images
+from latentvae.training.sources import ImageSource, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +33,15 @@ class Validation:
 
     Args:
         config: of the run.
-        train_paths: for the latent statistics of the export.
-        val_paths: measured.
+        train: trained on; some give the latent statistics of the export.
+        val: measured.
         channels: of the model.
     """
 
-    def __init__(self, config: Config, train_paths: list[Path], val_paths: list[Path], channels: int) -> None:
+    def __init__(self, config: Config, train: ImageSource, val: ImageSource, channels: int) -> None:
         self.config = config
-        self.train_paths = train_paths[:: max(1, len(train_paths) // STATISTICS_IMAGES)][:STATISTICS_IMAGES]
-        self.channels = channels
-        self.images = validation_images(val_paths, config.data, channels)
+        self.train = train
+        self.images = validation_images(val, config.data, channels)
         self.lpips, self.reason = _load_lpips(config)
 
     def __call__(self, vae: AutoencoderKL, step: int, folder: Path) -> tuple[MetricsSummary, Image.Image]:
@@ -62,11 +63,7 @@ class Validation:
         summary = evaluate(vae, self.images, self.lpips, self.reason)
         statistics = None
         if self.config.model.init is None and self.config.model.teacher is None:
-            batches = (
-                image[None]
-                for _, image in validation_images(self.train_paths, self.config.data, self.channels)
-            )
-            statistics = compute_latent_statistics(vae, batches)
+            statistics = training_statistics(vae, self.train, self.config.data)
         device = (
             torch.cuda.get_device_name()
             if torch.cuda.is_available()
@@ -75,7 +72,7 @@ class Validation:
         provenance = Provenance(
             name=f"latentvae {self.config.model.preset}",
             base_model=self.config.model.init,
-            trained_on=f"{len(self.train_paths)} image folder {Path(self.config.data.train or '').name!r}",
+            trained_on=f"{len(self.train)} images of {Path(self.config.data.train or '').name!r}",
             training=f"{state.step} steps in {seconds / 60:.0f} minutes on {device} ({platform.machine()}).",
             metrics=summary.as_dict(),
             config=self.config.model_dump(mode="json"),
@@ -83,12 +80,19 @@ class Validation:
         return export(vae, folder / "vae", statistics=statistics, provenance=provenance, overwrite=True)
 
 
+def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataConfig) -> LatentStatistics:
+    """Latent statistics over evenly chosen training images, cropped as those of a validation."""
+    spread = np.arange(0, len(source), max(1, len(source) // STATISTICS_IMAGES))[:STATISTICS_IMAGES]
+    images = validation_images(Selection(source, spread), config, vae.config["in_channels"])
+    return compute_latent_statistics(vae, (image[None] for _, image in images))
+
+
 def _load_lpips(config: Config) -> tuple[LPIPS | None, str | None]:
     """AlexNet's LPIPS, the usual one to report; else the training's own; else the reason for neither."""
     reason = None
-    for net in ("alex", config.loss.perceptual_net):
+    for net in dict.fromkeys(("alex", config.loss.perceptual_net)):
         try:
             return load_lpips(net, config.loss.perceptual_weights), None
-        except MissingWeightsError as error:
+        except LatentVAEError as error:  # missing, or a file that holds another network
             reason = str(error)
     return None, reason
