@@ -65,7 +65,6 @@ def save(
         keep: how many checkpoints remain.
         accelerator: names the process, and makes all wait for one another.
     """
-    check_agreement(state, accelerator)
     final = folder / f"{PREFIX}{state.step:08d}"
     partial = folder / f".{final.name}.partial"
     try:

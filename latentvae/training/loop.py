@@ -115,6 +115,7 @@ def validate(run: Run) -> None:
 
 def save(run: Run) -> Path:
     """Write a checkpoint, outside the run's clock."""
+    checkpoint.check_agreement(run.state, run.accelerator)
     settings, keep = run.config.model_dump(), run.config.train.keep_checkpoints
     with run.record.pause():
         return checkpoint.save(run.state, run.checkpoints, settings, keep, run.accelerator)
