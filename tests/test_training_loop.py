@@ -531,13 +531,11 @@ run.accelerator.end_training()
 """
 
 
-def run_two_processes(folder: Path, precision: str, chosen: list[str]) -> list[torch.Tensor]:
-    """The weights of both ranks after three steps."""
+def run_two_processes(code: str, *arguments: object) -> tuple[list[int], str]:
+    """Exit codes and standard error of two ranks, started as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = folder / "two.py"
-    script.write_text(TWO_PROCESSES)
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -546,15 +544,22 @@ def run_two_processes(folder: Path, precision: str, chosen: list[str]) -> list[t
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(Path(__file__).parent), str(folder), precision, *chosen],
+            [sys.executable, "-c", code, *map(str, arguments)],
             env=child_environment(**common, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2"),
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    errors = [process.communicate(timeout=250)[1] for process in processes]
+    return [process.returncode for process in processes], "\n".join(errors)
+
+
+def weights_of_two(folder: Path, precision: str, chosen: list[str]) -> list[torch.Tensor]:
+    """The weights of both ranks after three steps."""
+    codes, errors = run_two_processes(TWO_PROCESSES, Path(__file__).parent, folder, precision, *chosen)
+    assert codes == [0, 0], errors
     return [load_file(folder / f"{rank}.safetensors")["weights"] for rank in (0, 1)]
 
 
@@ -564,7 +569,7 @@ def test_two_processes_equal_one_in_float64(photos, tmp_path, in_float64, accumu
     passes = f"train.accumulation={accumulation}"
     alone = weights(advance(configure(photos, tmp_path / "alone", "train.batch_size=4", passes), 3))
     chosen = settings(photos, tmp_path / "both", "train.batch_size=2", passes)
-    first, second = run_two_processes(tmp_path, "float64", chosen)
+    first, second = weights_of_two(tmp_path, "float64", chosen)
     assert torch.equal(first, second)
     assert (first - alone).abs().max() < 1e-9
 
@@ -574,9 +579,52 @@ def test_two_processes_equal_one_in_float32_with_adamw(photos, tmp_path):
     few = ["optim.name=adamw", "optim.lr=1e-5", "train.max_steps=3"]
     alone = weights(advance(configure(photos, tmp_path / "alone", "train.batch_size=4", *few), 3))
     chosen = settings(photos, tmp_path / "both", "train.batch_size=2", *few)
-    first, second = run_two_processes(tmp_path, "float32", chosen)
+    first, second = weights_of_two(tmp_path, "float32", chosen)
     assert torch.equal(first, second)
     assert (first - alone).abs().max() < 1e-5
+
+
+TWO_TRAIN = """
+import os, signal, sys
+import torch
+from latentvae.cli import main
+from latentvae.training import loop
+torch.set_num_threads(1)
+
+if sys.argv[1] == "stop":
+    step = loop.optimizer_step
+    def step_and_signal(run, incoming):
+        terms = step(run, incoming)
+        if run.state.step == 3 and run.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return terms
+    loop.optimizer_step = step_and_signal
+main(["train", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_two_processes_stop_together_when_one_is_told_to_and_resume_bitwise(photos, tmp_path):
+    def launch(name: str, how: str, *more: str) -> list[int]:
+        steps = ("train.max_steps=5", "train.batch_size=2", "train.save_every=2", "train.validate_every=2")
+        config = configure(photos, tmp_path / name, *steps)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        codes, errors = run_two_processes(TWO_TRAIN, how, "--config", tmp_path / "run.yaml", *more)
+        assert codes[0] in (0, 4), errors
+        return codes
+
+    assert launch("straight", "go") == [0, 0]
+    assert launch("stopped", "stop") == [4, 4]
+    assert (
+        checkpoint.newest(tmp_path / "stopped/checkpoints") == tmp_path / "stopped/checkpoints/step-00000003"
+    )
+    assert launch("stopped", "go", "--resume", "latest") == [0, 0]
+    places = [tmp_path / name / "checkpoints" / "step-00000005" for name in ("straight", "stopped")]
+    assert_same_checkpoint(*places)
+    assert (places[0] / "rng-00001.safetensors").is_file()
+    assert records(tmp_path / "stopped") == records(tmp_path / "straight")
+    assert (tmp_path / "stopped" / "vae" / "config.json").is_file()
 
 
 # --- fine-tuning -------------------------------------------------------------------------------------------

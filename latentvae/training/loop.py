@@ -156,27 +156,32 @@ def loop(run: Run, batches: DataLoader) -> None:
     """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
     config, state = run.config.train, run.state
     incoming = iter(batches)
-    bar = tqdm(
+    with tqdm(
         total=config.max_steps, initial=state.step, unit="step", disable=not is_main(run), smoothing=0.05
-    )
-    while state.step < config.max_steps:
-        terms = optimizer_step(run, incoming)
-        bar.update()
-        last = state.step == config.max_steps
-        if state.step % config.log_every == 0 or last:
-            bar.set_postfix(run.record.step(state, terms, run.global_batch))
-        if (state.step % config.validate_every == 0 or last) and is_main(run):
-            with run.record.pause(), run.accelerator.autocast():
-                run.record.validation(state.step, *run.validation(state.ema.model, state.step, run.folder))
-        stop = stop_requested(run)
-        if state.step % config.save_every == 0 or last or stop:
-            with run.record.pause():
-                saved = checkpoint.save(
-                    state, run.checkpoints, run.config.model_dump(), config.keep_checkpoints, run.accelerator
-                )
-            if stop and not last:
-                raise TrainingInterrupted(saved)
-    bar.close()
+    ) as bar:
+        while state.step < config.max_steps:
+            terms = optimizer_step(run, incoming)
+            bar.update()
+            last = state.step == config.max_steps
+            if state.step % config.log_every == 0 or last:
+                bar.set_postfix(run.record.step(state, terms, run.global_batch))
+            if (state.step % config.validate_every == 0 or last) and is_main(run):
+                with run.record.pause(), run.accelerator.autocast():
+                    run.record.validation(
+                        state.step, *run.validation(state.ema.model, state.step, run.folder)
+                    )
+            stop = stop_requested(run)
+            if state.step % config.save_every == 0 or last or stop:
+                with run.record.pause():
+                    saved = checkpoint.save(
+                        state,
+                        run.checkpoints,
+                        run.config.model_dump(),
+                        config.keep_checkpoints,
+                        run.accelerator,
+                    )
+                if stop and not last:
+                    raise TrainingInterrupted(saved)
 
 
 def optimizer_step(run: Run, incoming: Iterator[Batch]) -> dict[str, torch.Tensor]:
