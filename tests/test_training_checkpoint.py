@@ -17,8 +17,8 @@ from latentvae.presets import build
 from latentvae.training import checkpoint
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import OptimConfig
-from latentvae.training.optim import build_optimizer
 from latentvae.training.ema import EMA
+from latentvae.training.optim import build_optimizer
 
 ALONE = SimpleNamespace(is_main_process=True, process_index=0, wait_for_everyone=lambda: None)
 FILES = {

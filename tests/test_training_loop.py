@@ -28,7 +28,7 @@ from latentvae.perceptual import WEIGHTS_ENV
 from latentvae.presets import build
 from latentvae.training import checkpoint, loop
 from latentvae.training import data as data_module
-from latentvae.training.config import Config
+from latentvae.training.config import Config, TrainConfig
 from latentvae.training.draws import sample_noise
 from latentvae.training.ema import EMA
 from latentvae.training.loop import TrainingInterrupted, stop_on_signal, train
@@ -37,7 +37,7 @@ from latentvae.training.settings import load_config
 from latentvae.training.step import optimizer_step
 
 STEPS = 12
-TIMING = {"images_per_second", "data_wait", "seconds"}
+TIMING = {"images_per_second", "data_wait", "seconds", "memory_gb"}
 ROOT = Path(__file__).parents[1]
 
 
@@ -121,7 +121,7 @@ def advance(config: Config, steps: int, resume: str | None = None) -> loop.Run:
         )
     )
     for _ in range(steps):
-        optimizer_step(run, incoming)
+        optimizer_step(run, loop.take(run, incoming))
     return run
 
 
@@ -136,9 +136,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_float64(replace) -> None:
-    from_uint8 = data_module.from_uint8
-    replace(data_module, "from_uint8", lambda array: from_uint8(array).double())
-    replace(loop, "build", lambda *args, **kwargs: build(*args, **kwargs).double())
+    replace(TrainConfig, "dtype", property(lambda config: torch.float64))
 
 
 # --- a run -------------------------------------------------------------------------------------------------
@@ -535,13 +533,11 @@ run.accelerator.end_training()
 """
 
 
-def run_two_processes(folder: Path, precision: str, chosen: list[str]) -> list[torch.Tensor]:
-    """The weights of both ranks after three steps."""
+def run_two_processes(code: str, *arguments: object) -> tuple[list[int], str]:
+    """Exit codes and standard error of two ranks, started as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = folder / "two.py"
-    script.write_text(TWO_PROCESSES)
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -550,15 +546,22 @@ def run_two_processes(folder: Path, precision: str, chosen: list[str]) -> list[t
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(Path(__file__).parent), str(folder), precision, *chosen],
+            [sys.executable, "-c", code, *map(str, arguments)],
             env=child_environment(**common, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2"),
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    errors = [process.communicate(timeout=250)[1] for process in processes]
+    return [process.returncode for process in processes], "\n".join(errors)
+
+
+def weights_of_two(folder: Path, precision: str, chosen: list[str]) -> list[torch.Tensor]:
+    """The weights of both ranks after three steps."""
+    codes, errors = run_two_processes(TWO_PROCESSES, Path(__file__).parent, folder, precision, *chosen)
+    assert codes == [0, 0], errors
     return [load_file(folder / f"{rank}.safetensors")["weights"] for rank in (0, 1)]
 
 
@@ -568,7 +571,7 @@ def test_two_processes_equal_one_in_float64(photos, tmp_path, in_float64, accumu
     passes = f"train.accumulation={accumulation}"
     alone = weights(advance(configure(photos, tmp_path / "alone", "train.batch_size=4", passes), 3))
     chosen = settings(photos, tmp_path / "both", "train.batch_size=2", passes)
-    first, second = run_two_processes(tmp_path, "float64", chosen)
+    first, second = weights_of_two(tmp_path, "float64", chosen)
     assert torch.equal(first, second)
     assert (first - alone).abs().max() < 1e-9
 
@@ -578,9 +581,52 @@ def test_two_processes_equal_one_in_float32_with_adamw(photos, tmp_path):
     few = ["optim.name=adamw", "optim.lr=1e-5", "train.max_steps=3"]
     alone = weights(advance(configure(photos, tmp_path / "alone", "train.batch_size=4", *few), 3))
     chosen = settings(photos, tmp_path / "both", "train.batch_size=2", *few)
-    first, second = run_two_processes(tmp_path, "float32", chosen)
+    first, second = weights_of_two(tmp_path, "float32", chosen)
     assert torch.equal(first, second)
     assert (first - alone).abs().max() < 1e-5
+
+
+TWO_TRAIN = """
+import os, signal, sys
+import torch
+from latentvae.cli import main
+from latentvae.training import loop
+torch.set_num_threads(1)
+
+if sys.argv[1] == "stop":
+    step = loop.optimizer_step
+    def step_and_signal(run, incoming):
+        terms = step(run, incoming)
+        if run.state.step == 3 and run.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return terms
+    loop.optimizer_step = step_and_signal
+main(["train", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_two_processes_stop_together_when_one_is_told_to_and_resume_bitwise(photos, tmp_path):
+    def launch(name: str, how: str, *more: str) -> list[int]:
+        steps = ("train.max_steps=5", "train.batch_size=2", "train.save_every=2", "train.validate_every=2")
+        config = configure(photos, tmp_path / name, *steps)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        codes, errors = run_two_processes(TWO_TRAIN, how, "--config", tmp_path / "run.yaml", *more)
+        assert codes[0] in (0, 4), errors
+        return codes
+
+    assert launch("straight", "go") == [0, 0]
+    assert launch("stopped", "stop") == [4, 4]
+    assert (
+        checkpoint.newest(tmp_path / "stopped/checkpoints") == tmp_path / "stopped/checkpoints/step-00000003"
+    )
+    assert launch("stopped", "go", "--resume", "latest") == [0, 0]
+    places = [tmp_path / name / "checkpoints" / "step-00000005" for name in ("straight", "stopped")]
+    assert_same_checkpoint(*places)
+    assert (places[0] / "rng-00001.safetensors").is_file()
+    assert records(tmp_path / "stopped") == records(tmp_path / "straight")
+    assert (tmp_path / "stopped" / "vae" / "config.json").is_file()
 
 
 # --- fine-tuning -------------------------------------------------------------------------------------------
@@ -661,15 +707,16 @@ def test_crops_too_small_for_lpips_are_refused_before_anything_is_written(photos
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(photos, tmp_path):
-    config = configure(photos, tmp_path / "run", "loss.kl_weight=3e38")
+    config = configure(photos, tmp_path / "run", "loss.kl_weight=3e38", "train.max_bad_steps=1")
     before = weights(advance(config, 0))
     forget_accelerate()
     run = set_up(config, None)
     batches = iter(data_module.training_batches(config, run.sequence, 0, 0, 1))
-    with pytest.raises(LatentVAEError, match="gradient of step 1 is not finite"):
-        optimizer_step(run, batches)
+    optimizer_step(run, loop.take(run, batches))
+    with pytest.raises(LatentVAEError, match="not finite in 1 steps in a row"):
+        loop.check_finite(run)
     assert torch.equal(weights(run), before)
-    assert run.state.step == 0
+    assert run.state.skipped_steps == 1
 
 
 @pytest.mark.parametrize("resume", [None, "latest"])

@@ -3,8 +3,10 @@
 import io
 import logging
 import pickle
+import subprocess
 import sys
 import tarfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +22,6 @@ from latentvae.training.config import Config, DataConfig
 from latentvae.training.data import (
     Batch,
     CropSequence,
-    epoch_order,
     split_sources,
     training_batches,
     validation_images,
@@ -53,7 +54,7 @@ def write_table(images: list[bytes | None], column: str = "image") -> "datasets.
 
 
 def write_images(folder: Path) -> list[Path]:
-    """Twelve images of exactly one crop, so that an item is its image: JPEG, turned JPEG, alpha, 16-bit PNG."""
+    """Twelve images of exactly one crop, so that an item is its image: turned JPEG, alpha, 16-bit PNG."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(COUNT):
@@ -118,19 +119,18 @@ def pictures(found: list[Batch]) -> list[bytes]:
     return [crop.numpy().tobytes() for batch in found for crop in batch.pixel_values]
 
 
-# --- every kind is the folder ------------------------------------------------------------------------------------
+# --- every kind is the folder ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_epoch_has_the_folders_images_bitwise_each_once(kinds, kind):
-    wanted = sorted(load_image(path) for path in [])
-    decoded = {load_image(path).mul(127.5).add(127.5).round() for path in wanted}
-    assert not decoded
     folder, source = open_source(kinds["folder"]), open_source(kinds[kind])
     assert type(source).__name__ == {"f": "Folder", "t": "Tar", "b": "Tar"}.get(kind[0], "Dataset") + "Source"
     images = pictures(batches(source, config()))
     assert len(set(images)) == len(images) == COUNT == len(source)
     assert sorted(images) == sorted(pictures(batches(folder, config())))
+    if source.name(1).partition("[")[2]:  # rows in the order of the files: the same run altogether
+        assert images == pictures(batches(folder, config()))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -189,7 +189,7 @@ def test_images_in_memory_are_the_same(kinds):
         assert pictures(batches(source, eager)) == pictures(batches(source, config()))
 
 
-# --- training and validation -------------------------------------------------------------------------------------
+# --- training and validation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -226,21 +226,21 @@ def test_what_is_measured_is_not_trained_on_however_it_is_named(kinds, train, va
 
 def test_measuring_all_that_is_trained_on_is_refused(kinds):
     for kind in ("tars", "saved", "parquet"):
-        with pytest.raises(ConfigError, match="all 12 images of data.train are also in data.val"):
+        with pytest.raises(ConfigError, match=r"all 12 images of data\.train are also in data\.val"):
             split_sources(DataConfig(train=kinds[kind], val=kinds[kind]))
 
 
-def test_validation_and_latent_statistics_read_any_source(kinds, monkeypatch):
+def test_validation_and_latent_statistics_read_any_source(kinds, monkeypatch, tiny_vae):
     monkeypatch.setattr(validation, "_load_lpips", lambda config: (None, "not here"))
     monkeypatch.setattr(validation, "STATISTICS_IMAGES", 4)
     run = Config(data={"train": kinds["tars"], "val_images": 2, "val_size": SIDE, "crop": SIDE})
     seen = validation.Validation(run, *split_sources(run.data), 3)
     assert [name for name, _ in seen.images] == ["00.jpg", "07.png"]
-    assert seen.count == 10
-    assert len(validation_images(seen.statistics_images, run.data, 3)) == 4
+    statistics = validation.training_statistics(tiny_vae, seen.train, run.data)
+    assert (len(seen.train), statistics.image_count) == (10, 4)
 
 
-# --- bad images --------------------------------------------------------------------------------------------------
+# --- bad images --------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_member_is_passed_over_counted_and_named(tmp_path, kinds):
@@ -275,18 +275,39 @@ def test_a_damaged_or_empty_row_is_passed_over_and_named(tmp_path, kinds, monkey
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_source_that_dies_ends_the_run_with_its_name_and_no_stack_trace(tmp_path, kinds, workers):
+def test_a_shard_that_dies_ends_the_run_with_its_name_and_no_stack_trace(tmp_path, kinds, workers):
     shard = write_tar(tmp_path / "a.tar", {"a.png": Path(kinds["folder"], "03.png").read_bytes()})
+    source = TarSource([shard])
     for damage, reason in (
-        (lambda: shard.write_bytes(b"x" * 600), "is shorter than"),
-        (shard.unlink, "No such"),
+        (lambda: shard.write_bytes(shard.read_bytes()[:600]), "is shorter than"),
+        (shard.unlink, "can no longer be read (No such file or directory)"),
     ):
-        source = TarSource([shard]) if reason == "is shorter than" else source  # noqa: F821
         damage()
-        with pytest.raises(SourceError, match=reason) as caught:
+        with pytest.raises(SourceError) as caught:
             batches(source, config(workers))
-        assert str(caught.value).startswith(f"{shard} ")
+        assert str(caught.value).startswith(f"{shard} {reason}")
         assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_though_its_workers_ignore_signals(tmp_path, kinds):
+    shard = write_tar(tmp_path / "a.tar", {"a.png": Path(kinds["folder"], "03.png").read_bytes()})
+    lines = f"""
+        from latentvae.training.config import Config
+        from latentvae.training.data import CropSequence, training_batches
+        from latentvae.training.sources import open_source
+        config = Config(data={{"crop": {SIDE}}}, train={{"batch_size": 3, "max_steps": 200}})
+        sequence = CropSequence(open_source({str(shard)!r}), config.data, 3, 0)
+        batches = iter(training_batches(config, sequence, 0, 0, 1))
+        try:
+            next(batches)
+            raise ValueError
+        except ValueError as error:
+            kept = error  # as a debugger, a logger or a cycle keeps it, and with it all frames
+    """
+    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_dataset_that_dies_ends_the_run_with_its_name(kinds, monkeypatch):
@@ -309,7 +330,7 @@ def test_rows_may_name_files_instead_of_holding_them(tmp_path, kinds):
         assert all(torch.equal(source.load(i), load_image(file)) for i, file in enumerate(files))
 
 
-# --- shards ------------------------------------------------------------------------------------------------------
+# --- shards ------------------------------------------------------------------------------------------------
 
 
 def test_listing_a_shard_reads_headers_only(tmp_path, monkeypatch):
@@ -414,7 +435,7 @@ def test_a_folder_whose_name_has_braces_is_no_pattern(tmp_path, kinds):
     assert len(open_source(tmp_path / "{0..1}")) == 1
 
 
-# --- which column ------------------------------------------------------------------------------------------------
+# --- which column ------------------------------------------------------------------------------------------
 
 
 def test_the_image_column_is_found_by_type_or_named():
@@ -451,7 +472,7 @@ def test_parquet_that_datasets_did_not_write_is_read(tmp_path, kinds, monkeypatc
         assert torch.equal(open_source(tmp_path / f"{name}.parquet").load(0), load_image(data))
 
 
-# --- what cannot be opened ---------------------------------------------------------------------------------------
+# --- what cannot be opened ---------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_opened_is_named_with_what_was_wanted(tmp_path, kinds, monkeypatch):
@@ -495,11 +516,3 @@ def test_without_the_package_datasets_the_way_to_install_it_is_named(kinds, monk
             ConfigError, match=r"`datasets`, which is missing: pip install latentvae\[train\]"
         ):
             open_source(kinds[kind])
-
-
-def test_the_order_of_an_epoch_does_not_depend_on_the_kind(kinds):
-    names = [
-        Path(open_source(kinds[kind]).name(int(epoch_order(0, 0, COUNT)[0]))).name
-        for kind in ("saved", "parquet")
-    ]
-    assert len({name.partition("[")[2] for name in names}) > 0

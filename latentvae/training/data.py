@@ -156,8 +156,8 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, LatentVAEError):
-                # a new one: raising `batch` itself ties a cycle with this frame, and leaves workers to gc
-                raise type(batch)(*batch.args)
+                # A new one: raising `batch` itself ties a cycle with this frame, which only gc undoes.
+                raise type(batch)(*batch.args) from batch
             yield batch
 
 
@@ -174,7 +174,6 @@ def training_batches(
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # it draws a seed for its workers: not from the run's generator
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.data.workers > 0,
     )
 
 
@@ -187,9 +186,11 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 @atexit.register  # after multiprocessing's own, hence run before it
 def _end_workers() -> None:
     """Kill the workers that are left at exit: multiprocessing would ask with SIGTERM, and wait for ever."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed worker an error
+    for child in children:
+        child.kill()
 
 
 def _collate(items: list[Item] | LatentVAEError) -> Batch | LatentVAEError:

@@ -60,24 +60,23 @@ def loop(run: Run, batches: DataLoader) -> None:
     """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
     config, state = run.config.train, run.state
     incoming = iter(batches)
-    bar = tqdm(
+    with tqdm(
         total=config.max_steps, initial=state.step, unit="step", disable=not run.is_main, smoothing=0.05
-    )
-    while state.step < config.max_steps:
-        terms = optimizer_step(run, take(run, incoming))
-        check_finite(run)
-        bar.update()
-        last = state.step == config.max_steps
-        if state.step % config.log_every == 0 or last:
-            bar.set_postfix(run.record.step(state, terms, run.global_batch))
-        if (state.step % config.validate_every == 0 or last) and run.is_main:
-            validate(run)
-        stop = stop_requested(run)
-        if state.step % config.save_every == 0 or last or stop:
-            saved = save(run)
-            if stop and not last:
-                raise TrainingInterrupted(saved)
-    bar.close()
+    ) as bar:
+        while state.step < config.max_steps:
+            terms = optimizer_step(run, take(run, incoming))
+            check_finite(run)
+            bar.update()
+            last = state.step == config.max_steps
+            if state.step % config.log_every == 0 or last:
+                bar.set_postfix(run.record.step(state, terms, run.global_batch))
+            if (state.step % config.validate_every == 0 or last) and run.is_main:
+                validate(run)
+            stop = stop_requested(run)
+            if state.step % config.save_every == 0 or last or stop:
+                saved = save(run)
+                if stop and not last:
+                    raise TrainingInterrupted(saved)
 
 
 def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:

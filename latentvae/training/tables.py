@@ -88,7 +88,9 @@ def open_saved(folder: Path, column: str | None) -> DatasetSource:
         rows = datasets.load_from_disk(str(folder))
     except Exception as error:  # Arrow's, JSON's and the system's
         raise ImageError(f"{folder} cannot be opened as a saved dataset: {error}. Save it again.") from error
-    return _source(rows, image_column(rows.features, column, str(folder)), [(folder, len(rows))])
+    if not len(rows):
+        raise ImageError(f"{folder} has no row, but images were wanted: name another dataset.")
+    return DatasetSource(rows, image_column(rows.features, column, str(folder)), [(folder, len(rows))])
 
 
 def open_parquet(files: list[Path], column: str | None) -> DatasetSource:
@@ -101,15 +103,21 @@ def open_parquet(files: list[Path], column: str | None) -> DatasetSource:
     datasets = _datasets(files[0])
     counts, chosen = [], ""
     for file in files:
-        rows, features = _footer(file)
-        counts.append((file, rows))
+        count, features = _footer(file)
+        counts.append((file, count))
         chosen = image_column(features, column, str(file))  # before minutes of conversion
+    total = sum(count for _, count in counts)
+    if not total:
+        raise ImageError(f"{files[0]} has no row, but images were wanted: name another dataset.")
+    place = f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     try:
-        table = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], columns=[chosen])
+        rows = datasets.Dataset.from_parquet([glob.escape(str(file)) for file in files], columns=[chosen])
     except Exception as error:  # Arrow's, wrapped or not
         reason = error.__cause__ or error
-        raise ImageError(f"{files[0].parent} cannot be read as parquet: {reason}. Fetch it again.") from error
-    return _source(table, chosen, counts)
+        raise ImageError(f"{place} cannot be read as parquet: {reason}. Fetch it again.") from error
+    if len(rows) != total:  # or names would be wrong
+        raise ImageError(f"{place} gave {len(rows)} rows, but {total} were wanted: did they just change?")
+    return DatasetSource(rows, chosen, counts)
 
 
 def _footer(file: Path) -> tuple[int, dict[str, Any]]:
@@ -123,14 +131,6 @@ def _footer(file: Path) -> tuple[int, dict[str, Any]]:
             return parquet.metadata.num_rows, Features.from_arrow_schema(parquet.schema_arrow)
     except (OSError, pyarrow.ArrowException, ValueError) as error:
         raise ImageError(f"{file} cannot be read as parquet: {error}. Fetch it again.") from error
-
-
-def _source(rows: Any, column: str, files: list[tuple[Path, int]]) -> DatasetSource:
-    if len(rows) != sum(count for _, count in files):
-        raise ImageError(f"{files[0][0]} and {len(files) - 1} more gave {len(rows)} rows, not {files}")
-    if not len(rows):
-        raise ImageError(f"{files[0][0]} has no row, but images were wanted: name another dataset.")
-    return DatasetSource(rows, column, files)
 
 
 def image_column(features: dict[str, Any], wanted: str | None, place: str) -> str:
