@@ -566,9 +566,9 @@ def weights_of_two(folder: Path, precision: str, chosen: list[str]) -> list[torc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_equal_one_in_float64(photos, tmp_path, in_float64, accumulation):
-    passes = f"train.accumulation={accumulation}"
+@pytest.mark.usefixtures("in_float64")
+def test_two_processes_equal_one_in_float64(photos, tmp_path):
+    passes = "train.accumulation=2"
     alone = weights(advance(configure(photos, tmp_path / "alone", "train.batch_size=4", passes), 3))
     chosen = settings(photos, tmp_path / "both", "train.batch_size=2", passes)
     first, second = weights_of_two(tmp_path, "float64", chosen)
