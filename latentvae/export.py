@@ -2,38 +2,20 @@
 
 import copy
 import json
-import re
 import shutil
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
+from latentvae.card import Provenance, model_card, without_paths
 from latentvae.errors import LatentVAEError, ModelError
 from latentvae.latents import LatentStatistics, reconstruct
 from latentvae.model import spatial_compression_ratio
 
 SIDECAR = "latentvae.json"
 MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
-# An absolute path in a text: not the end of a relative one, a fraction or a URL.
-ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/\\-])(?:[A-Za-z]:[\\/]|/)[^\s'",;:)]+""")
-
-
-@dataclass
-class Provenance:
-    """Where weights come from; goes into the model card and the sidecar."""
-
-    name: str = "latentvae model"
-    licence: str = "unknown"
-    base_model: str | None = None
-    trained_on: str = "not stated"
-    training: str = "not stated"
-    metrics: dict[str, Any] = field(default_factory=dict)  # MetricsSummary.as_dict()
-    config: dict[str, Any] = field(default_factory=dict)  # the run's resolved configuration
 
 
 def fold_latent_mean(vae: AutoencoderKL, mean: list[float]) -> AutoencoderKL:
@@ -88,6 +70,7 @@ def export(
     *,
     statistics: LatentStatistics | None = None,
     provenance: Provenance | None = None,
+    half: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write config.json, fp32 and fp16 weights, a model card and a sidecar; then load and compare.
@@ -98,6 +81,7 @@ def export(
         statistics: of a model trained from scratch, to be folded in; None keeps the model's own factors, as a
             fine-tuned model must.
         provenance: for the model card.
+        half: write fp16 weights only, as the one file: half the size, and what every loader finds first.
         overwrite: replace an earlier export.
 
     Returns:
@@ -109,12 +93,14 @@ def export(
     folder = Path(folder)
     _check_target(folder, overwrite)
     prepared = prepare(vae, statistics)
+    if half:
+        prepared = prepared.half().float()  # what a reload in fp32 gives
     final = folder.resolve()  # "." and links have no name to put another folder in place of
     partial = final.parent / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(prepared, partial, statistics, without_paths(provenance or Provenance()))
+        _write(prepared, partial, statistics, without_paths(provenance or Provenance()), half)
         verify(prepared, partial)
         _put_in_place(partial, final)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
@@ -181,10 +167,11 @@ def verify(vae: AutoencoderKL, folder: Path) -> None:
         raise LatentVAEError(
             f"the export in {folder} reconstructs a probe image with an error of {error:.3g}."
         )
-    half = AutoencoderKL.from_pretrained(str(folder), variant="fp16", torch_dtype=torch.float16)
-    bad = [key for key, tensor in half.state_dict().items() if not tensor.isfinite().all()]
+    variant = "fp16" if any(folder.glob("*.fp16.safetensors")) else None
+    in_half = AutoencoderKL.from_pretrained(str(folder), variant=variant, torch_dtype=torch.float16)
+    bad = [key for key, tensor in in_half.state_dict().items() if not tensor.isfinite().all()]
     if bad:
-        raise LatentVAEError(f"{bad[0]!r} overflows in the fp16 variant of {folder}.")
+        raise LatentVAEError(f"{bad[0]!r} overflows in the fp16 weights of {folder}.")
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -203,10 +190,18 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 
 def _write(
-    vae: AutoencoderKL, folder: Path, statistics: LatentStatistics | None, provenance: Provenance
+    vae: AutoencoderKL,
+    folder: Path,
+    statistics: LatentStatistics | None,
+    provenance: Provenance,
+    half: bool,
 ) -> None:
-    vae.save_pretrained(folder, safe_serialization=True)
-    copy.deepcopy(vae).half().save_pretrained(folder, safe_serialization=True, variant="fp16")
+    in_half = copy.deepcopy(vae).half()
+    if half:
+        in_half.save_pretrained(folder, safe_serialization=True)
+    else:
+        vae.save_pretrained(folder, safe_serialization=True)
+        in_half.save_pretrained(folder, safe_serialization=True, variant="fp16")
     sidecar = {
         "format": 1,
         "parameters": sum(p.numel() for p in vae.parameters()),
@@ -216,56 +211,3 @@ def _write(
     }
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, default=str), encoding="utf-8")
     (folder / "README.md").write_text(model_card(vae, provenance), encoding="utf-8")
-
-
-def without_paths(provenance: Provenance) -> Provenance:
-    """A copy in which absolute paths are cut to their last part: an export is published, a home is not."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [cut(item) for item in value]
-        if isinstance(value, str | Path) and Path(value).is_absolute():
-            return Path(value).name
-        if isinstance(value, str):
-            return ABSOLUTE_PATH.sub(lambda match: re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], value)
-        return value
-
-    return Provenance(**cut(asdict(provenance)))
-
-
-def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:
-    """A Hugging Face model card in Markdown, with front matter."""
-    config = vae.config
-    front = {"library_name": "diffusers", "license": provenance.licence, "pipeline_tag": "image-to-image"}
-    if provenance.base_model:
-        front["base_model"] = provenance.base_model
-    ratio, parameters = spatial_compression_ratio(vae), sum(p.numel() for p in vae.parameters())
-    means = provenance.metrics.get("mean", {})
-    rows = [f"| {name} | {value:.4g} |" for name, value in means.items() if isinstance(value, float)]
-    figures = ["| figure | mean |", "|---|---|", *rows] if rows else ["Not measured."]
-    return "\n".join(
-        [
-            "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", "",
-            f"# {provenance.name}", "",
-            f"A KL-regularised image VAE (`diffusers.AutoencoderKL`): {ratio}x{ratio} pixels to "
-            f"one latent of {config['latent_channels']} channels, {parameters / 1e6:.1f} M parameters.",
-            "",
-            "```python",
-            "from diffusers import AutoencoderKL",
-            'vae = AutoencoderKL.from_pretrained("path/to/this/folder")',
-            "```", "",
-            "## Latents", "",
-            f"`scaled_latents = (latents - {config['shift_factor']:g}) * {config['scaling_factor']:.6g}`. "
-            "Per-channel figures are in `latentvae.json`.", "",
-            "## Training", "",
-            f"Data: {provenance.trained_on}", "",
-            f"Run: {provenance.training}", "",
-            "## Figures", "",
-            *figures, "",
-            f"Protocol: {json.dumps(provenance.metrics.get('protocol', 'none'))}", "",
-            "## Licence", "",
-            f"Weights: {provenance.licence}.", "",
-        ]
-    )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL
 
+from latentvae.errors import ImageError
 from latentvae.images import Padding, crop_padding, pad_to_multiple
 from latentvae.model import spatial_compression_ratio
 
@@ -74,7 +75,15 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[Posterior, Padding
 
     Returns:
         The posterior over latents (B, c, h, w), and the padding that `decode` takes to give H x W back.
+
+    Raises:
+        ImageError: images of another number of channels than the model's.
     """
+    channels = vae.config["in_channels"]
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ImageError(
+            f"images of shape {tuple(images.shape)} came; this model takes (B, {channels}, H, W)."
+        )
     padded, padding = pad_to_multiple(images, spatial_compression_ratio(vae))
     return Posterior(vae.encode(padded.to(vae.device, vae.dtype)).latent_dist.parameters), padding
 

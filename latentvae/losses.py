@@ -31,6 +31,10 @@ def pixel_loss(
         reconstructions: the same shape.
         kind: "l1", "l2" or "charbonnier" (Charbonnier et al. 1994; L1 with a smooth minimum).
     """
+    if images.shape != reconstructions.shape:
+        raise ValueError(
+            f"images {tuple(images.shape)} and reconstructions {tuple(reconstructions.shape)} differ."
+        )
     difference = reconstructions - images
     match kind:
         case "l1":

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import latentvae
 from latentvae import export as export_module
+from latentvae.card import Provenance
 from latentvae.errors import LatentVAEError, ModelError
-from latentvae.export import SIDECAR, Provenance, export, fold_latent_mean, prepare
+from latentvae.export import SIDECAR, export, fold_latent_mean, prepare
 from latentvae.images import load_image
 from latentvae.latents import compute_latent_statistics, encode, reconstruct, scale
 from latentvae.model import WEIGHTS_NAME
@@ -533,3 +534,14 @@ def test_an_export_gives_pictures_in_a_stable_diffusion_pipeline_and_saves_with_
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     reloaded = latentvae.load(tmp_path / "pipeline")
     assert all(torch.equal(value, stock.state_dict()[key]) for key, value in reloaded.state_dict().items())
+
+
+def test_half_writes_one_fp16_file_that_loads_as_it_is_verified(tiny_vae, tmp_path):
+    folder = export(tiny_vae, tmp_path / "half", half=True)
+    (weights,) = folder.glob("*.safetensors")
+    assert weights.name == "diffusion_pytorch_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float16}
+    loaded = AutoencoderKL.from_pretrained(folder)
+    assert loaded.dtype == torch.float32
+    for key, tensor in tiny_vae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor.half().float()), key

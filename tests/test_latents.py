@@ -273,3 +273,8 @@ def test_pooled_std_counts_the_distance_between_channel_means():
     for std, pooled in ((0.0, 1.0), (3.0, math.sqrt(10.0))):
         statistics = LatentStatistics([-1.0, 1.0], [std, std], 1.0, 0.0, 1)
         assert statistics.pooled_std == pytest.approx(pooled)
+
+
+def test_images_of_other_channels_are_refused_with_both_numbers(tiny_vae):
+    with pytest.raises(ImageError, match=r"\(1, 1, 16, 16\).*\(B, 3, H, W\)"):
+        encode(tiny_vae, torch.zeros(1, 1, 16, 16))

@@ -285,3 +285,8 @@ def test_the_totals_gradient_is_the_weighted_sum_of_its_terms(tiny_vae, random_l
     ]
     expected = by_term[0] / elements + 0.7 * by_term[1] + 1e-2 * by_term[2] / elements
     torch.testing.assert_close(torch.autograd.grad(terms.total, weight)[0], expected, rtol=1e-9, atol=1e-15)
+
+
+def test_images_of_other_shapes_are_refused_rather_than_broadcast():
+    with pytest.raises(ValueError, match="differ"):
+        pixel_loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8))

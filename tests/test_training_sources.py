@@ -10,10 +10,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from latentvae.errors import ConfigError, ImageError, SourceError
 from latentvae.images import load_image
@@ -29,8 +32,6 @@ from latentvae.training.data import (
 from latentvae.training.shards import TarSource, expand_braces
 from latentvae.training.sources import ImageSource, hold_out, open_source, root
 from latentvae.training.tables import image_column
-
-datasets = pytest.importorskip("datasets")
 
 COUNT, SIDE = 12, 32
 KINDS = ("folder", "tars", "braces", "saved", "split", "parquet", "parquets")
@@ -459,9 +460,6 @@ def test_the_image_column_is_found_by_type_or_named():
 
 @pytest.mark.parametrize("large", [False, True])
 def test_parquet_that_datasets_did_not_write_is_read(tmp_path, kinds, monkeypatch, large):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = Path(kinds["folder"], "03.png").read_bytes()
     kind = pyarrow.large_binary() if large else pyarrow.binary()
@@ -486,7 +484,8 @@ def test_what_cannot_be_opened_is_named_with_what_was_wanted(tmp_path, kinds, mo
     (tmp_path / "a.tar.gz").write_bytes(b"x")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no PAR1")
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "numbers.parquet")
-    write_table([]).to_parquet(tmp_path / "none.parquet")
+    empty = pyarrow.table({"image": pyarrow.array([], pyarrow.binary())})
+    parquet.write_table(empty, tmp_path / "none.parquet")
     table = write_table([image])
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "splits")
     table.save_to_disk(tmp_path / "saved")

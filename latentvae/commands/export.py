@@ -27,11 +27,16 @@ def export(
     trained_on: Annotated[
         str, typer.Option(help="The data and its terms, for the model card.")
     ] = "not stated",
+    training: Annotated[str | None, typer.Option(help="How it was trained, for the model card.")] = None,
+    metrics: Annotated[
+        Path | None, typer.Option(help="Output of `latentvae evaluate --json`, for the model card.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="One file of fp16 weights: half the size.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
-    from latentvae.export import Provenance
+    from latentvae.card import Provenance
     from latentvae.export import export as run
     from latentvae.model import load
 
@@ -46,17 +51,35 @@ def export(
         licence=licence,
         base_model=state.get("config", {}).get("model", {}).get("init"),
         trained_on=trained_on,
-        training=f"{state['step']} steps" if state else "not stated",
+        training=training or (f"{state['step']} steps" if state else "not stated"),
+        metrics=read_metrics(metrics) if metrics else {},
         config=state.get("config", {}),
     )
     skipped: list[dict[str, str]] = []
     statistics = measure(vae, images, state, skipped)
-    folder = run(vae, output, statistics=statistics, provenance=provenance, overwrite=overwrite)
+    folder = run(vae, output, statistics=statistics, provenance=provenance, half=half, overwrite=overwrite)
     if json:
         print_json({"export": str(folder), "latent_statistics": statistics.as_dict() if statistics else None})
     else:
         typer.echo(f"Exported {folder}, reloaded in diffusers without a difference.")
     finish(skipped, statistics.image_count if statistics else 0)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What `latentvae evaluate --json` printed, without the figures of single images.
+
+    Raises:
+        LatentVAEError: it is something else.
+    """
+    import json
+
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return {"mean": metrics["mean"], "protocol": metrics["protocol"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LatentVAEError(
+            f"{path} cannot be read as metrics ({error!r}); wanted what `latentvae evaluate --json` prints."
+        ) from error
 
 
 def find_checkpoint(source: Path) -> Path | None:

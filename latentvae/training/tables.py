@@ -26,7 +26,9 @@ class DatasetSource:
     def __init__(self, rows: Any, column: str, files: list[tuple[Path, int]]) -> None:
         from datasets import Image
 
-        self.rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
+        self.rows = rows.select_columns([column])
+        if isinstance(rows.features[column], Image):
+            self.rows = self.rows.cast_column(column, Image(decode=False))
         self.column = column
         self.files = [file for file, _ in files]
         self.ends = np.cumsum([count for _, count in files])
@@ -53,16 +55,16 @@ class DatasetSource:
         """
         name = self.name(index)
         try:
-            cell = self.rows[index][self.column] or {}
+            cell = self.rows[index][self.column]
         except Exception as error:  # what Arrow raises depends on where the file is damaged
             raise SourceError(
                 f"{name} can no longer be read ({error}). Restore the dataset, and add --resume latest."
             ) from error
-        if cell.get("bytes") is not None:
-            return load_image(cell["bytes"], name=name, channels=channels)
-        if cell.get("path") is None:
+        if isinstance(cell, dict):
+            cell = cell["path"] if cell["bytes"] is None else cell["bytes"]
+        if cell is None:
             raise ImageError(f"{name} is empty, but an image was wanted in the column {self.column!r}")
-        return load_image(cell["path"], channels=channels)
+        return load_image(cell, name=name, channels=channels)
 
     def _row(self, index: int) -> tuple[Path, int]:
         file = int(np.searchsorted(self.ends, index, side="right"))

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from latentvae.card import Provenance
 from latentvae.errors import LatentVAEError
 from latentvae.evaluation import evaluate
-from latentvae.export import Provenance, export
+from latentvae.export import export
 from latentvae.latents import LatentStatistics, compute_latent_statistics, reconstruct
 from latentvae.metrics import MetricsSummary
 from latentvae.perceptual import LPIPS, load_lpips
