@@ -325,7 +325,7 @@ def test_the_model_card_has_front_matter_that_parses_and_states_the_figures(tmp_
         "pipeline_tag": "image-to-image",
         "base_model": "stabilityai/sd-vae-ft-mse",
     }
-    assert "| psnr | 31.42 |" in card
+    assert "| PSNR, dB | 31.42 |" in card
     assert "image_count" in card
     assert "PHOTOS" in card
 
@@ -459,7 +459,7 @@ def test_a_weight_that_half_precision_cannot_hold_is_named_and_nothing_written(t
     vae = trained_like()
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] = 1e5
-    with pytest.raises(LatentVAEError, match=r"'decoder\.conv_out\.bias' overflows in the fp16 variant"):
+    with pytest.raises(LatentVAEError, match=r"'decoder\.conv_out\.bias' overflows in the fp16 weights"):
         export(vae, tmp_path / "vae")
     assert list(tmp_path.iterdir()) == []
 
