@@ -658,22 +658,40 @@ def test_export_passes_over_corrupt_images_and_says_so_where_all_are(latentvae_c
     assert not Path("other").exists()
 
 
-def test_export_without_the_runs_images_asks_for_others(latentvae_command, trained, pictures):
-    run = Path(shutil.copytree(trained, "run"))
+def change_config(run: Path, section: str, **values: object) -> None:
+    """Let the newest checkpoint of a run say that it was configured otherwise."""
     state = run / "checkpoints" / "step-00000002" / "state.json"
     saved = json.loads(state.read_text())
-    saved["config"]["data"]["train"] = "/gone/photos"
+    saved["config"][section] |= values
     state.write_text(json.dumps(saved))
     manifest = state.with_name("manifest.json")
-    digests = json.loads(manifest.read_text()) | {
-        "state.json": hashlib.sha256(state.read_bytes()).hexdigest()
-    }
-    manifest.write_text(json.dumps(digests))
+    digest = hashlib.sha256(state.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": digest}))
+
+
+def test_export_without_the_runs_images_asks_for_others(latentvae_command, trained, pictures):
+    run = Path(shutil.copytree(trained, "run"))
+    change_config(run, "data", train="/gone/photos")
     result = latentvae_command("export", run, "-o", "out")
     assert result.code == 2
     assert "/gone/photos" in result.err
     assert "--images" in result.err
     assert latentvae_command("export", run, "-o", "out", "--images", pictures).code == 0
+
+
+@pytest.mark.parametrize("parent", ["init", "teacher"])
+def test_export_of_a_fine_tuned_or_distilled_run_keeps_the_parents_factors(
+    latentvae_command, trained, parent
+):
+    run = Path(shutil.copytree(trained, "run"))
+    change_config(run, "model", **{parent: "parent"})
+    result = latentvae_command("export", run, "-o", "out", "--json")
+    assert result.json()["latent_statistics"] is None
+    before = json.loads((run / "checkpoints" / "step-00000002" / "config.json").read_text())
+    assert latentvae.load("out").config["scaling_factor"] == before["scaling_factor"] == 1
+    weights = load_file(run / "checkpoints" / "step-00000002" / "ema.safetensors")
+    exported = latentvae.load("out").state_dict()
+    assert all(torch.equal(exported[key], weights[key]) for key in weights)  # no mean folded in
 
 
 def test_export_does_not_replace_what_is_there_unless_told(latentvae_command, model):

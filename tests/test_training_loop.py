@@ -265,9 +265,8 @@ def test_twelve_steps_equal_six_and_a_resume_to_twelve_bitwise(straight, tmp_pat
         assert (after / "vae" / name).read_bytes() == (before / "vae" / name).read_bytes()
 
 
+@pytest.mark.parametrize("straight", ["fp32"], indirect=True)
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(straight, tmp_path, caplog):
-    if straight.train.precision != "fp32":
-        pytest.skip("once is enough")
     config = resumable(straight, tmp_path / "resumed")
     folder = tmp_path / "resumed" / "checkpoints"
     shutil.copytree(folder / "step-00000006", folder / "step-00000009")
@@ -279,9 +278,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_the_same(str
     assert all(torch.equal(tensor, expected[key]) for key, tensor in run.state.vae.state_dict().items())
 
 
+@pytest.mark.parametrize("straight", ["fp32"], indirect=True)
 def test_a_finished_run_can_be_lengthened_and_exported_again(straight, tmp_path):
-    if straight.train.precision != "fp32":
-        pytest.skip("once is enough")
     config = resumable(straight, tmp_path / "resumed")
     config.train = config.train.model_copy(update={"max_steps": 6})
     assert (train(config, resume="latest") / "config.json").is_file()  # nothing left to do but export
@@ -347,6 +345,7 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("straight", ["fp32"], indirect=True)
 @pytest.mark.parametrize(
     ("whom", "workers"), [pytest.param("alone", 0, marks=pytest.mark.slow), ("group", 2)]
 )
@@ -354,8 +353,6 @@ def test_sigterm_saves_and_exits_with_4_and_the_resumed_run_ends_as_if_nothing_h
     straight, photos, tmp_path, whom, workers
 ):
     """`timeout` and Slurm signal every process of the run, the ones that decode images included."""
-    if straight.train.precision != "fp32":
-        pytest.skip("once is enough")
     output = tmp_path / "run"
     config = configure(photos, output, f"data.workers={workers}")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))

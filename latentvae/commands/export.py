@@ -109,10 +109,14 @@ def measure(vae: Any, images: Path | None, state: dict[str, Any], skipped: list[
     Raises:
         LatentVAEError: a model trained from scratch, and no images to measure.
     """
-    config = state.get("config", {})
     if images is not None:
         return measure_files(vae, images, skipped)
-    return measure_training_data(vae, config["data"]) if state and not config["model"]["init"] else None
+    if not state:
+        return None
+    model = state["config"]["model"]
+    if model["init"] or model.get("teacher"):  # a run from before there were teachers has no such setting
+        return None
+    return measure_training_data(vae, state["config"]["data"])
 
 
 def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
