@@ -24,7 +24,7 @@ def train(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a VAE on a folder of images; ends with an export in OUTPUT/vae.
+    """Train a VAE on images (a folder, parquet, WebDataset shards); ends with an export in OUTPUT/vae.
 
     Recipes: tiny, f8c4-small, f8c16-small, f8c4. Settings and their reasons: latentvae/training/config.py.
     """
