@@ -74,7 +74,7 @@ def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:
             f"one latent of {config['latent_channels']} channels, {parameters / 1e6:.1f} M parameters.",
             "",
             "```python",
-            "from diffusers import AutoencoderKL",
+            "from diffusers import AutoencoderKL", "",
             'vae = AutoencoderKL.from_pretrained("path/to/this/folder")',
             "```", "",
             "## Latents", "",
