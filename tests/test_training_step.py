@@ -14,8 +14,9 @@ from latentvae.latents import encode
 from latentvae.losses import adaptive_weight, d_loss, g_loss
 from latentvae.model import load
 from latentvae.presets import build
+from latentvae.training import checkpoint
 from latentvae.training.data import Batch, training_batches
-from latentvae.training.loop import loop, train
+from latentvae.training.loop import loop, save, train
 from latentvae.training.run import Run, set_up
 from latentvae.training.settings import load_config
 from latentvae.training.step import latent_terms, optimizer_step, prepare
@@ -208,6 +209,21 @@ def test_a_teacher_of_another_latent_shape_is_refused_with_both_shapes(photos: P
     export(build("tiny", latent_channels=8), tmp_path / "teacher")
     with pytest.raises(ConfigError, match=r"4 latent channels.* 8 at 8.*latent_channels=8"):
         start(photos, f"model.teacher={tmp_path / 'teacher'}", "model.mode=distil")
+
+
+def test_a_discriminators_state_comes_back_from_a_checkpoint(photos: Path) -> None:
+    run, batches = start(photos, *GAN)
+    optimizer_step(run, batches)
+    saved = save(run)
+    assert run.state.adversary is not None
+    before = snapshot(run.state.adversary.discriminator)
+    slots = run.state.adversary.optimizer.state_dict()["state"]
+    optimizer_step(run, batches)
+    checkpoint.load(run.state, saved, run.accelerator)
+    assert not changed(before, run.state.adversary.discriminator)
+    restored = run.state.adversary.optimizer.state_dict()["state"]
+    assert slots.keys() == restored.keys()
+    assert all(torch.equal(restored[i]["step"], torch.tensor(1.0)) for i in restored)
 
 
 def test_frozen_patterns_stay_and_wrong_ones_are_named(photos: Path) -> None:

@@ -270,7 +270,11 @@ def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
         slots.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
-        if any(("momentum" in slots[index]) != group["muon"] for index in group["params"] if index in slots):
+        if any(
+            ("momentum" in slots[index]) != group.get("muon", False)
+            for index in group["params"]
+            if index in slots
+        ):
             raise ConfigError(
                 f"{path.parent} was written with another optim.name. Keep that one, or start a new run from "
                 f"its weights with model.init={path.parent / 'ema.safetensors'}."
