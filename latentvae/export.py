@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -189,6 +190,16 @@ def _check_target(folder: Path, overwrite: bool) -> None:
         )
 
 
+def exported_statistics(vae: AutoencoderKL, statistics: LatentStatistics) -> dict[str, Any]:
+    """The statistics of the exported model's own latents, with the mean that was folded into its biases."""
+    factors = {key: vae.config[key] for key in ("scaling_factor", "shift_factor")}
+    measured = {**statistics.as_dict(), **factors}
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        return measured
+    mean = statistics.latents_mean
+    return {**measured, "latents_mean": [0.0] * len(mean), "folded_mean": mean}
+
+
 def _write(
     vae: AutoencoderKL,
     folder: Path,
@@ -206,7 +217,7 @@ def _write(
         "format": 1,
         "parameters": sum(p.numel() for p in vae.parameters()),
         "spatial_compression_ratio": spatial_compression_ratio(vae),
-        "latent_statistics": statistics.as_dict() if statistics else None,
+        "latent_statistics": exported_statistics(vae, statistics) if statistics else None,
         **vars(provenance),
     }
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, default=str), encoding="utf-8")

@@ -435,6 +435,16 @@ def test_an_unknown_option_or_verb_is_bad_input(latentvae_command):
         assert result.out == ""
 
 
+def test_info_takes_the_model_either_way_and_shows_channel_statistics(latentvae_command):
+    one = latentvae_command("info", "f8c4-small", "--json")
+    other = latentvae_command("info", "--model", "f8c4-small", "--json")
+    assert one.out == other.out
+    statistics = json.loads(one.out)["latent_statistics"]
+    assert statistics["latents_mean"] == [0.0] * 4
+    assert statistics["scaling_factor"] == json.loads(one.out)["config"]["scaling_factor"]
+    assert len(statistics["latents_std"]) == 4
+
+
 def test_one_corrupt_image_among_good_ones_is_named_and_the_rest_is_done(latentvae_command, model, pictures):
     (pictures / "0.png").write_bytes(b"broken")
     (pictures / "sub" / "half.png").write_bytes((pictures / "a.png").read_bytes()[:-100])
@@ -447,6 +457,27 @@ def test_one_corrupt_image_among_good_ones_is_named_and_the_rest_is_done(latentv
         assert line.removeprefix("\x1b[A").startswith("skipped: ")  # beside the bar
     assert "2 of 5 images were skipped" in result.err
     assert latentvae_command("evaluate", pictures, "-m", model).code == 3
+
+
+def test_an_image_that_would_not_fit_into_memory_is_skipped_with_both_figures(
+    latentvae_command, model, pictures, monkeypatch
+):
+    largest = max(load_image(path)[0].numel() for path in pictures.rglob("*.png"))
+    room = 5 * 16 * 4 * (largest - 1)  # five maps of 16 channels in float32, but for one pixel
+    monkeypatch.setattr("latentvae.commands.common.free_memory", lambda device: room)
+    result = latentvae_command("reconstruct", pictures, "-m", model, "-o", "out")
+    assert result.code in (2, 3)
+    assert re.search(r"would take about [\d.]+ GB, and [\d.]+ GB are", result.err)
+
+
+def test_a_model_that_overflows_skips_the_image_and_does_the_rest(latentvae_command, pictures):
+    vae = latentvae.build("tiny")
+    torch.nn.init.constant_(vae.decoder.conv_out.bias, float("nan"))
+    save = Path("broken")
+    vae.save_pretrained(save)
+    result = latentvae_command("reconstruct", pictures, "-m", save, "-o", "out")
+    assert result.code == 2
+    assert "nan or infinite values" in result.err
 
 
 @pytest.mark.parametrize("verb", ["reconstruct", "evaluate"])

@@ -211,6 +211,22 @@ def test_a_teacher_of_another_latent_shape_is_refused_with_both_shapes(photos: P
         start(photos, f"model.teacher={tmp_path / 'teacher'}", "model.mode=distil")
 
 
+def test_a_frozen_encoder_and_the_discriminator_go_together(photos: Path, tmp_path: Path) -> None:
+    export(build("tiny"), tmp_path / "parent")
+    run, batches = start(photos, *GAN, f"model.init={tmp_path / 'parent'}", "model.mode=decoder_only")
+    before = snapshot(run.state.vae)
+    optimizer_step(run, batches)
+    assert changed(before, run.state.vae)
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed(before, run.state.vae))
+
+
+def test_what_does_not_go_together_is_refused_before_the_start(photos: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.compile=true hides"):
+        start(photos, *GAN, "train.compile=true")
+    with pytest.raises(ConfigError, match="in_channels=1 and out_channels=3"):
+        start(photos, "model.overrides={in_channels: 1}")
+
+
 def test_a_discriminators_state_comes_back_from_a_checkpoint(photos: Path) -> None:
     run, batches = start(photos, *GAN)
     optimizer_step(run, batches)

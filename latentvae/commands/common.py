@@ -99,21 +99,56 @@ def image_channels(vae: "AutoencoderKL") -> int:
 
 
 def read_images(
-    paths: list[Path], channels: int, skipped: list[dict[str, str]]
+    paths: list[Path], vae: "AutoencoderKL", skipped: list[dict[str, str]]
 ) -> Iterator[tuple[Path, Any, Any]]:
-    """(path, image, info) of each readable file; the others go to `skipped` and standard error."""
+    """(path, image, info) of each file that can be read and fits into memory; the others are skipped."""
     from tqdm import tqdm
 
     from latentvae.images import load_image_with_info
 
+    channels = image_channels(vae)
     for path in tqdm(paths, unit="image", disable=len(paths) < 2):
         try:
             image, info = load_image_with_info(path, channels=channels)
+            check_memory(vae, path, *image.shape[-2:])
         except ImageError as error:
-            skipped.append({"path": str(path), "reason": str(error)})
-            tqdm.write(f"skipped: {error}", file=sys.stderr)  # beside the bar, not in it
+            skip(path, error, skipped)
             continue
         yield path, image, info
+
+
+def skip(path: Path, error: LatentVAEError, skipped: list[dict[str, str]]) -> None:
+    """Name a file that is left out on standard error, beside the progress bar and not in it."""
+    from tqdm import tqdm
+
+    skipped.append({"path": str(path), "reason": str(error)})
+    tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+
+def check_memory(vae: "AutoencoderKL", path: Path, height: int, width: int) -> None:
+    """Refuse an image whose largest maps would not fit: the system would end the whole run.
+
+    Raises:
+        ImageError: with what it would take and what there is.
+    """
+    # measured: Stable Diffusion's decoder peaks at 4.75 full-size maps of its second level's width
+    map_channels = max(vae.config["block_out_channels"][:2])
+    needed, free = 5 * map_channels * vae.dtype.itemsize * height * width, free_memory(vae.device)
+    if needed > free:
+        raise ImageError(
+            f"{path} of {width}x{height} px would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "are free: make it smaller, or use --precision bf16."
+        )
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that can still be taken on a device."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def short_names(files: list[Path], sources: list[Path]) -> dict[Path, Path]:

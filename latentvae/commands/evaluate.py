@@ -16,7 +16,6 @@ from latentvae.commands.common import (
     Seed,
     find_lpips,
     finish,
-    image_channels,
     load_model,
     print_json,
     read_images,
@@ -71,7 +70,7 @@ def evaluate(
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
     inception, rfid_reason = find_inception(inception_weights, vae.device) if rfid else (None, None)
     skipped: list[dict[str, str]] = []
-    read = read_images(files, image_channels(vae), skipped)
+    read = read_images(files, vae, skipped)
     images = ((names[path].as_posix(), image) for path, image, _ in read)
     latents: Literal["mode", "sample"] = "sample" if sample else "mode"
     try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latentvae.commands.common import Json, finish, image_channels, print_json, read_images
+from latentvae.commands.common import Json, finish, print_json, read_images
 from latentvae.errors import LatentVAEError
 
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
@@ -109,12 +109,16 @@ def measure(vae: Any, images: Path | None, state: dict[str, Any], skipped: list[
     Raises:
         LatentVAEError: a model trained from scratch, and no images to measure.
     """
+    model = state["config"]["model"] if state else {}
+    parent = model.get("init") or model.get("teacher")
+    if parent and images is not None:
+        raise LatentVAEError(
+            f"this run keeps the latent space of {parent}, so new statistics would "
+            "move it. Leave --images out."
+        )
     if images is not None:
         return measure_files(vae, images, skipped)
-    if not state:
-        return None
-    model = state["config"]["model"]
-    if model["init"] or model.get("teacher"):  # a run from before there were teachers has no such setting
+    if parent or not state:
         return None
     return measure_training_data(vae, state["config"]["data"])
 
@@ -126,7 +130,7 @@ def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
 
     paths = find_images(images)
     some = paths[:: max(1, len(paths) // STATISTICS_IMAGES)][:STATISTICS_IMAGES]
-    read = read_images(some, image_channels(vae), skipped)
+    read = read_images(some, vae, skipped)
     try:
         return compute_latent_statistics(vae, (image[None] for _, image, _ in read))
     except ValueError:

@@ -1,5 +1,7 @@
 """`latentvae info`: what a model is."""
 
+from json import loads as parse
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,18 +13,34 @@ def info(
     model: Annotated[
         str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
     ] = None,
+    same: Annotated[
+        str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics."""
-    from latentvae.model import bundled, describe, load
+    from latentvae.model import DEFAULT_MODEL, bundled, describe, load
 
+    model = model or same or DEFAULT_MODEL
     figures = describe(load(model))
+    figures["latent_statistics"] = latent_statistics(model)
     figures["bundled_models"] = bundled()
     if json:
         print_json(figures)
         return
     for line in lines(figures):
         typer.echo(line)
+
+
+def latent_statistics(model: str) -> dict[str, Any] | None:
+    """Per-channel figures from the sidecar of an export; None for models that have none."""
+    from latentvae.export import SIDECAR
+    from latentvae.model import WEIGHTS_DIR
+
+    for folder in (WEIGHTS_DIR / model, Path(model), Path(model) / "vae"):
+        if (folder / SIDECAR).is_file():
+            return parse((folder / SIDECAR).read_text(encoding="utf-8")).get("latent_statistics")
+    return None
 
 
 def lines(figures: dict[str, Any]) -> list[str]:
@@ -39,6 +57,10 @@ def lines(figures: dict[str, Any]) -> list[str]:
         "shift_factor": config["shift_factor"],
         "bundled models": ", ".join(figures["bundled_models"]) or "none",
     }
+    if figures["latent_statistics"]:
+        for key in ("latents_mean", "latents_std"):
+            values = figures["latent_statistics"][key]
+            rows[f"{key} per channel"] = " ".join(f"{value:.4g}" for value in values)
     width = max(len(name) for name in rows)
     settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in rows}
     return [

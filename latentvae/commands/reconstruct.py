@@ -16,13 +16,14 @@ from latentvae.commands.common import (
     Seed,
     find_lpips,
     finish,
-    image_channels,
     load_model,
     make_folder,
     print_json,
     read_images,
     short_names,
+    skip,
 )
+from latentvae.errors import LatentVAEError
 
 SAMPLE_PICTURE = Path(__file__).parents[1] / "assets" / "chelsea.png"
 
@@ -60,12 +61,14 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     skipped: list[dict[str, str]] = []
     written: list[dict[str, Any]] = []
-    for path, image, info in read_images(files, image_channels(vae), skipped):
-        result = run(vae, image[None], sample=sample, generator=generator)
-        name = names[path]
-        (row,) = metrics.add(
-            name.as_posix(), image[None].to(vae.device), result.reconstructions, result.posterior.kl()
-        )
+    for path, image, info in read_images(files, vae, skipped):
+        name, original = names[path], image[None].to(vae.device)
+        result = run(vae, original, sample=sample, generator=generator)
+        try:
+            (row,) = metrics.add(name.as_posix(), original, result.reconstructions, result.posterior.kl())
+        except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
+            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            continue
         written.append(write_pictures(output / name, image, result.reconstructions[0].cpu(), row, info.notes))
     if written:
         report(metrics.summary(), written, skipped, as_json=json)

@@ -28,6 +28,8 @@ def train(
 
     Recipes: tiny, f8c4-small, f8c16-small, f8c4. Settings and their reasons: latentvae/training/config.py.
     """
+    from accelerate import PartialState
+
     from latentvae.training.batch_size import find_batch_size as find
     from latentvae.training.loop import TrainingInterrupted
     from latentvae.training.loop import train as run
@@ -45,9 +47,11 @@ def train(
         exported = run(checked, resume)
     except TrainingInterrupted as stop:
         typer.echo(str(stop), err=True)
-        if json:
+        if json and PartialState().is_main_process:
             print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
         raise typer.Exit(EXIT_INTERRUPTED) from stop
+    if not PartialState().is_main_process:
+        return
     if json:
         print_json({"export": str(exported), "output": checked.output})
     else:

@@ -3,8 +3,10 @@
 import tempfile
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+from latentvae.errors import LatentVAEError
 from latentvae.training.config import Config
 from latentvae.training.data import Batch
 from latentvae.training.record import peak_memory
@@ -53,6 +55,11 @@ def find_batch_size(config: Config) -> BatchFit:
         trial.adversarial.disc_start = 0
         run = set_up(trial, None)
         peaks = [_peak(run, size) for size in PROBES]
+    if peaks[1] <= peaks[0]:
+        raise LatentVAEError(
+            f"a batch of {PROBES[1]} took no more memory than setting up did ({peaks[1] / 1e9:.2f} GB), so "
+            "nothing can be extrapolated: small crops on a CPU fit in any number."
+        )
     per_image = max(1, (peaks[1] - peaks[0]) // (PROBES[1] - PROBES[0]))
     fixed = max(0, peaks[0] - PROBES[0] * per_image)
     memory = total_memory()
@@ -72,6 +79,4 @@ def total_memory() -> int:
     """Bytes of the GPU, or of the machine where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    import psutil  # a dependency of accelerate
-
     return psutil.virtual_memory().total

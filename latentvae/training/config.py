@@ -177,6 +177,7 @@ def _check_sizes(config: Config) -> None:
         shape = preset_config(config.model.preset, **config.model.overrides)
     except ModelError as error:
         raise ValueError(str(error)) from error
+    _check_channels(shape)
     factor = 2 ** (len(shape["block_out_channels"]) - 1)
     for name in ("crop", "val_size"):
         size = getattr(config.data, name)
@@ -192,12 +193,25 @@ def _check_sizes(config: Config) -> None:
         )
 
 
+def _check_channels(shape: dict[str, Any]) -> None:
+    channels = shape["in_channels"], shape["out_channels"]
+    if channels[0] != channels[1] or channels[0] not in (1, 3):
+        raise ValueError(
+            f"in_channels={channels[0]} and out_channels={channels[1]}; images have 1 or 3 channels, and a "
+            "reconstruction as many. Set both in model.overrides"
+        )
+
+
 def _check_steps(config: Config) -> None:
     last = config.train.max_steps
     if config.optim.warmup_steps + (config.optim.decay_steps or 0) > last:
         raise ValueError(
             f"optim.warmup_steps={config.optim.warmup_steps} and "
             f"optim.decay_steps={config.optim.decay_steps} do not fit into train.max_steps={last}; lower them"
+        )
+    if config.adversarial.disc_weight and config.train.compile:
+        raise ValueError(
+            "train.compile=true hides the decoder's last layer from the adaptive weight; set it to false"
         )
     if config.adversarial.disc_weight and config.adversarial.disc_start >= last:
         raise ValueError(

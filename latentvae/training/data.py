@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import PurePath
 
 import numpy as np
+import psutil
 import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -55,7 +56,7 @@ class CropSequence(Dataset[Item]):
         self.channels = channels
         self.seed = seed
         self.memory: list[torch.Tensor | str] | None = None
-        if config.in_memory:
+        if config.in_memory and _fits_in_memory(self):
             self.memory = _decode_all(self)
 
     def __len__(self) -> int:
@@ -119,6 +120,22 @@ def resize_short_side(image: torch.Tensor, size: int) -> torch.Tensor:
     return interpolate(image[None], shape, mode="bicubic", antialias=True, align_corners=False)[0].clamp(
         -1, 1
     )
+
+
+def _fits_in_memory(sequence: CropSequence) -> bool:
+    """Whether all images, judged by a few, take less than half of the memory that is free."""
+    count = len(sequence)
+    some = [sequence.decode(index) for index in range(0, count, max(1, count // 8))]
+    sizes = [image.nbytes for image in some if isinstance(image, torch.Tensor)]
+    needed = count * sum(sizes) / max(1, len(sizes))
+    if needed < psutil.virtual_memory().available / 2:
+        return True
+    logger.warning(
+        "data.in_memory: %d images would take about %.1f GB, so they are decoded as they are needed. Set "
+        "data.workers to the cores that can be spared, or data.short_side to keep them smaller.",
+        *(count, needed / 1e9),
+    )
+    return False
 
 
 def _decode_all(sequence: CropSequence) -> list[torch.Tensor | str]:

@@ -131,7 +131,9 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
             outputs = judgement.outputs if keep else run.model(*each.arguments)
             rest, more = latent_terms(run, outputs, each.target[0].numel())
             at_reconstructions = (judgement.nll_gradient + weight * judgement.g_gradient) * share
-            torch.autograd.backward([outputs.reconstructions, rest * share], [at_reconstructions, None])
+            roots = [(outputs.reconstructions, at_reconstructions), (rest * share, None)]
+            roots = roots[: 1 + rest.requires_grad]  # a frozen encoder's KL has no gradient
+            torch.autograd.backward(*zip(*roots, strict=True))  # once: processes synchronise in it
         with synchronised_last(run, number, len(inputs), adversary.model), run.accelerator.autocast():
             more |= adversary.backward(run.accelerator, each.target, outputs.reconstructions, share)
         add(
