@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentvae.errors import LatentVAEError as LatentVAEError
     from latentvae.evaluation import evaluate as evaluate
-    from latentvae.export import export as export
+    from latentvae.exporting import export as export
     from latentvae.images import find_images as find_images
     from latentvae.images import load_image as load_image
     from latentvae.images import save_image as save_image
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
     from latentvae.latents import unscale as unscale
     from latentvae.model import bundled as bundled
     from latentvae.model import load as load
+    from latentvae.optimization import optimize as optimize
+    from latentvae.patches import restore as restore
     from latentvae.presets import PRESETS as PRESETS
     from latentvae.presets import build as build
+    from latentvae.tiling import enable_exact_tiling as enable_exact_tiling
+    from latentvae.tiling import plan as plan
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LatentVAEError": "errors",
     "evaluate": "evaluation",
-    "export": "export",
+    "export": "exporting",
     "find_images": "images",
     "load_image": "images",
     "save_image": "images",
@@ -45,6 +49,10 @@ _HOME = {
     "build": "presets",
     "bundled": "model",
     "load": "model",
+    "optimize": "optimization",
+    "restore": "patches",
+    "enable_exact_tiling": "tiling",
+    "plan": "tiling",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605

@@ -1,5 +1,5 @@
 """The `latentvae` command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped,
-4 training stopped by a signal after saving.
+4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import typer
 
 from latentvae import __version__
+from latentvae.commands.doctor import doctor
 from latentvae.commands.evaluate import evaluate
 from latentvae.commands.export import export
 from latentvae.commands.info import info
@@ -23,12 +24,12 @@ app = typer.Typer(
     name="latentvae",
     help="Image VAEs for latent diffusion: reconstruct, evaluate, train, export.",
     epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped, "
-    "4 training stopped by a signal after saving.",
+    "4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (reconstruct, evaluate, export, info, train):
+for verb in (reconstruct, evaluate, export, info, doctor, train):
     app.command()(verb)
 
 

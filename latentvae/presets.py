@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from diffusers import AutoencoderKL
+from diffusers.models.activations import ACT2CLS
 
 from latentvae.errors import ModelError
 
@@ -73,6 +74,8 @@ def preset_config(preset: str, **overrides: Any) -> dict[str, Any]:
             raise ModelError(
                 f"model setting {key}={value!r} is of the wrong type; wanted one like {_BASE[key]!r}."
             )
+    if (act_fn := overrides.get("act_fn")) is not None and act_fn not in ACT2CLS:
+        raise ModelError(f"unknown act_fn {act_fn!r}.{nearest(act_fn, ACT2CLS)} Known: {', '.join(ACT2CLS)}.")
     config = {**PRESETS[preset], **overrides}
     config["block_out_channels"] = tuple(config["block_out_channels"])
     groups = config["norm_num_groups"]

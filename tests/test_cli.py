@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import latentvae
 from latentvae.cli import main
-from latentvae.export import export
+from latentvae.exporting import export
 from latentvae.images import load_image
 from latentvae.latents import compute_latent_statistics
 from latentvae.metrics import psnr
@@ -459,15 +459,52 @@ def test_one_corrupt_image_among_good_ones_is_named_and_the_rest_is_done(latentv
     assert latentvae_command("evaluate", pictures, "-m", model).code == 3
 
 
-def test_an_image_that_would_not_fit_into_memory_is_skipped_with_both_figures(
+def test_an_image_that_would_not_fit_even_in_tiles_is_skipped_with_all_figures(
     latentvae_command, model, pictures, monkeypatch
 ):
-    largest = max(load_image(path)[0].numel() for path in pictures.rglob("*.png"))
-    room = 5 * 16 * 4 * (largest - 1)  # five maps of 16 channels in float32, but for one pixel
-    monkeypatch.setattr("latentvae.commands.common.free_memory", lambda device: room)
+    monkeypatch.setattr("latentvae.commands.memory.free_memory", lambda device: 20_000)
     result = latentvae_command("reconstruct", pictures, "-m", model, "-o", "out")
     assert result.code in (2, 3)
-    assert re.search(r"would take about [\d.]+ GB, and [\d.]+ GB are", result.err)
+    pattern = r"would take about [\d.]+ GB, or [\d.]+ GB in tiles, and [\d.]+ GB are free: give --store"
+    assert re.search(pattern, result.err)
+
+
+def tiled_figures(latentvae_command, model, *options: object) -> tuple[dict, list[int]]:
+    """The figures of a picture of 300 x 451 px, and the tile sizes that were chosen for it."""
+    chosen = []
+    real = latentvae.tiling.enable_exact_tiling
+
+    def spy(vae, tile_size, *others, **named):
+        chosen.append(tile_size)
+        return real(vae, tile_size, *others, **named)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("latentvae.tiling.enable_exact_tiling", spy)
+        result = latentvae_command("reconstruct", "-m", model, "-o", "out", "--json", *options)
+    assert result.code == 0, result.err
+    return result.json()["images"][0], chosen
+
+
+def test_an_image_that_would_not_fit_is_tiled_with_the_same_figures(latentvae_command, model, monkeypatch):
+    whole, chosen = tiled_figures(latentvae_command, model)
+    assert chosen == []
+    room = 5 * 16 * 4 * (300 * 451 - 1)  # five maps of 16 channels in float32, but for one pixel
+    monkeypatch.setattr("latentvae.commands.memory.free_memory", lambda device: room)
+    tiled, chosen = tiled_figures(latentvae_command, model)
+    assert len(chosen) == 1
+    assert chosen[0] < 451
+    for figure in ("psnr", "ssim"):
+        assert tiled[figure] == pytest.approx(whole[figure], abs=1e-3)
+
+
+def test_tiles_of_a_chosen_size_and_a_store_in_files(latentvae_command, model, tmp_path):
+    whole, _ = tiled_figures(latentvae_command, model)
+    (tmp_path / "store").mkdir()
+    options = ("--tile-size", "64", "--store", tmp_path / "store")
+    tiled, chosen = tiled_figures(latentvae_command, model, *options)
+    assert chosen == [64]
+    assert tiled["psnr"] == pytest.approx(whole["psnr"], abs=1e-3)
+    assert not list((tmp_path / "store").iterdir())
 
 
 def test_a_model_that_overflows_skips_the_image_and_does_the_rest(latentvae_command, pictures):
@@ -759,13 +796,17 @@ def test_the_version_is_printed(latentvae_command):
     assert (result.code, result.out) == (0, f"latentvae {latentvae.__version__}\n")
 
 
-@pytest.mark.parametrize("verb", [(), ("reconstruct",), ("evaluate",), ("export",), ("info",), ("train",)])
+@pytest.mark.parametrize(
+    "verb", [(), ("reconstruct",), ("evaluate",), ("export",), ("info",), ("train",), ("doctor",)]
+)
 def test_help_names_what_there_is(latentvae_command, verb):
     result = latentvae_command(*verb, "--help")
     assert result.code == 0
     assert "Usage" in result.out
     if not verb:
-        assert all(name in result.out for name in ("reconstruct", "evaluate", "export", "info", "train"))
+        assert all(
+            name in result.out for name in ("reconstruct", "evaluate", "export", "info", "train", "doctor")
+        )
         assert "Exit codes" in result.out
 
 

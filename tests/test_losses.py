@@ -10,7 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from latentvae.latents import Posterior, encode
-from latentvae.losses import VAELoss, adaptive_weight, d_loss, g_loss, pixel_loss
+from latentvae.losses import (
+    LOGVAR_WEIGHT,
+    VAELoss,
+    adaptive_weight,
+    d_loss,
+    distillation_loss,
+    g_loss,
+    latent_cosine,
+    pixel_loss,
+)
 from latentvae.perceptual import LPIPS, load_lpips
 
 # Two images of 1 x 1 x 2 pixels. The differences are 0.5 and -0.25, then 0 and 1.
@@ -290,3 +299,24 @@ def test_the_totals_gradient_is_the_weighted_sum_of_its_terms(tiny_vae, random_l
 def test_images_of_other_shapes_are_refused_rather_than_broadcast():
     with pytest.raises(ValueError, match="differ"):
         pixel_loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8))
+
+
+def test_distillation_loss_by_hand():
+    student, teacher = posterior_of(mean=1.0, variance=4.0), posterior_of(mean=3.0, variance=0.25)
+    logvar = LOGVAR_WEIGHT * math.log(16) ** 2
+    assert distillation_loss(student, teacher, 0.5).item() == pytest.approx(0.25 * 4 + 0.25 * 1.5**2 + logvar)
+    assert distillation_loss(teacher, teacher, 0.5).item() == 0
+
+
+def test_deviations_that_hardly_move_a_sample_hardly_count():
+    narrow, narrower = posterior_of(mean=0.0, variance=1e-6), posterior_of(mean=0.0, variance=1e-8)
+    assert distillation_loss(narrow, narrower, 1.0) < 0.05
+
+
+def test_latent_cosine_by_hand():
+    def means(*values: float) -> Posterior:
+        return Posterior(torch.tensor([*values, 0.0, 0.0]).view(1, 4, 1, 1))
+
+    assert latent_cosine(means(3, 4), means(6, 8)).item() == pytest.approx(1)
+    assert latent_cosine(means(3, 4), means(4, -3)).item() == pytest.approx(0, abs=1e-6)
+    assert latent_cosine(means(1, 0), means(-2, 0)).item() == pytest.approx(-1)

@@ -125,6 +125,11 @@ def test_widths_that_the_groups_do_not_divide_are_named():
         latentvae.build("tiny", block_out_channels=(16, 20, 36))
 
 
+def test_an_unknown_activation_is_refused_with_the_nearest():
+    with pytest.raises(ModelError, match=r"unknown act_fn 'sillu'\. Did you mean 'silu'\?"):
+        preset_config("tiny", act_fn="sillu")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import latentvae
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,3 +34,9 @@ def test_every_file_is_one_noun() -> None:
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 300
     }
     assert not long, f"files over 300 lines are likely two nouns: {long}"
+
+
+def test_no_module_hides_a_public_name() -> None:
+    names = set(latentvae.__all__)
+    modules = {path.stem for path in (ROOT / "latentvae").iterdir()}
+    assert not names & modules, "importing latentvae.NAME would replace the function by the module"

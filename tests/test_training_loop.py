@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentvae.errors import ConfigError, LatentVAEError, MissingWeightsError
-from latentvae.export import export
+from latentvae.exporting import export
 from latentvae.images import find_images, load_image
 from latentvae.latents import compute_latent_statistics, encode
 from latentvae.perceptual import WEIGHTS_ENV

@@ -1,6 +1,7 @@
 """One optimizer step: what it moves, what it leaves alone, and what it does with NaN."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,16 @@ import torch
 from PIL import Image
 
 from latentvae.errors import ConfigError, LatentVAEError
-from latentvae.export import export
+from latentvae.exporting import export
+from latentvae.images import load_image, save_image
 from latentvae.latents import encode
-from latentvae.losses import adaptive_weight, d_loss, g_loss
+from latentvae.losses import adaptive_weight, d_loss, g_loss, latent_cosine
 from latentvae.model import load
 from latentvae.presets import build
 from latentvae.training import checkpoint
 from latentvae.training.data import Batch, training_batches
 from latentvae.training.loop import loop, save, train
-from latentvae.training.run import Run, set_up
+from latentvae.training.run import Run, set_up, with_precision
 from latentvae.training.settings import load_config
 from latentvae.training.step import latent_terms, optimizer_step, prepare
 
@@ -205,6 +207,27 @@ def test_distillation_takes_the_teachers_factors_and_approaches_its_latents(
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_student_learns_the_bundled_models_latents_of_a_photograph(tmp_path: Path) -> None:
+    photo = load_image(files("latentvae.assets") / "chelsea.png")
+    for row, column in np.ndindex(2, 3):  # the last tile is held out
+        tile = photo[:, 150 * row : 150 * (row + 1), 150 * column : 150 * (column + 1)]
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        save_image(tile, tmp_path / "photos" / f"{row}{column}.png")
+    held_out = tile[None, :, :144, :144]
+    settings = [
+        *(f"data.train={tmp_path / 'photos'}", f"output={tmp_path / 'run'}", *SETTINGS),
+        *("model.mode=distil", "model.teacher=f8c4-small", "data.val_images=1", "data.crop=64"),
+        *("model.overrides={block_out_channels: [16, 32, 64, 128]}", "optim.lr=2e-3"),
+        *("train.max_steps=400", "train.batch_size=8", "train.ema_decay=0.98"),
+    ]
+    student, teacher = load(train(load_config("tiny", settings))), load("f8c4-small")
+    with torch.no_grad():
+        posteriors = [encode(vae, held_out)[0] for vae in (student, teacher)]
+    assert latent_cosine(*posteriors) > 0.95
+
+
 def test_a_teacher_of_another_latent_shape_is_refused_with_both_shapes(photos: Path, tmp_path: Path) -> None:
     export(build("tiny", latent_channels=8), tmp_path / "teacher")
     with pytest.raises(ConfigError, match=r"4 latent channels.* 8 at 8.*latent_channels=8"):
@@ -221,10 +244,47 @@ def test_a_frozen_encoder_and_the_discriminator_go_together(photos: Path, tmp_pa
 
 
 def test_what_does_not_go_together_is_refused_before_the_start(photos: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.compile=true hides"):
-        start(photos, *GAN, "train.compile=true")
     with pytest.raises(ConfigError, match="in_channels=1 and out_channels=3"):
         start(photos, "model.overrides={in_channels: 1}")
+
+
+@pytest.mark.slow
+def test_a_compiled_step_with_the_discriminator_is_the_same_step(photos: Path) -> None:
+    results = []
+    for compiled in ("false", "true"):
+        run, batches = start(photos, *GAN, "train.precision=fp64", f"train.compile={compiled}")
+        assert run.config.train.compile is (compiled == "true")
+        terms = optimizer_step(run, batches)
+        results.append((terms, snapshot(run.state.vae)))
+        blocks = run.state.vae.decoder.up_blocks
+        assert all((block._compiled_call_impl is not None) is (compiled == "true") for block in blocks)
+    (terms, weights), (compiled_terms, compiled_weights) = results
+    assert terms["adaptive_weight"] > 0
+    for name, value in terms.items():
+        assert torch.allclose(value, compiled_terms[name], rtol=1e-9), name
+    assert weights.keys() == compiled_weights.keys()
+    assert all(torch.allclose(weights[key], compiled_weights[key], atol=1e-9) for key in weights)
+
+
+def test_compiling_where_nothing_can_compile_is_refused_with_the_reason(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile(function: object) -> object:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler found.*train\.compile=false"):
+        start(photos, "train.compile=true")
+
+
+def test_automatic_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("tiny", ["data.train=photos"])
+    assert config.train.precision == "auto"
+    for fast, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("latentvae.training.precision.has_fast_bfloat16", lambda device, fast=fast: fast)
+        assert with_precision(config).train.precision == wanted
+    exact = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp64"})})
+    assert with_precision(exact).train.precision == "fp64"
 
 
 def test_a_discriminators_state_comes_back_from_a_checkpoint(photos: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from latentvae.commands.memory import fit
 from latentvae.errors import ImageError, LatentVAEError, MissingWeightsError
 
 if TYPE_CHECKING:
@@ -42,10 +43,19 @@ LPIPSWeights = Annotated[
 ]
 Sample = Annotated[bool, typer.Option(help="Decode a sample of the posterior instead of its mode.")]
 Seed = Annotated[int, typer.Option(help="Of the samples.")]
+TileSize = Annotated[
+    int | None,
+    typer.Option(
+        min=16, help="Tile images above this side, with exact results. Default: those that would not fit."
+    ),
+]
+Store = Annotated[
+    Path | None, typer.Option(help="Folder for maps of tiled images that would not fit in memory either.")
+]
 
 
 def load_model(model: str | None, device: str | None, precision: str) -> "AutoencoderKL":
-    """The model in the layout and dtype it runs fastest in at this precision.
+    """The model, optimized, at this precision.
 
     Raises:
         LatentVAEError: no such model or device.
@@ -53,6 +63,7 @@ def load_model(model: str | None, device: str | None, precision: str) -> "Autoen
     import torch
 
     from latentvae.model import load
+    from latentvae.optimization import optimize
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     try:
@@ -60,7 +71,7 @@ def load_model(model: str | None, device: str | None, precision: str) -> "Autoen
         vae = load(model, dtype=dtype, device=place)
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
         raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
-    return vae.to(memory_format=torch.channels_last)
+    return optimize(vae)
 
 
 def best_device() -> str:
@@ -99,9 +110,16 @@ def image_channels(vae: "AutoencoderKL") -> int:
 
 
 def read_images(
-    paths: list[Path], vae: "AutoencoderKL", skipped: list[dict[str, str]]
+    paths: list[Path],
+    vae: "AutoencoderKL",
+    skipped: list[dict[str, str]],
+    tile_size: int | None = None,
+    store: Path | None = None,
 ) -> Iterator[tuple[Path, Any, Any]]:
-    """(path, image, info) of each file that can be read and fits into memory; the others are skipped."""
+    """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
+
+    While an image is out, the VAE tiles if it must: see `fit`.
+    """
     from tqdm import tqdm
 
     from latentvae.images import load_image_with_info
@@ -110,7 +128,8 @@ def read_images(
     for path in tqdm(paths, unit="image", disable=len(paths) < 2):
         try:
             image, info = load_image_with_info(path, channels=channels)
-            check_memory(vae, path, *image.shape[-2:])
+            height, width = image.shape[-2:]
+            fit(vae, path, height, width, tile_size, store)
         except ImageError as error:
             skip(path, error, skipped)
             continue
@@ -123,32 +142,6 @@ def skip(path: Path, error: LatentVAEError, skipped: list[dict[str, str]]) -> No
 
     skipped.append({"path": str(path), "reason": str(error)})
     tqdm.write(f"skipped: {error}", file=sys.stderr)
-
-
-def check_memory(vae: "AutoencoderKL", path: Path, height: int, width: int) -> None:
-    """Refuse an image whose largest maps would not fit: the system would end the whole run.
-
-    Raises:
-        ImageError: with what it would take and what there is.
-    """
-    # measured: Stable Diffusion's decoder peaks at 4.75 full-size maps of its second level's width
-    map_channels = max(vae.config["block_out_channels"][:2])
-    needed, free = 5 * map_channels * vae.dtype.itemsize * height * width, free_memory(vae.device)
-    if needed > free:
-        raise ImageError(
-            f"{path} of {width}x{height} px would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-            "are free: make it smaller, or use --precision bf16."
-        )
-
-
-def free_memory(device: "torch.device") -> int:
-    """Bytes that can still be taken on a device."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def short_names(files: list[Path], sources: list[Path]) -> dict[Path, Path]:

@@ -14,6 +14,8 @@ from latentvae.commands.common import (
     Precision,
     Sample,
     Seed,
+    Store,
+    TileSize,
     find_lpips,
     finish,
     load_model,
@@ -56,6 +58,8 @@ def evaluate(
     inception_weights: InceptionWeights = None,
     device: Device = None,
     precision: Precision = "fp32",
+    tile_size: TileSize = None,
+    store: Store = None,
     json: Json = False,
 ) -> None:
     """Measure reconstructions of images, each at its own size, and print a table."""
@@ -70,7 +74,7 @@ def evaluate(
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
     inception, rfid_reason = find_inception(inception_weights, vae.device) if rfid else (None, None)
     skipped: list[dict[str, str]] = []
-    read = read_images(files, vae, skipped)
+    read = read_images(files, vae, skipped, tile_size, store)
     images = ((names[path].as_posix(), image) for path, image, _ in read)
     latents: Literal["mode", "sample"] = "sample" if sample else "mode"
     try:

@@ -37,7 +37,7 @@ def export(
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     from latentvae.card import Provenance
-    from latentvae.export import export as run
+    from latentvae.exporting import export as run
     from latentvae.model import load
 
     checkpoint = find_checkpoint(Path(source))

@@ -34,7 +34,7 @@ def info(
 
 def latent_statistics(model: str) -> dict[str, Any] | None:
     """Per-channel figures from the sidecar of an export; None for models that have none."""
-    from latentvae.export import SIDECAR
+    from latentvae.exporting import SIDECAR
     from latentvae.model import WEIGHTS_DIR
 
     for folder in (WEIGHTS_DIR / model, Path(model), Path(model) / "vae"):

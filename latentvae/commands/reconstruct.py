@@ -14,6 +14,8 @@ from latentvae.commands.common import (
     Precision,
     Sample,
     Seed,
+    Store,
+    TileSize,
     find_lpips,
     finish,
     load_model,
@@ -42,6 +44,8 @@ def reconstruct(
     lpips_weights: LPIPSWeights = None,
     device: Device = None,
     precision: Precision = "fp32",
+    tile_size: TileSize = None,
+    store: Store = None,
     json: Json = False,
 ) -> None:
     """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
@@ -61,7 +65,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     skipped: list[dict[str, str]] = []
     written: list[dict[str, Any]] = []
-    for path, image, info in read_images(files, vae, skipped):
+    for path, image, info in read_images(files, vae, skipped, tile_size, store):
         name, original = names[path], image[None].to(vae.device)
         result = run(vae, original, sample=sample, generator=generator)
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 
 from latentvae.errors import ConfigError
-from latentvae.export import SIDECAR
+from latentvae.exporting import SIDECAR
 from latentvae.model import spatial_compression_ratio
 from latentvae.perceptual import LPIPS
 from latentvae.training import checkpoint

@@ -121,8 +121,9 @@ class TrainConfig(Section):
     max_steps: int = Field(10_000, ge=1)  # optimizer steps
     batch_size: int = Field(32, ge=1)  # images per process and forward pass
     accumulation: int = Field(1, ge=1)  # forward passes per optimizer step
-    # bf16: of autocast, with fp32 master weights; fp64: to prove what rounding would hide
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    # bf16: of autocast, with fp32 master weights; fp64: to prove what rounding would hide; auto: bf16 where
+    # the hardware computes it, else fp32, as emulated bf16 is four times slower than fp32
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     channels_last: bool = True  # several times faster convolutions on CPU and tensor cores
     gradient_checkpointing: bool = False  # a third slower, far less memory
     compile: bool = False  # pays on GPUs; minutes of compiling on a CPU gain a few per cent
@@ -208,10 +209,6 @@ def _check_steps(config: Config) -> None:
         raise ValueError(
             f"optim.warmup_steps={config.optim.warmup_steps} and "
             f"optim.decay_steps={config.optim.decay_steps} do not fit into train.max_steps={last}; lower them"
-        )
-    if config.adversarial.disc_weight and config.train.compile:
-        raise ValueError(
-            "train.compile=true hides the decoder's last layer from the adaptive weight; set it to false"
         )
     if config.adversarial.disc_weight and config.adversarial.disc_start >= last:
         raise ValueError(

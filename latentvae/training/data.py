@@ -36,6 +36,10 @@ class Batch:
     positions: torch.Tensor  # (B,) int64: global sample index, counted from the run's start
     skipped: list[str]  # "name: reason"
 
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU reads while it computes; DataLoader calls it."""
+        return Batch(self.pixel_values.pin_memory(), self.positions, self.skipped)
+
 
 class CropSequence(Dataset[Item]):
     """Item k of an endless sequence: a random crop of image `order(k // N)[k % N]`, drawn from (seed, k).

@@ -85,8 +85,9 @@ def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:
     batches = [next(incoming) for _ in range(run.config.train.accumulation)]
     run.record.waited(time.perf_counter() - start)
     for batch in batches:
-        run.state.skipped_images += len(batch.skipped)
         run.record.skipped(batch.skipped)
+    skipped = torch.tensor(sum(len(batch.skipped) for batch in batches), device=run.accelerator.device)
+    run.state.skipped_images += int(run.accelerator.reduce(skipped, "sum"))  # every process counts them all
     return batches
 
 

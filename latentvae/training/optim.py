@@ -23,16 +23,23 @@ ADAM_EPS = 1e-8
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Nearly replace the singular values of (..., rows, columns) by one, by Newton-Schulz iteration.
 
-    In bfloat16, whose error is far below the iteration's own; float64 input stays float64.
+    Each step multiplies by a polynomial of the Gram matrix from the left. Such polynomials commute, so they
+    are collected in the small square, and the wide matrix is multiplied once: a third of the work of
+    iterating it, which pays for float32 where others round to bfloat16. float64 input stays float64.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    product = identity
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = a * identity + b * gram + c * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
     return (x.mT if tall else x).to(matrices.dtype)
 
 

@@ -27,7 +27,9 @@ from latentvae.training.ema import EMA
 from latentvae.training.memory import keep_freed_memory
 from latentvae.training.module import TrainableVAE
 from latentvae.training.optim import build_optimizer
+from latentvae.training.precision import resolve_precision
 from latentvae.training.record import Record, tracker_name
+from latentvae.training.sharing import settle, wrap
 from latentvae.training.validation import Validation
 
 logger = get_logger(__name__)
@@ -78,9 +80,9 @@ def set_up(config: Config, resume: str | None) -> Run:
     """
     keep_freed_memory()
     folder = Path(config.output)
-    precision = "bf16" if config.train.precision == "bf16" else "no"
+    config = with_precision(config)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
         cpu=not torch.accelerator.is_available(),  # else torchrun on a CPU starts without gloo
         log_with=tracker_name(config),
         project_dir=folder,
@@ -91,15 +93,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     vae, teacher = models(config, accelerator.device)
     check_crop(config, vae, loss.lpips)
     channels = vae.config["in_channels"]
-    state = TrainingState(
-        vae=vae,
-        ema=EMA(vae, config.train.ema_decay),
-        optimizer=build_optimizer(vae, config.optim),
-        adversary=Adversary.build(config, channels, accelerator.device),
-    )
-    if start is not None:
-        checkpoint.load(state, start, accelerator)
-        logger.info("continuing from %s", start)
+    state = restored_state(config, vae, start, accelerator)
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -113,8 +107,33 @@ def set_up(config: Config, resume: str | None) -> Run:
     )
     if state.adversary is not None:
         state.adversary.prepare(accelerator)
+    if start is not None and accelerator.num_processes > 1:
+        settle(config, state, run.model, accelerator)
     announce(run)
     return run
+
+
+def restored_state(
+    config: Config, vae: AutoencoderKL, start: Path | None, accelerator: Accelerator
+) -> TrainingState:
+    """What the run continues from: fresh, or as a checkpoint has it."""
+    state = TrainingState(
+        vae=vae,
+        ema=EMA(vae, config.train.ema_decay),
+        optimizer=build_optimizer(vae, config.optim),
+        adversary=Adversary.build(config, vae.config["in_channels"], accelerator.device),
+    )
+    if start is not None:
+        checkpoint.load(state, start, accelerator)
+        logger.info("continuing from %s", start)
+    return state
+
+
+def with_precision(config: Config) -> Config:
+    """The configuration with precision "auto" decided for this machine."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    precision = resolve_precision(config.train.precision, device)
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def build_loss(config: LossConfig) -> VAELoss:
@@ -179,11 +198,6 @@ def freeze(vae: AutoencoderKL, patterns: list[str]) -> None:
         raise ConfigError(f"model.freeze={patterns} leaves nothing to train. Remove a pattern.")
 
 
-def wrap(config: Config, module: TrainableVAE, accelerator: Accelerator) -> nn.Module:
-    """The module as processes share it, compiled if asked."""
-    return accelerator.prepare_model(torch.compile(module) if config.train.compile else module)
-
-
 def announce(run: Run) -> None:
     """Write the resolved configuration, and say what is about to happen."""
     if not run.is_main:
@@ -193,7 +207,8 @@ def announce(run: Run) -> None:
     (run.folder / "config.yaml").write_text(resolved, encoding="utf-8")
     trained = sum(p.numel() for p in run.state.vae.parameters() if p.requires_grad) / 1e6
     logger.info(
-        "%.1f M parameters to train; %d images; %d per pass x %d passes x %d processes = %d per step; %s",
+        "%.1f M parameters to train; %d images; %d per pass x %d passes x %d processes = %d per step; %s, %s",
         *(trained, len(run.sequence), run.config.train.batch_size, run.config.train.accumulation),
         *(run.accelerator.num_processes, run.global_batch, run.accelerator.device),
+        run.config.train.precision,
     )

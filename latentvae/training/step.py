@@ -8,7 +8,7 @@ import torch
 from torch.nn.grad import conv2d_weight
 
 from latentvae.latents import Posterior
-from latentvae.losses import adaptive_weight, distillation_loss
+from latentvae.losses import adaptive_weight, distillation_loss, latent_cosine
 from latentvae.model import spatial_compression_ratio
 from latentvae.training.adversary import Adversary
 from latentvae.training.data import Batch
@@ -178,9 +178,10 @@ def latent_terms(run: Run, outputs: Outputs, elements: int) -> tuple[torch.Tenso
     """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
     posterior = Posterior(outputs.moments)
     if outputs.teacher_moments is not None:
-        scaling_factor = run.state.vae.config["scaling_factor"]
-        distil_loss = distillation_loss(posterior, Posterior(outputs.teacher_moments), scaling_factor)
-        return run.config.loss.distil_weight * distil_loss, {"distil_loss": distil_loss}
+        teacher, scaling_factor = Posterior(outputs.teacher_moments), run.state.vae.config["scaling_factor"]
+        distil_loss = distillation_loss(posterior, teacher, scaling_factor)
+        terms = {"distil_loss": distil_loss, "latent_cosine": latent_cosine(posterior, teacher)}
+        return run.config.loss.distil_weight * distil_loss, terms
     config = run.config.loss
     kl_map = posterior.kl_map()
     per_channel = run.accelerator.reduce(kl_map.detach().mean((0, 2, 3)), "mean")  # nats per latent pixel

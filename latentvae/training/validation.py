@@ -13,7 +13,7 @@ from PIL import Image
 from latentvae.card import Provenance
 from latentvae.errors import LatentVAEError
 from latentvae.evaluation import evaluate
-from latentvae.export import export
+from latentvae.exporting import export
 from latentvae.latents import LatentStatistics, compute_latent_statistics, reconstruct
 from latentvae.metrics import MetricsSummary
 from latentvae.perceptual import LPIPS, load_lpips
@@ -71,7 +71,7 @@ class Validation:
             else f"CPU, {torch.get_num_threads()} threads"
         )
         provenance = Provenance(
-            name=f"latentvae {self.config.model.preset}",
+            name=f"latentvae {_name(self.config)}",
             base_model=self.config.model.init,
             trained_on=f"{len(self.train)} images of {Path(self.config.data.train or '').name!r}",
             training=f"{state.step} steps in {seconds / 60:.0f} minutes on {device} ({platform.machine()}).",
@@ -86,6 +86,15 @@ def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataCon
     spread = np.arange(0, len(source), max(1, len(source) // STATISTICS_IMAGES))[:STATISTICS_IMAGES]
     images = validation_images(Selection(source, spread), config, vae.config["in_channels"])
     return compute_latent_statistics(vae, (image[None] for _, image in images))
+
+
+def _name(config: Config) -> str:
+    """What the model is called on its card: the preset, or what it was made from."""
+    if config.model.init is not None:
+        return f"{Path(config.model.init).name}, fine-tuned"
+    if config.model.teacher is not None:
+        return f"{config.model.preset}, distilled from {Path(config.model.teacher).name}"
+    return config.model.preset
 
 
 def _load_lpips(config: Config) -> tuple[LPIPS | None, str | None]:

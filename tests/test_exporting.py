@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import latentvae
-from latentvae import export as export_module
+from latentvae import exporting as export_module
 from latentvae.card import Provenance
 from latentvae.errors import LatentVAEError, ModelError
-from latentvae.export import SIDECAR, export, fold_latent_mean, prepare
+from latentvae.exporting import SIDECAR, export, fold_latent_mean, prepare
 from latentvae.images import load_image
 from latentvae.latents import compute_latent_statistics, encode, reconstruct, scale
 from latentvae.model import WEIGHTS_NAME

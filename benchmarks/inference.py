@@ -1,0 +1,174 @@
+"""Encode and decode beside stock diffusers: time, memory, error, and the share of the convolution roof.
+
+    python benchmarks/inference.py --sides 512 1024 --precisions fp32
+    python benchmarks/inference.py --small          # the bundled model beside AutoencoderTiny's architecture
+
+Each case is a process of its own, and all run in one go; ratios are against stock in the same precision's
+layout as it comes (fp32, NCHW), unless a row says otherwise. Weights are random: neither time nor memory
+depends on their values.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderTiny
+from machine import DEVICE, Peak, convolution_roof, machine, seconds
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentvae.optimization import optimize
+from latentvae.presets import build
+from latentvae.tiling import enable_exact_tiling
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WAYS = ("stock", "optimized", "exact tiling", "diffusers tiling")
+SMALL = ("AutoencoderTiny", "f8c4-small stock", "f8c4-small optimized")
+Figures = dict[str, Any]
+
+
+def prepare(way: str, dtype: torch.dtype) -> Any:
+    """The model of one case, ready to run."""
+    torch.manual_seed(0)
+    if way == "AutoencoderTiny":
+        return AutoencoderTiny().to(DEVICE, dtype).to(memory_format=torch.channels_last).eval()
+    preset = "f8c4-small" if way.startswith("f8c4-small") else "f8c4"
+    vae = build(preset).to(DEVICE, dtype).eval()
+    if way == "f8c4-small stock":
+        vae.to(memory_format=torch.channels_last)
+    elif way == "diffusers tiling":
+        vae.enable_tiling()
+    elif way != "stock":
+        optimize(vae)
+    if way == "exact tiling":
+        enable_exact_tiling(vae)
+    return vae
+
+
+def measure(case: Figures, output: Path) -> Figures:
+    """Seconds and peak bytes of one case in this process; its result goes to `output`."""
+    vae = prepare(case["way"], DTYPES[case["precision"]])
+    side = case["side"]
+    random = torch.Generator().manual_seed(1)
+    shape = (1, 3, side, side) if case["verb"] == "encode" else (1, 4, side // 8, side // 8)
+    inputs = torch.randn(shape, generator=random).clamp(-1, 1).to(DEVICE, DTYPES[case["precision"]])
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        if case["verb"] == "decode":
+            return vae.decode(inputs).sample
+        encoded = vae.encode(inputs)
+        return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.parameters
+
+    with Peak() as peak:
+        result = run()
+    torch.save(result.float().cpu(), output)
+    del result
+    return {"seconds": seconds(run, case["repeats"], warmup=0), "peak": peak.bytes}
+
+
+def flop(verb: str, side: int) -> float:
+    """What stock computes, counted on tensors without data."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae = build("f8c4")
+        if verb == "encode":
+            vae.encode(torch.empty(1, 3, side, side))
+        else:
+            vae.decode(torch.empty(1, 4, side // 8, side // 8))
+    return float(counter.get_total_flops())
+
+
+def in_child(case: Figures, folder: Path) -> Figures:
+    """One case in a process of its own, with its error against stock fp32."""
+    name = f"{case['verb']}-{case['side']}-{case['precision']}-{case['way']}.pt"
+    line = [sys.executable, __file__, "--case", json.dumps(case), "--output", str(folder / name)]
+    child = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode:  # out of memory, most likely: said in the table
+        return {**case, "failed": f"ended with {child.returncode}"}
+    figures = {**case, **json.loads(child.stdout.splitlines()[-1])}
+    reference = folder / f"{case['verb']}-{case['side']}-fp32-stock.pt"
+    if reference.exists() and case["way"] in WAYS:
+        wanted, got = torch.load(reference), torch.load(folder / name)
+        figures["error"] = ((got - wanted).abs().max() / (wanted.max() - wanted.min())).item()
+    if name != reference.name:
+        (folder / name).unlink()
+    return figures
+
+
+def rows(results: list[Figures], roofs: dict[str, float]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [
+        "| case | s | x stock fp32 | peak GB | x | error of range | of the roof |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in results:
+        name = f"{each['verb']} {each['side']} {each['precision']} {each['way']}"
+        if "failed" in each:
+            lines.append(f"| {name} | {each['failed']} | | | | | |")
+            continue
+        first = next(r for r in results if (r["verb"], r["side"]) == (each["verb"], each["side"]))
+        faster, leaner = (first.get(key, 0) / max(each[key], 1e-9) for key in ("seconds", "peak"))
+        share = ""
+        if each["way"] in WAYS:
+            rate = flop(each["verb"], each["side"]) / each["seconds"]
+            share = f"{rate / roofs[each['precision']]:.0%}"
+        error = f"{each['error']:.1e}" if "error" in each else ""
+        lines.append(
+            f"| {name} | {each['seconds']:.2f} | {faster:.2f} | {each['peak'] / 1e9:.2f} | {leaner:.2f} "
+            f"| {error} | {share} |"
+        )
+    return lines
+
+
+def cases(arguments: argparse.Namespace) -> list[Figures]:
+    """What is measured, the case that others are compared with first."""
+    if arguments.small:
+        ways, sides = SMALL, [512]
+    else:
+        ways, sides = WAYS, arguments.sides
+    found = []
+    for verb in ("decode", "encode"):
+        for side in sides:
+            for precision in arguments.precisions:
+                for way in ways:
+                    if side <= 512 and "tiling" in way:
+                        continue  # one tile
+                    repeats = 5 if arguments.small else 2 if side <= 512 else 1
+                    found.append(
+                        {"verb": verb, "side": side, "precision": precision, "way": way, "repeats": repeats}
+                    )
+    return found
+
+
+def main() -> None:
+    """Measure every case, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(measure(arguments.case, arguments.output)))
+        return
+    roofs = {precision: convolution_roof(DTYPES[precision]) for precision in arguments.precisions}
+    with tempfile.TemporaryDirectory() as folder:
+        results = [in_child(case, Path(folder)) for case in cases(arguments)]
+    roof = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in roofs.items())
+    print("\n".join([f"{machine()}; convolution roof: {roof}", "", *rows(results, roofs)]))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), "roofs": roofs, "runs": results}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Whether a VAE survives half precision, and a rescaled copy that does."""
+
+from latentvae.doctor.diagnosis import Diagnosis, diagnose, synthetic_probes
+from latentvae.doctor.rescaling import Rescaling, UnfixableError, rescale
+
+__all__ = ["Diagnosis", "Rescaling", "UnfixableError", "diagnose", "rescale", "synthetic_probes"]
