@@ -1,6 +1,7 @@
 """Encode and decode beside stock diffusers: time, memory, error, and the share of the convolution roof.
 
     python benchmarks/inference.py --sides 512 1024 --precisions fp32
+    python benchmarks/inference.py --ablation       # what each switch of `optimize` is worth, at 512 px
     python benchmarks/inference.py --small          # the bundled model beside AutoencoderTiny's architecture
 
 Each case is a process of its own, and all run in one go; ratios are against stock in the same precision's
@@ -13,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from latentvae.presets import build
 from latentvae.tiling import enable_exact_tiling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VERBS = ("decode", "encode")
 WAYS = ("stock", "optimized", "exact tiling", "diffusers tiling")
+SWITCHES = ("upsample", "norm", "residual", "winograd", "channels_last")
+ABLATION = ("stock", "optimized", *(f"without {switch}" for switch in SWITCHES), "compiled")
 SMALL = ("AutoencoderTiny", "f8c4-small stock", "f8c4-small optimized")
 Figures = dict[str, Any]
 
@@ -42,8 +47,10 @@ def prepare(way: str, dtype: torch.dtype) -> Any:
         vae.to(memory_format=torch.channels_last)
     elif way == "diffusers tiling":
         vae.enable_tiling()
+    elif way.startswith("without "):
+        optimize(vae, **{way.removeprefix("without "): False})
     elif way != "stock":
-        optimize(vae)
+        optimize(vae, compile=way == "compiled")
     if way == "exact tiling":
         enable_exact_tiling(vae)
     return vae
@@ -65,10 +72,15 @@ def measure(case: Figures, output: Path) -> Figures:
         return encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.parameters
 
     with Peak() as peak:
-        result = run()
-    torch.save(result.float().cpu(), output)
+        start = time.perf_counter()
+        result = run().float().cpu()
+        first = time.perf_counter() - start
+    torch.save(result, output)
     del result
-    return {"seconds": seconds(run, case["repeats"], warmup=0), "peak": peak.bytes}
+    return {
+        "seconds": seconds(run, case["repeats"], warmup=0) if case["repeats"] else first,
+        "peak": peak.bytes,
+    }
 
 
 def flop(verb: str, side: int) -> float:
@@ -91,7 +103,7 @@ def in_child(case: Figures, folder: Path) -> Figures:
         return {**case, "failed": f"ended with {child.returncode}"}
     figures = {**case, **json.loads(child.stdout.splitlines()[-1])}
     reference = folder / f"{case['verb']}-{case['side']}-fp32-stock.pt"
-    if reference.exists() and case["way"] in WAYS:
+    if reference.exists() and case["way"] not in SMALL:
         wanted, got = torch.load(reference), torch.load(folder / name)
         figures["error"] = ((got - wanted).abs().max() / (wanted.max() - wanted.min())).item()
     if name != reference.name:
@@ -113,7 +125,7 @@ def rows(results: list[Figures], roofs: dict[str, float]) -> list[str]:
         first = next(r for r in results if (r["verb"], r["side"]) == (each["verb"], each["side"]))
         faster, leaner = (first.get(key, 0) / max(each[key], 1e-9) for key in ("seconds", "peak"))
         share = ""
-        if each["way"] in WAYS:
+        if each["way"] not in SMALL:
             rate = flop(each["verb"], each["side"]) / each["seconds"]
             share = f"{rate / roofs[each['precision']]:.0%}"
         error = f"{each['error']:.1e}" if "error" in each else ""
@@ -126,18 +138,16 @@ def rows(results: list[Figures], roofs: dict[str, float]) -> list[str]:
 
 def cases(arguments: argparse.Namespace) -> list[Figures]:
     """What is measured, the case that others are compared with first."""
-    if arguments.small:
-        ways, sides = SMALL, [512]
-    else:
-        ways, sides = WAYS, arguments.sides
+    ways = SMALL if arguments.small else ABLATION if arguments.ablation else arguments.ways
+    sides = [512] if arguments.small or arguments.ablation else arguments.sides
     found = []
-    for verb in ("decode", "encode"):
+    for verb in arguments.verbs:
         for side in sides:
             for precision in arguments.precisions:
                 for way in ways:
                     if side <= 512 and "tiling" in way:
                         continue  # one tile
-                    repeats = 5 if arguments.small else 2 if side <= 512 else 1
+                    repeats = 5 if arguments.small else 2 if side <= 512 else 0  # long runs are timed once
                     found.append(
                         {"verb": verb, "side": side, "precision": precision, "way": way, "repeats": repeats}
                     )
@@ -151,7 +161,10 @@ def main() -> None:
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=VERBS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--ablation", action="store_true", help="what each switch of optimize is worth")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)

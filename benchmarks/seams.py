@@ -7,6 +7,7 @@ and once with `latentvae.enable_exact_tiling(vae)`. The picture shows the differ
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -41,21 +42,24 @@ def main() -> None:
     arguments = parser.parse_args()
     images = enlarged(arguments.photo, arguments.width)
     vae = latentvae.load()
-    results, peaks = {}, {}
+    results, peaks, times = {}, {}, {}
     for way in ("whole", "diffusers' tiling", "exact tiling"):
         if way == "diffusers' tiling":
             vae.enable_tiling()
         if way == "exact tiling":
             latentvae.enable_exact_tiling(vae, memory=0)
+        start = time.perf_counter()
         with Peak() as peak:
             results[way] = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
-        peaks[way] = peak.bytes
+        peaks[way], times[way] = peak.bytes, time.perf_counter() - start
     print(f"{tuple(images.shape)}; {machine()}\n")
-    print("| way | largest difference, of 255 | mean | peak GB |\n|---|---|---|---|")
+    print("| way | largest difference, of 255 | mean | peak GB | s |\n|---|---|---|---|---|")
     tiles = []
     for way, result in results.items():
         difference = (result - results["whole"]).abs() * 127.5
-        figures = f"{difference.max():.4f} | {difference.mean():.5f} | {peaks[way] / 1e9:.2f}"
+        figures = (
+            f"{difference.max():.4f} | {difference.mean():.5f} | {peaks[way] / 1e9:.2f} | {times[way]:.1f}"
+        )
         print(f"| {way} | {figures} |", flush=True)
         if way != "whole":
             tiles.append((difference[0] / 127.5 * AMPLIFY - 1).clamp(-1, 1))

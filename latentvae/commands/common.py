@@ -29,6 +29,10 @@ Model = Annotated[
         show_default="f8c4-small",
     ),
 ]
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
+]
+SameModel = Annotated[str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
 ]

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae.commands.common import Device, Json, finish, load_model, print_json, skip
+from latentvae.commands.common import (
+    Device,
+    Json,
+    ModelArgument,
+    SameModel,
+    finish,
+    load_model,
+    print_json,
+    skip,
+)
 from latentvae.errors import ImageError, LatentVAEError
 
 if TYPE_CHECKING:
@@ -26,12 +35,8 @@ THIN_HEADROOM = 2.0  # other images than the probes may well give twice their la
 
 
 def doctor(
-    model: Annotated[
-        str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
-    ] = None,
-    same: Annotated[
-        str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")
-    ] = None,
+    model: ModelArgument = None,
+    same: SameModel = None,
     images: Annotated[
         list[Path] | None,
         typer.Option(

@@ -2,20 +2,16 @@
 
 from json import loads as parse
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from latentvae.commands.common import Json, print_json
+from latentvae.commands.common import Json, ModelArgument, SameModel, print_json
 
 
 def info(
-    model: Annotated[
-        str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
-    ] = None,
-    same: Annotated[
-        str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")
-    ] = None,
+    model: ModelArgument = None,
+    same: SameModel = None,
     json: Json = False,
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics."""

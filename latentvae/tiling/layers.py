@@ -6,6 +6,7 @@ has touched is cropped off; at true borders the halo ends as the map does, so th
 one. Nothing but a `Stored` map keeps what was computed: reading anything else twice computes it twice.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from latentvae.errors import ModelError
 from latentvae.tiling.maps import Box, Moments, OldEdges, pieces
 
 
-class Map:
+class Map(ABC):
     """A map that is read box by box.
 
     Attributes:
@@ -32,13 +33,13 @@ class Map:
 
     sources: tuple["Map", ...] = ()
 
+    @abstractmethod
     def read(self, box: Box) -> torch.Tensor:
         """The values in a box, (1, C, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def footprint(self, pixels: int) -> tuple[int, int]:
         """How many values lie in memory at the worst moment of reading a box of so many pixels, and after."""
-        raise NotImplementedError
 
     def stored(self) -> set["Stored"]:
         """The stored maps that this one is computed from."""
