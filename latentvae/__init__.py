@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from latentvae.errors import LatentVAEError as LatentVAEError
     from latentvae.evaluation import evaluate as evaluate
     from latentvae.exporting import export as export
+    from latentvae.formats.writing import save as save
     from latentvae.images import find_images as find_images
     from latentvae.images import load_image as load_image
     from latentvae.images import save_image as save_image
@@ -35,6 +36,7 @@ _HOME = {
     "LatentVAEError": "errors",
     "evaluate": "evaluation",
     "export": "exporting",
+    "save": "formats.writing",
     "find_images": "images",
     "load_image": "images",
     "save_image": "images",

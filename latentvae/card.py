@@ -8,12 +8,14 @@ from typing import Any
 import yaml
 from diffusers import AutoencoderKL
 
+from latentvae.formats.programs import program_notes
 from latentvae.model import spatial_compression_ratio
 
 # An absolute path in a text: not the end of a relative one, a fraction or a URL.
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/\\-])(?:[A-Za-z]:[\\/]|/)[^\s'",;:)]+""")
 
 
+PLACE = '"path/to/this/folder"'  # in the example; an upload puts its own there
 FIGURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rate_bpp": "rate (KL), bits per pixel"}
 
 
@@ -52,8 +54,17 @@ def protocol_lines(metrics: dict[str, Any]) -> list[str]:
     return [f"- {name}: {value}" for name, value in metrics.get("protocol", {}).items() if value is not None]
 
 
-def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:
-    """A Hugging Face model card in Markdown, with front matter."""
+def channel_lines(statistics: dict[str, Any] | None) -> list[str]:
+    """The figures of each latent channel, as a Markdown table; empty where none were measured."""
+    if statistics is None:
+        return []
+    figures = zip(statistics["latents_mean"], statistics["latents_std"], strict=True)
+    rows = [f"| {number} | {mean:.4g} | {std:.4g} |" for number, (mean, std) in enumerate(figures)]
+    return ["| channel of latents | mean | standard deviation |", "|---|---|---|", *rows, ""]
+
+
+def model_card(vae: AutoencoderKL, provenance: Provenance, statistics: dict[str, Any] | None = None) -> str:
+    """A Hugging Face model card in Markdown, with front matter; `statistics` as in the sidecar."""
     config = vae.config
     front = {"library_name": "diffusers", "license": provenance.licence, "pipeline_tag": "image-to-image"}
     if provenance.base_model:
@@ -75,11 +86,14 @@ def model_card(vae: AutoencoderKL, provenance: Provenance) -> str:
             "",
             "```python",
             "from diffusers import AutoencoderKL", "",
-            'vae = AutoencoderKL.from_pretrained("path/to/this/folder")',
+            f"vae = AutoencoderKL.from_pretrained({PLACE})",
             "```", "",
             "## Latents", "",
             f"`scaled_latents = (latents - {config['shift_factor']:g}) * {config['scaling_factor']:.6g}`. "
             "Per-channel figures are in `latentvae.json`.", "",
+            *channel_lines(statistics),
+            "## Other programs", "",
+            *(f"- {note}" for note in program_notes(config)), "",
             "## Training", "",
             f"Data: {provenance.trained_on}", "",
             f"Run: {provenance.training}", "",

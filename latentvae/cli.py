@@ -10,6 +10,8 @@ import sys
 import typer
 
 from latentvae import __version__
+from latentvae.commands.compress import compress, decompress
+from latentvae.commands.convert import convert
 from latentvae.commands.doctor import doctor
 from latentvae.commands.evaluate import evaluate
 from latentvae.commands.export import export
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (reconstruct, evaluate, export, info, doctor, train):
+for verb in (reconstruct, evaluate, export, convert, compress, decompress, info, doctor, train):
     app.command()(verb)
 
 

@@ -23,3 +23,11 @@ class MissingWeightsError(LatentVAEError):
 
 class ConfigError(LatentVAEError):
     """A training configuration that cannot work."""
+
+
+class StoreError(LatentVAEError):
+    """Latents on disk that are damaged, in use, made by another model, or cannot be written."""
+
+
+class CodecError(LatentVAEError):
+    """A compressed image that is damaged, too large, or needs another model."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from safetensors import SafetensorError
 
 from latentvae.card import Provenance, model_card, without_paths
 from latentvae.errors import LatentVAEError, ModelError
+from latentvae.formats.writing import put_in_place
 from latentvae.latents import LatentStatistics, reconstruct
 from latentvae.model import spatial_compression_ratio
 
 SIDECAR = "latentvae.json"
+SHARD_SIZE = re.compile(r"[1-9]\d*[KMG]B")
 MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
 
 
@@ -73,6 +76,7 @@ def export(
     provenance: Provenance | None = None,
     half: bool = False,
     overwrite: bool = False,
+    max_shard_size: str | None = None,
 ) -> Path:
     """Write config.json, fp32 and fp16 weights, a model card and a sidecar; then load and compare.
 
@@ -84,15 +88,19 @@ def export(
         provenance: for the model card.
         half: write fp16 weights only, as the one file: half the size, and what every loader finds first.
         overwrite: replace an earlier export.
+        max_shard_size: such as "300MB": weights larger than that are split into several files.
 
     Returns:
         The folder.
 
     Raises:
-        LatentVAEError: the folder holds something else, cannot be written, or the reload differs.
+        LatentVAEError: the folder holds something else or cannot be written, the size is none, or the reload
+            differs.
     """
     folder = Path(folder)
     _check_target(folder, overwrite)
+    if max_shard_size and not SHARD_SIZE.fullmatch(max_shard_size):
+        raise LatentVAEError(f"max_shard_size {max_shard_size!r} is no size; wanted one such as 300MB.")
     prepared = prepare(vae, statistics)
     if half:
         prepared = prepared.half().float()  # what a reload in fp32 gives
@@ -101,29 +109,14 @@ def export(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(prepared, partial, statistics, without_paths(provenance or Provenance()), half)
+        _write(prepared, partial, statistics, without_paths(provenance or Provenance()), half, max_shard_size)
         verify(prepared, partial)
-        _put_in_place(partial, final)
+        put_in_place(partial, final)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
         raise LatentVAEError(f"cannot write {folder}: {error}. Choose another --output.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; what was there is deleted only after that, or comes back."""
-    old = final.parent / f".{final.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        partial.rename(final)
-    except BaseException:
-        if old.exists():
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def prepare(vae: AutoencoderKL, statistics: LatentStatistics | None) -> AutoencoderKL:
@@ -168,7 +161,7 @@ def verify(vae: AutoencoderKL, folder: Path) -> None:
         raise LatentVAEError(
             f"the export in {folder} reconstructs a probe image with an error of {error:.3g}."
         )
-    variant = "fp16" if any(folder.glob("*.fp16.safetensors")) else None
+    variant = "fp16" if any(folder.glob("*.fp16*.safetensors")) else None
     in_half = AutoencoderKL.from_pretrained(str(folder), variant=variant, torch_dtype=torch.float16)
     bad = [key for key, tensor in in_half.state_dict().items() if not tensor.isfinite().all()]
     if bad:
@@ -206,19 +199,22 @@ def _write(
     statistics: LatentStatistics | None,
     provenance: Provenance,
     half: bool,
+    max_shard_size: str | None,
 ) -> None:
+    options = {"max_shard_size": max_shard_size} if max_shard_size else {}
     in_half = copy.deepcopy(vae).half()
     if half:
-        in_half.save_pretrained(folder, safe_serialization=True)
+        in_half.save_pretrained(folder, safe_serialization=True, **options)
     else:
-        vae.save_pretrained(folder, safe_serialization=True)
-        in_half.save_pretrained(folder, safe_serialization=True, variant="fp16")
+        vae.save_pretrained(folder, safe_serialization=True, **options)
+        in_half.save_pretrained(folder, safe_serialization=True, variant="fp16", **options)
+    figures = exported_statistics(vae, statistics) if statistics else None
     sidecar = {
         "format": 1,
         "parameters": sum(p.numel() for p in vae.parameters()),
         "spatial_compression_ratio": spatial_compression_ratio(vae),
-        "latent_statistics": exported_statistics(vae, statistics) if statistics else None,
+        "latent_statistics": figures,
         **vars(provenance),
     }
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, default=str), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(vae, provenance), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(vae, provenance, figures), encoding="utf-8")

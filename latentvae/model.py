@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from latentvae.errors import ModelError
+from latentvae.formats.deriving import derive_config
+from latentvae.formats.files import StoredVAE, config_in_metadata, read, read_shards
+from latentvae.formats.layout import file_names, is_attention_weight, to_convolution
 from latentvae.presets import PRESETS, nearest
 
 logger = logging.getLogger(__name__)
@@ -20,12 +21,8 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DEFAULT_MODEL = "f8c4-small"
 
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
-OLD_ATTENTION_NAMES = {
-    ".query.": ".to_q.",
-    ".key.": ".to_k.",
-    ".value.": ".to_v.",
-    ".proj_attn.": ".to_out.0.",
-}
+BELONGS = "Use the config.json that belongs to these weights."
+DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
 
 
 def bundled() -> list[str]:
@@ -36,15 +33,19 @@ def bundled() -> list[str]:
 def load(
     source: str | Path | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> AutoencoderKL:
     """Load an `AutoencoderKL` in eval mode, every weight accounted for.
 
+    A file may have diffusers' names or LDM's, bare or behind `first_stage_model.` or `vae.`, and be a whole
+    checkpoint, of which only the VAE is read. Its config is that in its metadata, or else the config.json
+    beside it, or else derived from its shapes; then a warning says what is not in them.
+
     Args:
         source: None for the bundled default; the name of a bundled model; a diffusers folder (of the VAE
             itself, or of a pipeline with a `vae/` in it); one `*.safetensors` file; or a hub id.
-        dtype: the weights' dtype, whatever the file holds.
+        dtype: the weights' dtype, whatever the file holds; None keeps the file's (a hub id's: float32).
         device: where to put it.
 
     Raises:
@@ -54,7 +55,7 @@ def load(
     return vae.to(device).eval()
 
 
-def _load(source: str | Path, dtype: torch.dtype) -> AutoencoderKL:
+def _load(source: str | Path, dtype: torch.dtype | None) -> AutoencoderKL:
     name, path = str(source), Path(source)
     if name in bundled():
         return _load_folder(WEIGHTS_DIR / name, dtype)
@@ -75,7 +76,7 @@ def _load(source: str | Path, dtype: torch.dtype) -> AutoencoderKL:
     return _load_hub(name, dtype)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     config = _read_config(folder)
@@ -85,8 +86,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
         if pickled:
             raise ModelError(_refuse_pickle(pickled[0]))
         raise ModelError(f"{folder} has a config.json and no weights. Wanted {WEIGHTS_NAME} beside it.")
-    tensors = {key: tensor for path in files for key, tensor in _read_tensors(path).items()}
-    return _assemble(config, tensors, dtype, files[0] if len(files) == 1 else folder)
+    return _assemble(config, read_shards(files, files[0] if len(files) == 1 else folder), dtype)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -103,22 +103,37 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{WEIGHTS_NAME.removesuffix('.safetensors')}.*.safetensors"))[:1]
 
 
-def _load_file(path: Path, dtype: torch.dtype) -> AutoencoderKL:
+def _load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     if not path.is_file():
         raise ModelError(f"no such file: {path}.")
-    tensors = _read_tensors(path)
-    config = _config_in_metadata(path)
-    if config is None and (path.parent / "config.json").is_file():
-        config = _read_config(path.parent)
-    if config is None:
-        raise ModelError(
-            f"{path} does not say what model it holds: no config in its metadata, and no "
-            "config.json beside it. Put the model's config.json beside it."
-        )
-    return _assemble(config, tensors, dtype, path)
+    stored = read(path)
+    config = _own_config(stored)
+    if config is not None:
+        return _assemble(config, stored, dtype)
+    config, note = derive_config(stored)
+    logger.warning(note)
+    return _assemble(config, stored, dtype, DAMAGED)
 
 
-def _load_hub(name: str, dtype: torch.dtype) -> AutoencoderKL:
+def _own_config(stored: StoredVAE) -> dict[str, Any] | None:
+    """The config in a file's metadata, or else beside it; None where neither is.
+
+    Beside LDM's files, and inside them, configs of other models are common: those are not the VAE's.
+    """
+    beside = stored.path.parent / "config.json"
+    config, place = config_in_metadata(stored), stored.path
+    if stored.layout == "ldm" and _class_name(config) != "AutoencoderKL":
+        config = None
+    if config is None and beside.is_file():
+        config, place = _read_json(beside), beside
+    if stored.layout == "ldm" and _class_name(config) != "AutoencoderKL":
+        return None
+    if config is not None:
+        _check_class(config, place)
+    return config
+
+
+def _load_hub(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
     if name.count("/") != 1 or name.startswith((".", "/")):
         known = [*bundled(), *PRESETS]
         raise ModelError(
@@ -157,7 +172,7 @@ def _hub_subfolder(name: str) -> str:
     raise OSError("there is no such repository, or no config.json in it or in its vae/")
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, subfolder: str) -> AutoencoderKL:
+def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> AutoencoderKL:
     options: dict[str, Any] = {"subfolder": subfolder, "torch_dtype": dtype, "use_safetensors": True}
     options["output_loading_info"] = True
     try:
@@ -182,66 +197,56 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is no model folder: it has no config.json. Wanted a folder written by "
             "`latentvae export` or by diffusers' save_pretrained, or one with a vae/ folder in it."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    config = _read_json(path)
     _check_class(config, path)
     return config
 
 
-def _check_class(config: dict[str, Any], path: Path) -> None:
-    name = config.get("_class_name") if isinstance(config, dict) else None
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+
+
+def _class_name(config: Any) -> str | None:
+    return config.get("_class_name") if isinstance(config, dict) else None
+
+
+def _check_class(config: Any, path: Path) -> None:
+    name = _class_name(config)
     if name != "AutoencoderKL":
         raise ModelError(f"{path} describes {name or 'no model class'}; wanted an AutoencoderKL.")
 
 
-def _config_in_metadata(path: Path) -> dict[str, Any] | None:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("config")
-    if text is None:
-        return None
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelError(f"the config in the metadata of {path} is not valid JSON: {error}.") from error
-    _check_class(config, path)
-    return config
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is not a readable safetensors file: {error}. Download or export it again."
-        ) from error
-
-
 def _assemble(
-    config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype, path: Path
+    config: dict[str, Any], stored: StoredVAE, dtype: torch.dtype | None, hint: str = BELONGS
 ) -> AutoencoderKL:
     """Put tensors into the model that `config` describes, refusing anything left over or left out."""
     try:
         vae = AutoencoderKL.from_config(config)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the config of {path} makes no AutoencoderKL: {error}.") from error
-    tensors = {_current_name(key): tensor for key, tensor in tensors.items()}
-    check_keys(tensors, vae.state_dict(), path)
-    vae.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+        raise ModelError(f"the config of {stored.path} makes no AutoencoderKL: {error}.") from error
+    state, tensors = vae.state_dict(), dict(stored.tensors)
+    levels = len(vae.config["block_out_channels"])
+    names = file_names(state, stored.layout, stored.prefix, levels, tensors)
+    wanted = {names[key]: tensor for key, tensor in state.items()}
+    if stored.layout == "ldm":
+        for key in filter(is_attention_weight, names):
+            wanted[names[key]] = to_convolution(state[key])
+            if names[key] in tensors:
+                tensors[names[key]] = to_convolution(tensors[names[key]])
+    check_keys(tensors, wanted, stored.path, hint)
+    dtype = dtype or stored.dtype
+    weights = {key: tensors[name].reshape(state[key].shape).to(dtype) for key, name in names.items()}
+    vae.load_state_dict(weights, assign=True)
     return vae.requires_grad_(True)
 
 
-def _current_name(key: str) -> str:
-    """What diffusers calls a weight today: files from before 2023, such as SD's, name attention otherwise."""
-    block, dot, rest = key.partition(".attentions.")
-    for old, new in OLD_ATTENTION_NAMES.items():
-        rest = rest.replace(old, new)
-    return block + dot + rest
-
-
-def check_keys(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: Path) -> None:
-    """Compare a file's keys and shapes with a model's state dict.
+def check_keys(
+    tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: Path, hint: str = BELONGS
+) -> None:
+    """Compare a file's keys and shapes with a model's state dict, under the names that the file has.
 
     Raises:
         ModelError: names the first key that is missing, extra or misshaped, its nearest match, and the count.
@@ -257,7 +262,7 @@ def check_keys(tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     if problems:
         raise ModelError(
             f"{path} does not fit its config: it {min(problems)} ({len(problems)} of {len(wanted)} keys). "
-            "Use the config.json that belongs to these weights."
+            f"{hint}"
         )
 
 

@@ -33,12 +33,28 @@ def export(
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="One file of fp16 weights: half the size.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the parent, for the card. Default: the run's model.init.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository. Default: nowhere."),
+    ] = None,
+    subfolder: Annotated[
+        str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     from latentvae.card import Provenance
     from latentvae.exporting import export as run
+    from latentvae.formats.programs import program_notes
     from latentvae.model import load
+    from latentvae.publishing import check_publishable, publish
 
     checkpoint = find_checkpoint(Path(source))
     state: dict[str, Any] = {}
@@ -49,19 +65,33 @@ def export(
     provenance = Provenance(
         name=name,
         licence=licence,
-        base_model=state.get("config", {}).get("model", {}).get("init"),
+        base_model=base_model or state.get("config", {}).get("model", {}).get("init"),
         trained_on=trained_on,
         training=training or (f"{state['step']} steps" if state else "not stated"),
         metrics=read_metrics(metrics) if metrics else {},
         config=state.get("config", {}),
     )
+    if push_to_hub:
+        check_publishable(push_to_hub, provenance)
     skipped: list[dict[str, str]] = []
     statistics = measure(vae, images, state, skipped)
-    folder = run(vae, output, statistics=statistics, provenance=provenance, half=half, overwrite=overwrite)
+    folder = run(
+        vae,
+        output,
+        statistics=statistics,
+        provenance=provenance,
+        half=half,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )
+    url = publish(folder, push_to_hub, subfolder=subfolder, private=private) if push_to_hub else None
     if json:
-        print_json({"export": str(folder), "latent_statistics": statistics.as_dict() if statistics else None})
+        figures = statistics.as_dict() if statistics else None
+        print_json({"export": str(folder), "latent_statistics": figures, "hub": url})
     else:
         typer.echo(f"Exported {folder}, reloaded in diffusers without a difference.")
+        for note in [*program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]:
+            typer.echo(note)
     finish(skipped, statistics.image_count if statistics else 0)
 
 

@@ -1,0 +1,97 @@
+"""What each weight is called: diffusers' names, those it had before 2023, and LDM's."""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+Layout = Literal["diffusers", "ldm"]
+
+# The last matches every file, so it comes last. Text encoders have "encoder." too, but never at the start.
+PREFIXES = ("first_stage_model.", "vae.", "")
+
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_ATTENTION = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)")
+_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(.+)")
+_LEVEL = re.compile(
+    r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+
+
+def ldm_name(key: str, levels: int) -> str:
+    """What LDM calls the weight that diffusers calls `key`, in a VAE of that many levels.
+
+    LDM numbers the decoder's levels by their resolution, as the encoder's, so its last one runs first.
+    """
+    if match := _ATTENTION.fullmatch(key):
+        part, layer, kind = match.groups()
+        return f"{part}.mid.attn_1.{_LDM_ATTENTION[layer]}.{kind}"
+    if match := _MIDDLE.fullmatch(key):
+        part, number, rest = match.groups()
+        return f"{part}.mid.block_{int(number) + 1}.{_shortcut(rest)}"
+    if match := _LEVEL.fullmatch(key):
+        part, level, kind, number, rest = match.groups()
+        place = int(level) if part == "encoder.down" else levels - 1 - int(level)
+        if kind == "resnets":
+            return f"{part}.{place}.block.{number}.{_shortcut(rest)}"
+        return f"{part}.{place}.{kind.removesuffix('rs')}.{rest}"
+    return key.replace(".conv_norm_out.", ".norm_out.")
+
+
+def _shortcut(rest: str) -> str:
+    return rest.replace("conv_shortcut", "nin_shortcut")
+
+
+def old_name(key: str) -> str:
+    """What diffusers called a weight before 2023: files such as SD's name attention so."""
+    match = _ATTENTION.fullmatch(key)
+    if match is None or match[2] not in _OLD_ATTENTION:
+        return key
+    return f"{match[1]}.mid_block.attentions.0.{_OLD_ATTENTION[match[2]]}.{match[3]}"
+
+
+def file_names(
+    keys: Iterable[str], layout: Layout, prefix: str, levels: int, there: Iterable[str]
+) -> dict[str, str]:
+    """What a file of that layout and prefix, with the keys `there`, calls each of a model's weights."""
+    present = set(there)
+
+    def name(key: str) -> str:
+        if layout == "ldm":
+            return prefix + ldm_name(key, levels)
+        old = prefix + old_name(key)
+        return old if old in present else prefix + key
+
+    return {key: name(key) for key in keys}
+
+
+def is_attention_weight(key: str) -> bool:
+    """Whether diffusers' `key` is a matrix that LDM keeps as a 1x1 convolution."""
+    match = _ATTENTION.fullmatch(key)
+    return match is not None and match[3] == "weight" and match[2] != "group_norm"
+
+
+def to_convolution(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix, or a kernel of one tap in one dimension, as a 1x1 convolution; others as they are."""
+    if tensor.ndim == 3 and tensor.shape[2] == 1:
+        return tensor[..., None]
+    return tensor[..., None, None] if tensor.ndim == 2 else tensor
+
+
+def find_prefix(keys: Iterable[str]) -> str | None:
+    """The prefix under which a file has a VAE; None where it has none."""
+    names = list(keys)
+    for prefix in PREFIXES:
+        if any(name.startswith((f"{prefix}encoder.", f"{prefix}decoder.")) for name in names):
+            return prefix
+    return None
+
+
+def find_layout(keys: Iterable[str], prefix: str) -> Layout:
+    """Whose names the weights below that prefix have."""
+    parts = ("encoder.down.", "encoder.mid.", "decoder.up.", "decoder.mid.")
+    return (
+        "ldm" if any(key.startswith(tuple(prefix + part for part in parts)) for key in keys) else "diffusers"
+    )
