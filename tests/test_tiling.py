@@ -614,7 +614,11 @@ def test_the_caller_keeps_its_input() -> None:
 def test_memory_peaks_where_the_plan_says(memory: float) -> None:
     # a process of its own, whose allocator gives every large block back: what is counted is what is held
     program = "from test_tiling import peaks_to_plan; print(*peaks_to_plan(float('" + str(memory) + "')))"
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "1000000",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
     )
