@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from latentvae.model import load as load
     from latentvae.optimization import optimize as optimize
     from latentvae.patches import restore as restore
+    from latentvae.pipelines import agree as agree
+    from latentvae.pipelines import swap as swap
     from latentvae.presets import PRESETS as PRESETS
     from latentvae.presets import build as build
+    from latentvae.store.buckets import BucketBatchSampler as BucketBatchSampler
+    from latentvae.store.dataset import LatentDataset as LatentDataset
+    from latentvae.store.webdataset import export_webdataset as export_webdataset
     from latentvae.tiling import enable_exact_tiling as enable_exact_tiling
     from latentvae.tiling import plan as plan
 
@@ -53,6 +58,11 @@ _HOME = {
     "load": "model",
     "optimize": "optimization",
     "restore": "patches",
+    "agree": "pipelines",
+    "swap": "pipelines",
+    "BucketBatchSampler": "store.buckets",
+    "LatentDataset": "store.dataset",
+    "export_webdataset": "store.webdataset",
     "enable_exact_tiling": "tiling",
     "plan": "tiling",
 }

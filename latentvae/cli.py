@@ -10,28 +10,39 @@ import sys
 import typer
 
 from latentvae import __version__
+from latentvae.commands.agree import agree
 from latentvae.commands.compress import compress, decompress
 from latentvae.commands.convert import convert
+from latentvae.commands.decode import decode
 from latentvae.commands.doctor import doctor
+from latentvae.commands.encode import encode
 from latentvae.commands.evaluate import evaluate
 from latentvae.commands.export import export
 from latentvae.commands.info import info
 from latentvae.commands.reconstruct import reconstruct
+from latentvae.commands.shards import shards
 from latentvae.commands.train import train
+from latentvae.commands.verify import verify
 from latentvae.errors import LatentVAEError
 
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
     name="latentvae",
-    help="Image VAEs for latent diffusion: reconstruct, evaluate, train, export.",
+    help="Image VAEs for latent diffusion: reconstruct, encode, compress, train, export.",
     epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped, "
     "4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (reconstruct, evaluate, export, convert, compress, decompress, info, doctor, train):
+VERBS = (
+    *(reconstruct, evaluate, info),
+    *(encode, decode, verify, shards),
+    *(compress, decompress),
+    *(train, export, convert, doctor, agree),
+)
+for verb in VERBS:
     app.command()(verb)
 
 
@@ -47,7 +58,7 @@ def common(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Image VAEs for latent diffusion: reconstruct, evaluate, train, export."""
+    """Image VAEs for latent diffusion: reconstruct, encode, compress, train, export."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,100 @@
+"""How fast a folder is encoded to a store, against the model alone on tensors that are ready.
+
+    python benchmarks/store.py ../shared/photos/val --count 32
+
+Both do the same batches of the same sizes, as many at once, in turns, so that a machine that others use too
+slows both alike. The store's time holds everything: finding, hashing, decoding and preparing the images, and
+writing, with every file made durable.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from machine import DEVICE, machine
+
+import latentvae
+from latentvae.images import find_images
+from latentvae.model import spatial_compression_ratio
+from latentvae.store import Workload, encode_folder
+from latentvae.store.computing import Computer
+from latentvae.store.feeding import feed
+from latentvae.store.loading import Loaded, Loader
+from latentvae.store.planning import plan_shards
+from latentvae.store.settings import BATCH_SIZE, SHARD_SIZE, preprocessing
+from latentvae.store.sources import find_sources
+
+
+def ready(vae: AutoencoderKL, folder: Path) -> list[list[Loaded]]:
+    """The batches that encoding the folder makes, loaded."""
+    sources = find_sources(folder, folder / "none")
+    ratio = spatial_compression_ratio(vae)
+    loader = Loader(sources, preprocessing(vae, None, False), ratio, BATCH_SIZE, False)
+    plan = plan_shards(folder, {}, list(sources), SHARD_SIZE, False)
+    return [batch.images for batch in feed(loader, plan.shards, 2) if batch.images]
+
+
+def model_seconds(vae: AutoencoderKL, batches: list[list[Loaded]], threads: int) -> float:
+    """How long the model takes for the batches."""
+    with Computer(vae, torch.bfloat16, threads) as computer:
+        start = time.perf_counter()
+        for future in [computer.submit(batch) for batch in batches]:
+            future.result()
+        return time.perf_counter() - start
+
+
+def store_seconds(vae: AutoencoderKL, folder: Path, threads: int) -> tuple[float, float]:
+    """How long a new store of the folder takes, and the share of it that the model waited."""
+    with tempfile.TemporaryDirectory() as place:
+        report = encode_folder(vae, folder, Path(place) / "store", workload=Workload(threads))
+    return report.seconds, report.waiting
+
+
+def main() -> None:
+    """Print the row, and write it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--count", type=int, default=64, help="images to take from the folder")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    vae = latentvae.load(dtype=getattr(torch, arguments.precision), device=DEVICE)
+    latentvae.optimize(vae)
+    with tempfile.TemporaryDirectory() as place:
+        for path in find_images(arguments.photos)[: arguments.count]:
+            shutil.copy(path, place)
+        batches = ready(vae, Path(place))
+        count = sum(map(len, batches))
+        model_seconds(vae, batches[:2], arguments.threads)  # warm up
+        bare, stored = [], []
+        for _ in range(arguments.repeats):
+            bare.append(model_seconds(vae, batches, arguments.threads))
+            stored.append(store_seconds(vae, Path(place), arguments.threads))
+    ratio = statistics.median(one / other for one, (other, _) in zip(bare, stored, strict=True))
+    row = {
+        "images": count,
+        "model_images_per_second": count / statistics.median(bare),
+        "store_images_per_second": count / statistics.median(seconds for seconds, _ in stored),
+        "share": ratio,
+        "waiting": statistics.median(waiting for _, waiting in stored),
+        "machine": machine(),
+    }
+    print("| images | model, images/s | to a store, images/s | share | model waited |\n|---|---|---|---|---|")
+    speeds = f"{row['model_images_per_second']:.2f} | {row['store_images_per_second']:.2f}"
+    print(f"| {count} | {speeds} | {ratio:.1%} | {row['waiting']:.1%} |\n\n{row['machine']}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(row, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""`latentvae encode`: images to a store of latents."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentvae.commands.common import EXIT_SKIPPED, Device, Json, Model, best_device, load_model, print_json
+from latentvae.commands.memory import SHARE, fit, free_memory, ordinary_peak
+from latentvae.errors import LatentVAEError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.store.encoding import EncodeReport
+    from latentvae.store.working import Room
+
+SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
+
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
+
+
+def encode(
+    photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
+    store: Annotated[Path, typer.Argument(help="Folder of the latents: new, or to be brought up to date.")],
+    model: Model = None,
+    dtype: Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")] = "bf16",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
+        ),
+    ] = None,
+    crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
+    flips: Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that load images.")] = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    json: Json = False,
+) -> None:
+    """Encode images to a store of latents to train from; run again, it only does what has changed.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
+    A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
+    """
+    from latentvae.fingerprint import weight_hash
+    from latentvae.store.encoding import encode_folder
+    from latentvae.store.preview import PREVIEW
+    from latentvae.store.preview import preview as draw
+    from latentvae.store.working import Workload
+
+    vae = load_model(model, own_device(device), "fp32")
+    weights = weight_hash(vae)
+    vae.to(dtype=dtypes()[precision])
+    threads = threads or cores(vae, batch_size or 8)
+    report = encode_folder(
+        vae,
+        photos,
+        store,
+        dtype=dtype,
+        size=size,
+        crop=crop,
+        flips=flips,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        prune=prune,
+        retry_failed=retry_failed,
+        weights_sha256=weights,
+        workload=Workload(threads, workers, room_for(vae, threads), progress=True),
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process speaks for all
+    if preview and report.images:
+        draw(store, vae).save(store / PREVIEW)
+    tell(report, store, json)
+
+
+def dtypes() -> dict[str, "torch.dtype"]:
+    """By their names on the command line."""
+    from latentvae.store.manifest import DTYPES
+
+    return {str(name): dtype for name, dtype in DTYPES.items()}
+
+
+def own_device(device: str | None) -> str:
+    """Of this process: each process of a machine gets a GPU of its own."""
+    device = device or best_device()
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def cores(vae: "AutoencoderKL", batch_size: int) -> int:
+    """How many batches a CPU can work on at once: one per core, as far as memory goes."""
+    import torch
+
+    free = SHARE * free_memory(vae.device)
+    each = ordinary_peak(vae, 512, 512 * batch_size)
+    return max(1, min(torch.get_num_threads(), int(free // each)))
+
+
+def room_for(vae: "AutoencoderKL", threads: int) -> "Room":
+    """Have large images tiled exactly, where they would not fit into memory otherwise."""
+    from latentvae.patches import restore
+
+    @contextmanager
+    def tiled(path: Path, height: int, width: int) -> Iterator[None]:
+        fit(vae, path, height, width, None, None)
+        try:
+            yield
+        finally:
+            restore(vae, "tiling")
+
+    def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
+        many = threads if vae.device.type == "cpu" else 1
+        fits = many * ordinary_peak(vae, height, width) <= SHARE * free_memory(vae.device)
+        return None if fits else tiled(path, height, width)
+
+    return room
+
+
+def tell(report: "EncodeReport", store: Path, as_json: bool) -> None:
+    """Print what was done, and end with exit code 3 where images failed.
+
+    Raises:
+        LatentVAEError: all images failed.
+    """
+    for failure in report.failures:
+        typer.echo(f"failed: {shown(failure.reason)}", err=True)
+    for what, names in (
+        ("gone, still in the store (--prune takes them out)", report.vanished),
+        ("gone, taken out", report.dropped),
+        ("was damaged and has been encoded again", report.repaired),
+    ):
+        for name in names[:SHOWN]:
+            typer.echo(f"{what}: {shown(name)}", err=True)
+        if len(names) > SHOWN:
+            typer.echo(f"{what}: {len(names) - SHOWN} more", err=True)
+    if report.failures and not report.images:
+        raise LatentVAEError(
+            f"none of the {len(report.failures)} images could be encoded; the first: "
+            f"{shown(report.failures[0].reason)}"
+        )
+    if as_json:
+        print_json(plain({"store": str(store), **report.as_dict()}))
+    else:
+        rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
+        waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
+        typer.echo(f"{report.images} images in {store}; {report.encoded} encoded now{rate}{waited}.")
+    if report.failures:
+        typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
+        sys.stdout.flush()
+        raise typer.Exit(EXIT_SKIPPED)
+
+
+def shown(text: str) -> str:
+    """The text as any terminal takes it: file names need not be valid Unicode."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def plain(value: Any) -> Any:
+    """The same JSON value, its texts as any terminal takes them."""
+    if isinstance(value, dict):
+        return {shown(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return shown(value) if isinstance(value, str) else value

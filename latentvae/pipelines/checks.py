@@ -1,0 +1,202 @@
+"""What a diffusers pipeline asks of its VAE, and whether this one has it."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.model import spatial_compression_ratio
+from latentvae.pipelines.agreement import Agreement, measure
+from latentvae.pipelines.structure import (
+    SwapError,
+    find_denoiser,
+    is_kind,
+    latent_channels,
+    latent_moments,
+    names_read,
+    packs,
+    pipeline_scaling,
+)
+
+# Facts of diffusers' sources that no attribute tells; classes by the start of their names.
+COMPUTE_WITH_8 = ("LDMTextToImage", "Lumina", "HunyuanDiT", "DreamLite")  # whatever the VAE's compression is
+SETS_FACTOR, FIXED_FACTOR = (
+    "StableDiffusionUpscale",
+    0.08333,
+)  # its constructor writes this into the VAE's config
+UNETS_OF_INPAINTING = (4, 9)  # SD's and SDXL's raise for others
+
+
+class LatentSpaceError(SwapError):
+    """A VAE whose latents the pipeline's denoiser was not trained on; `agreement` has the figures, if any."""
+
+    def __init__(self, message: str, agreement: Agreement | None = None) -> None:
+        super().__init__(message)
+        self.agreement = agreement
+
+
+def check_fit(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
+    """Refuse a VAE with which the pipeline would fail, or silently make wrong pictures.
+
+    Raises:
+        SwapError: says what the VAE has, what the pipeline wants, and what to do.
+    """
+    check_channels(pipe, vae)
+    check_compression(pipe, vae)
+    check_scaling(pipe, vae, old)
+    check_attributes(pipe, vae, old)
+    check_hooks(vae)
+
+
+def check_channels(pipe: Any, vae: AutoencoderKL) -> None:
+    """Latents against the denoiser, images against RGB."""
+    images = (vae.config["in_channels"], vae.config["out_channels"])
+    if images != (3, 3):
+        raise SwapError(
+            f"this VAE takes images of {images[0]} channels and gives {images[1]}; pipelines make RGB "
+            "pictures. Use a VAE of 3 and 3."
+        )
+    name, denoiser = find_denoiser(pipe)
+    if denoiser is None:
+        return
+    taken, given = denoiser.config["in_channels"], denoiser.config.get("out_channels")
+    wanted, have = latent_channels(pipe), vae.config["latent_channels"]
+    if wanted != have:
+        raise SwapError(
+            f"this VAE has {have} latent channels, but the {name} of {type(pipe).__name__} works on {wanted} "
+            f"(it takes {taken} and gives {given or taken}{', in patches of 2 x 2' if packs(pipe) else ''}). "
+            f"Use a VAE of {wanted} latent channels, or a {name} that was trained on {have}."
+        )
+    if "Inpaint" in type(pipe).__name__ and name == "unet" and taken not in UNETS_OF_INPAINTING:
+        raise SwapError(
+            f"the unet takes {taken} channels, but {type(pipe).__name__} works with 4 or 9 only: it is made "
+            "for 4 latent channels. No VAE can change that."
+        )
+
+
+def check_compression(pipe: Any, vae: AutoencoderKL) -> None:
+    """Pipelines that compute sizes with 8 whatever the VAE."""
+    factor = spatial_compression_ratio(vae)
+    if factor != 8 and is_kind(pipe, *COMPUTE_WITH_8):
+        raise SwapError(
+            f"this VAE compresses each side by {factor}, but {type(pipe).__name__} computes with 8 whatever "
+            "its VAE: pictures would have another size than asked for. Use an f8 VAE."
+        )
+
+
+def check_scaling(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
+    """Scaling and shift that the pipeline would ignore, use twice, or change."""
+    config, reads, kind = vae.config, names_read(type(pipe)), type(pipe).__name__
+    before = old.config if isinstance(old, AutoencoderKL) else {}
+    shift, factor = config["shift_factor"] or 0.0, config["scaling_factor"]
+    if not factor:
+        raise SwapError(
+            f"this VAE has scaling_factor {factor}, by which {kind} divides. Export it with statistics."
+        )
+    if shift and "shift_factor" not in reads and shift != before.get("shift_factor"):
+        raise SwapError(
+            f"this VAE has shift_factor {shift:g}, which {kind} ignores: its latents would be off by that. "
+            + _fold_advice(vae)
+        )
+    mean, std = latent_moments(vae)
+    both = mean is not None and std is not None
+    if both and "latents_mean" not in reads and mean != before.get("latents_mean"):
+        raise SwapError(
+            f"this VAE has latents_mean and latents_std, which {kind} ignores. Export it with `latentvae "
+            "export`, which folds the mean into the weights, or set both to None where scaling_factor alone "
+            "is right."
+        )
+    if both and "latents_mean" in reads:
+        _check_moments(kind, mean, std, factor)
+    if is_kind(pipe, SETS_FACTOR) and factor != FIXED_FACTOR:
+        raise SwapError(
+            f"this VAE has scaling_factor {factor:g}, but {kind} writes {FIXED_FACTOR} into its VAE whenever "
+            "it is loaded: a saved pipeline would make other pictures. Call "
+            f"vae.register_to_config(scaling_factor={FIXED_FACTOR}), and train the UNet with it."
+        )
+
+
+def _fold_advice(vae: AutoencoderKL) -> str:
+    """How to get rid of a shift."""
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        return (
+            "It cannot be folded into a model without quant_conv and post_quant_conv: use a pipeline that "
+            "reads it (SD3, Flux), or train with both."
+        )
+    return (
+        "Fold it into the weights: vae = latentvae.exporting.fold_latent_mean(vae, [vae.config.shift_factor] "
+        "* vae.config.latent_channels), then vae.register_to_config(shift_factor=0.0); reconstructions stay."
+    )
+
+
+def _check_moments(kind: str, mean: list[float], std: list[float], factor: float) -> None:
+    """SDXL's latents_mean and latents_std, which it views as four channels and uses with scaling_factor."""
+    if len(mean) != 4 or len(std) != 4:
+        raise SwapError(
+            f"this VAE has latents_mean of {len(mean)} channels; {kind} takes 4 and no other number. Export "
+            "it with `latentvae export`, which folds the mean into the weights, or set both to None."
+        )
+    rms = (sum(value * value for value in std) / 4) ** 0.5
+    if not 0.9 < factor < 1.1 and 0.5 < factor * rms < 2:
+        raise SwapError(
+            f"this VAE has scaling_factor {factor:g} and latents_std of about {rms:.3g}, which say the same; "
+            f"{kind} uses both, so its latents would be scaled twice. Set latents_mean and latents_std to "
+            "None, or scaling_factor to 1."
+        )
+
+
+def check_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
+    """Parts of a VAE that the pipeline takes for granted."""
+    reads, kind = names_read(type(pipe)), type(pipe).__name__
+    if "post_quant_conv" not in reads or vae.post_quant_conv is not None:
+        return
+    dtype = getattr(old, "dtype", None)
+    if is_kind(pipe, SETS_FACTOR):
+        raise SwapError(f"this VAE has no post_quant_conv, whose dtype {kind} reads. Use a VAE that has one.")
+    if dtype == torch.float16 and vae.config["force_upcast"]:
+        raise SwapError(
+            f"this VAE has no post_quant_conv, whose dtype {kind} reads when it computes a float16 VAE in "
+            "float32 (force_upcast). Use bfloat16, or call vae.register_to_config(force_upcast=False) if "
+            "`latentvae doctor` finds that float16 works."
+        )
+
+
+def check_hooks(vae: AutoencoderKL) -> None:
+    """A VAE that another pipeline offloads."""
+    if any(hasattr(module, "_hf_hook") for module in vae.modules()) or vae.device.type == "meta":
+        raise SwapError(
+            "this VAE carries the offloading hooks of another pipeline. Call remove_all_hooks() on that one "
+            "first."
+        )
+
+
+def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.device) -> None:
+    """Refuse a VAE with other latents than those the denoiser was trained on: those of the present VAE.
+
+    Raises:
+        LatentSpaceError: with the agreement, and the ways to proceed.
+    """
+    name = find_denoiser(pipe)[0]
+    ways = (
+        "Ways on: fine-tune only the decoder of the present VAE, or distil into its latents (`latentvae "
+        f"train`): both keep its latent space. Or pass allow_new_latent_space=True, if the {name} is or will "
+        "be trained on the latents of this VAE."
+    )
+    if not isinstance(old, AutoencoderKL):
+        what = "no VAE" if old is None else f"a {type(old).__name__}"
+        raise LatentSpaceError(
+            f"the pipeline has {what} now, with which an AutoencoderKL cannot be compared: it is not known "
+            f"whether the {name} was trained on the latents of this VAE. {ways}"
+        )
+    shapes = [(each.config["latent_channels"], spatial_compression_ratio(each)) for each in (old, vae)]
+    if shapes[0] != shapes[1]:
+        raise LatentSpaceError(
+            f"the {name} was trained on other latents than this VAE's: those have {shapes[0][0]} channels at "
+            f"1/{shapes[0][1]} of the side, these {shapes[1][0]} at 1/{shapes[1][1]}. {ways}"
+        )
+    scalings = (pipeline_scaling(pipe, old), pipeline_scaling(pipe, vae))
+    agreement = measure(old, vae, scalings, device=device)
+    if not agreement.same:
+        raise LatentSpaceError(
+            f"the {name} was trained on other latents than this VAE's: {agreement}. {ways}", agreement
+        )

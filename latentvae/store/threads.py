@@ -1,0 +1,22 @@
+"""Threads of one core each: what they compute does not depend on how many there are."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def pool(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads in which torch uses no others."""
+    ready, before = threading.Barrier(count + 1), torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    threads = ThreadPoolExecutor(count, name, initializer=start)
+    for _ in range(count):
+        threads.submit(int)
+    ready.wait()
+    torch.set_num_threads(before)  # what threads set is also the default of those to come
+    return threads

@@ -1,0 +1,46 @@
+"""Encoding runs in processes of their own, forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+
+import latentvae
+import latentvae.store.encoding
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["latentvae.store.encoding", "latentvae.presets"])  # installed, so found
+
+
+def run(photos: Path, store: Path, environment: dict[str, str]) -> None:
+    """Encode with the tests' tiny model; ends with 1 where that fails."""
+    os.environ.update(environment)
+    torch.manual_seed(0)
+    vae = latentvae.build("tiny").eval()
+    latentvae.store.encoding.encode_folder(vae, photos, store, shard_size=2, batch_size=2, flips=True)
+
+
+def start(photos: Path, store: Path, **environment: str) -> ForkServerProcess:
+    """Start one process."""
+    process = context.Process(target=run, args=(photos, store, environment))
+    process.start()
+    return process
+
+
+def start_two(photos: Path, store: Path) -> list[ForkServerProcess]:
+    """Start two that share the work, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(photos, store, RANK=str(rank), **common) for rank in range(2)]
+
+
+def finish(*processes: ForkServerProcess) -> list[int | None]:
+    """Wait for processes; their exit codes."""
+    for process in processes:
+        process.join(600)
+    return [process.exitcode for process in processes]
