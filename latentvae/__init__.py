@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from latentvae.presets import build as build
     from latentvae.store.buckets import BucketBatchSampler as BucketBatchSampler
     from latentvae.store.dataset import LatentDataset as LatentDataset
+    from latentvae.store.encoding import encode_folder as encode_folder
     from latentvae.store.webdataset import export_webdataset as export_webdataset
     from latentvae.tiling import enable_exact_tiling as enable_exact_tiling
     from latentvae.tiling import plan as plan
@@ -62,6 +63,7 @@ _HOME = {
     "swap": "pipelines",
     "BucketBatchSampler": "store.buckets",
     "LatentDataset": "store.dataset",
+    "encode_folder": "store.encoding",
     "export_webdataset": "store.webdataset",
     "enable_exact_tiling": "tiling",
     "plan": "tiling",
