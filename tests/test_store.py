@@ -1,5 +1,6 @@
 """A store's files and plans: atomic writes, hashes, lines, shards, batches, sizes, locks, captions, verbs."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -253,7 +254,7 @@ def test_environments_that_name_no_processes(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def app(tiny_vae: Any, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
     """The two verbs, with the tiny model."""
-    monkeypatch.setattr(encode_verb, "load_model", lambda *_: tiny_vae)
+    monkeypatch.setattr(encode_verb, "load_model", lambda *_: copy.deepcopy(tiny_vae))
     verbs = typer.Typer()
     verbs.command()(encode_verb.encode)
     verbs.command()(verify_verb)
@@ -290,3 +291,41 @@ def test_verbs(app: typer.Typer, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert json.loads(result.stdout)["problems"] == ["latents-00000.jsonl does not match its sha256"]
     assert isinstance(call(app, "encode", photos, photos, "--device", "cpu").exception, StoreError)
+
+
+def test_a_line_that_would_become_terabytes_is_listed_and_the_rest_is_there(
+    app: typer.Typer, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (2, 60_000)).save(photos / "line.png")
+    Image.fromarray(textured(24, 16, 0)).save(photos / "photo.png")
+    result = call(app, "encode", photos, tmp_path / "store", "--size", 64, "--json", "--device", "cpu")
+    assert result.exit_code == 3
+    (failure,) = json.loads(result.stdout)["failures"]
+    assert failure["key"] == "line.png"
+    assert "to 48x1440000 px before they are cropped" in failure["reason"]
+    assert json.loads(result.stdout)["images"] == 1
+
+
+def test_a_large_image_is_the_same_whatever_memory_and_threads_there_are(
+    app: typer.Typer, tiny_vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = copy.deepcopy(tiny_vae)
+    encode_verb.tile_large(vae)
+    for_one = 1.5 * encode_verb.plan_peak(vae, 760, 1400) / encode_verb.SHARE
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        Image.fromarray(textured(1400, 760, number)).save(photos / f"{number}.png")
+    stores = []
+    for free, threads in ((1e12, 2), (1e12, 1), (for_one, 2)):
+        monkeypatch.setattr(encode_verb, "free_memory", lambda device, free=free: free)
+        stores.append(tmp_path / f"{free:g}-{threads}")
+        result = call(app, "encode", photos, stores[-1], "--threads", threads, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+    contents = [{file.name: file.read_bytes() for file in store.glob("latents-*")} for store in stores]
+    assert contents[0] == contents[1] == contents[2]
+    monkeypatch.setattr(encode_verb, "free_memory", lambda device: 1e6)
+    result = call(app, "encode", photos, tmp_path / "none", "--device", "cpu")
+    assert "px takes about" in str(result.exception)

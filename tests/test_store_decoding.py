@@ -172,10 +172,21 @@ def test_decoding_says_what_is_no_store(tmp_path: Path, model: Path, command: Co
     assert "store.json" in result.err
 
 
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # a value's last bits: the file opens as it did
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [remove, flip])
 def test_decoding_passes_over_a_damaged_shard(
-    tmp_path: Path, store: Path, model: Path, command: Command
+    damage: Callable[[Path], None], tmp_path: Path, store: Path, model: Path, command: Command
 ) -> None:
-    tensors_path(store, "latents-00000").unlink()
+    damage(tensors_path(store, "latents-00000"))
     result = command("decode", store, tmp_path / "out", "--model", model, "--json")
     assert result.code == 3
     assert len(json.loads(result.out)["files"]) == 3

@@ -9,7 +9,6 @@ from latentvae.codec.container import HASH_BYTES, Header, pack, read, unpack
 from latentvae.codec.quantisation import dequantise, in_steps, steps
 from latentvae.errors import CodecError
 from latentvae.fingerprint import weight_hash
-from latentvae.images import MAX_PIXELS
 from latentvae.latents import decode, encode
 from latentvae.model import bundled, load, spatial_compression_ratio
 
@@ -51,12 +50,13 @@ def compress(vae: AutoencoderKL, images: torch.Tensor, *, quality: int = DEFAULT
     return pack(header, payload)
 
 
-def decompress(vae: AutoencoderKL, data: bytes, *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def decompress(vae: AutoencoderKL, data: bytes, *, max_pixels: int = 1 << 24) -> torch.Tensor:
     """Decompress the bytes of an .lvae file to images (1, C, H, W) near [-1, 1], float32.
 
     Args:
         vae: the model that compressed it.
-        max_pixels: refuse more, from the header.
+        max_pixels: refuse more, from the header: a file of two kilobytes can claim an image that
+            takes tens of gigabytes to decode. For larger ones raise it, and `enable_exact_tiling` first.
 
     Raises:
         CodecError: no .lvae file, a damaged one, too many pixels, or another model's.

@@ -112,7 +112,8 @@ def _read(file: BinaryIO, size: int, name: str, max_pixels: int) -> tuple[Header
         raise CodecError(
             f"{name} is of version {version}; this program reads version {VERSION}: use a newer one."
         )
-    _check_sizes(name, width, height, colours, channels, max_pixels)
+    wide, high = (width + right, height + bottom) if width and height else (0, 0)
+    _check_sizes(name, wide, high, colours, channels, max_pixels)
     wanted = FIXED.size + 2 * channels + length + CHECKSUM.size
     if wanted != size:
         raise CodecError(
@@ -131,7 +132,7 @@ def _read(file: BinaryIO, size: int, name: str, max_pixels: int) -> tuple[Header
 
 
 def _check_sizes(name: str, width: int, height: int, colours: int, channels: int, max_pixels: int) -> None:
-    if width == 0 or height == 0 or colours == 0 or not 0 < channels <= MAX_CHANNELS:
+    if width * height == 0 or colours == 0 or not 0 < channels <= MAX_CHANNELS:
         raise CodecError(
             f"{name} is damaged: {width}x{height} px of {colours} channels, latents of {channels} channels."
         )

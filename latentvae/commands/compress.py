@@ -23,6 +23,7 @@ from latentvae.commands.common import (
 from latentvae.commands.memory import fit
 from latentvae.errors import CodecError
 
+SUFFIX = ".lvae"
 Quality = Annotated[int, typer.Option("--quality", "-q", min=1, max=100, help="14 more: steps half as long.")]
 
 
@@ -45,6 +46,7 @@ def compress(
     from latentvae.metrics import Metrics
 
     (path,) = find_images([photo]) if not photo.is_dir() else (_no_folder(photo),)
+    check_output(output)
     vae = load_model(model, device, "fp32")  # the hash in the file is that of the exact weights
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
     metrics = Metrics(lpips=lpips, lpips_missing_reason=reason)
@@ -60,6 +62,16 @@ def compress(
 
 def _no_folder(path: Path) -> Path:
     raise CodecError(f"{path} is a folder; wanted one image: call `latentvae compress` once for each.")
+
+
+def check_output(path: Path) -> None:
+    """Refuse to write over what may be a photograph.
+
+    Raises:
+        CodecError: a name that does not end in .lvae, or a folder.
+    """
+    if path.suffix.lower() != SUFFIX or path.is_dir():
+        raise CodecError(f"{path} came as the file to write; wanted a name that ends in {SUFFIX}.")
 
 
 def write(path: Path, data: bytes) -> None:
@@ -113,6 +125,8 @@ def decompress(
     from latentvae.images import save_image
 
     header, payload = read(source)
+    if output.exists() and output.samefile(source):
+        raise CodecError(f"{output} is the file that is read: name another one for the picture.")
     vae = load_model(model, device, "fp32")
     check_model(vae, header)
     image_channels(vae)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
     from latentvae.store.dataset import LatentDataset
+    from latentvae.store.manifest import ShardRecord
 
 BATCH_PIXELS = 1 << 20  # more in one batch is no faster
 LONGEST_NAME = 255  # bytes of a file name that common file systems take
@@ -115,6 +116,7 @@ def batches(
     for shard in dataset.manifest.shards:
         numbers: dict[str, list[int]] = {}
         try:
+            check_hashes(dataset.reader.store, shard)
             for number, tensor in enumerate(dataset.reader.tensor_names(shard), first):
                 numbers.setdefault(tensor, []).append(number)
         except StoreError as error:
@@ -125,6 +127,22 @@ def batches(
             fitting = SHARE * free_memory(vae.device) // ordinary_peak(vae, height, width)
             size = 1 if tile_size else int(max(1, min(BATCH_PIXELS // (height * width), fitting)))
             yield from (members[at : at + size] for at in range(0, len(members), size))
+
+
+def check_hashes(store: Path, shard: "ShardRecord") -> None:
+    """Refuse to show what is not what was written: files with other bytes open as well.
+
+    Raises:
+        StoreError: names the file.
+    """
+    from latentvae.store.shard import damage
+
+    problem = damage(store, shard)
+    if problem:
+        raise StoreError(
+            f"{shard.name} of {store} is damaged: {problem}. `latentvae encode` with the same images mends "
+            "it."
+        )
 
 
 def decode_batch(

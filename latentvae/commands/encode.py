@@ -2,16 +2,15 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from latentvae.commands.common import EXIT_SKIPPED, Device, Json, Model, best_device, load_model, print_json
-from latentvae.commands.memory import SHARE, fit, free_memory, ordinary_peak
-from latentvae.errors import LatentVAEError
+from latentvae.commands.memory import SHARE, free_memory, ordinary_peak
+from latentvae.errors import ImageError, LatentVAEError
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from latentvae.store.encoding import EncodeReport
     from latentvae.store.working import Room
 
+# Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
+TILE = 1024
+TILED_MEMORY = 1e9
 SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
 
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
@@ -72,7 +74,9 @@ def encode(
 
     vae = load_model(model, own_device(device), "fp32")
     weights = weight_hash(vae)
-    vae.to(dtype=dtypes()[precision])
+    if vae.dtype != dtypes()[precision]:
+        vae.to(dtype=dtypes()[precision])
+    tile_large(vae)
     threads = threads or cores(vae, batch_size or 8)
     report = encode_folder(
         vae,
@@ -118,24 +122,34 @@ def cores(vae: "AutoencoderKL", batch_size: int) -> int:
     return max(1, min(torch.get_num_threads(), int(free // each)))
 
 
-def room_for(vae: "AutoencoderKL", threads: int) -> "Room":
-    """Have large images tiled exactly, where they would not fit into memory otherwise."""
-    from latentvae.patches import restore
+def tile_large(vae: "AutoencoderKL") -> None:
+    """Have images with a side above `TILE` tiled exactly, however much memory there is."""
+    from latentvae.tiling import enable_exact_tiling
 
-    @contextmanager
-    def tiled(path: Path, height: int, width: int) -> Iterator[None]:
-        fit(vae, path, height, width, None, None)
-        try:
-            yield
-        finally:
-            restore(vae, "tiling")
+    enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
+
+
+def room_for(vae: "AutoencoderKL", threads: int) -> "Room":
+    """Have large images encoded alone, where several at once would not fit into memory."""
 
     def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
         many = threads if vae.device.type == "cpu" else 1
-        fits = many * ordinary_peak(vae, height, width) <= SHARE * free_memory(vae.device)
-        return None if fits else tiled(path, height, width)
+        needed, free = plan_peak(vae, height, width), SHARE * free_memory(vae.device)
+        if needed > free:
+            raise ImageError(
+                f"{path} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
+                f"{free / 1e9:.1f} GB can be had: make it smaller, or encode with --size."
+            )
+        return None if many * needed <= free else nullcontext()
 
     return room
+
+
+def plan_peak(vae: "AutoencoderKL", height: int, width: int) -> int:
+    """Bytes above the weights that encoding an image takes, tiled as the VAE is set to."""
+    from latentvae.tiling import plan
+
+    return plan(vae, height, width).encode.peak_bytes
 
 
 def tell(report: "EncodeReport", store: Path, as_json: bool) -> None:

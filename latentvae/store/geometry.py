@@ -15,6 +15,7 @@ from latentvae.store.manifest import Preprocessing
 
 SHARES = 8  # sides of buckets are multiples of an eighth of the size, where the compression ratio allows
 MAX_ASPECT = 2.0
+MAX_RESIZED = 1 << 26  # pixels, scaled and not yet cropped: lines a pixel wide would become terabytes
 
 Size = tuple[int, int]  # width, height
 
@@ -46,6 +47,16 @@ class Geometry:
         if self.cropped is not None:
             return self.cropped[2:]
         return self.resized or original
+
+    def problem(self, original: Size) -> str | None:
+        """Why an image of the original size cannot be scaled so, or None."""
+        if self.resized is None or self.resized[0] * self.resized[1] <= MAX_RESIZED:
+            return None
+        (width, height), (wide, high) = original, self.resized
+        return (
+            f"its {width}x{height} px would have to be scaled to {wide}x{high} px before they are cropped; "
+            f"at most {MAX_RESIZED} px are: crop it first, or leave it out"
+        )
 
     def notes(self, original: Size) -> list[str]:
         """What a person should know: pixels that were made up."""

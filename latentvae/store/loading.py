@@ -63,6 +63,9 @@ class Loader:
             return Failure(key, name, sha256, size_bytes, mtime_ns, str(error))
         original = (info.width, info.height)
         geometry = fit(original, self.preprocessing, self.ratio)
+        problem = geometry.problem(original)
+        if problem:
+            return Failure(key, name, sha256, size_bytes, mtime_ns, f"{name} cannot be used: {problem}")
         image = geometry.apply(image)
         padded, padding = pad_to_multiple(image, self.ratio)
         caption, notes = source.caption()
