@@ -74,7 +74,7 @@ def optimize(
         simplify_resnets(vae)
     if compile:
         compile_halves(vae)
-    logger.info("optimized %d modules", len(patched(vae, "optimize")))
+    logger.debug("optimized %d modules", len(patched(vae, "optimize")))
     return vae
 
 

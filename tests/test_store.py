@@ -17,7 +17,7 @@ import latentvae.store
 from latentvae.commands import encode as encode_verb
 from latentvae.commands.verify import verify as verify_verb
 from latentvae.errors import StoreError
-from latentvae.store import geometry, journal, processes
+from latentvae.store import geometry, journal, processes, threads
 from latentvae.store.manifest import (
     Manifest,
     Preprocessing,
@@ -319,13 +319,24 @@ def test_a_large_image_is_the_same_whatever_memory_and_threads_there_are(
     for number in range(2):
         Image.fromarray(textured(1400, 760, number)).save(photos / f"{number}.png")
     stores = []
-    for free, threads in ((1e12, 2), (1e12, 1), (for_one, 2)):
+    for free, at_once in ((1e12, 2), (1e12, 1), (for_one, 2)):
         monkeypatch.setattr(encode_verb, "free_memory", lambda device, free=free: free)
-        stores.append(tmp_path / f"{free:g}-{threads}")
-        result = call(app, "encode", photos, stores[-1], "--threads", threads, "--device", "cpu")
+        stores.append(tmp_path / f"{free:g}-{at_once}")
+        result = call(app, "encode", photos, stores[-1], "--threads", at_once, "--device", "cpu")
         assert result.exit_code == 0, result.output
     contents = [{file.name: file.read_bytes() for file in store.glob("latents-*")} for store in stores]
     assert contents[0] == contents[1] == contents[2]
     monkeypatch.setattr(encode_verb, "free_memory", lambda device: 1e6)
     result = call(app, "encode", photos, tmp_path / "none", "--device", "cpu")
     assert "px takes about" in str(result.exception)
+
+
+def test_threads_of_the_pool_stay_at_one_core_each() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with threads.pool(2, "test") as pool:
+            assert [pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -77,6 +77,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(threads + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # torch sets a thread's number when it first looks, over what was set before
         torch.set_num_threads(1)
         ready.wait()
 

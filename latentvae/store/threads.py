@@ -11,6 +11,7 @@ def pool(count: int, name: str) -> ThreadPoolExecutor:
     ready, before = threading.Barrier(count + 1), torch.get_num_threads()
 
     def start() -> None:
+        torch.get_num_threads()  # torch sets a thread's number when it first looks, over what was set before
         torch.set_num_threads(1)
         ready.wait()
 
