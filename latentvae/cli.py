@@ -19,9 +19,11 @@ from latentvae.commands.encode import encode
 from latentvae.commands.evaluate import evaluate
 from latentvae.commands.export import export
 from latentvae.commands.info import info
+from latentvae.commands.interpolate import interpolate
 from latentvae.commands.reconstruct import reconstruct
 from latentvae.commands.shards import shards
 from latentvae.commands.train import train
+from latentvae.commands.vary import vary
 from latentvae.commands.verify import verify
 from latentvae.errors import LatentVAEError
 
@@ -40,6 +42,7 @@ VERBS = (
     *(reconstruct, evaluate, info),
     *(encode, decode, verify, shards),
     *(compress, decompress),
+    *(interpolate, vary),
     *(train, export, convert, doctor, agree),
 )
 for verb in VERBS:

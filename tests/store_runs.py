@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -23,20 +24,22 @@ def run(photos: Path, store: Path, environment: dict[str, str]) -> None:
     latentvae.store.encoding.encode_folder(vae, photos, store, shard_size=2, batch_size=2, flips=True)
 
 
-def start(photos: Path, store: Path, **environment: str) -> ForkServerProcess:
+def start(
+    photos: Path, store: Path, target: Callable[..., None] = run, **environment: str
+) -> ForkServerProcess:
     """Start one process."""
-    process = context.Process(target=run, args=(photos, store, environment))
+    process = context.Process(target=target, args=(photos, store, environment))
     process.start()
     return process
 
 
-def start_two(photos: Path, store: Path) -> list[ForkServerProcess]:
+def start_two(photos: Path, store: Path, target: Callable[..., None] = run) -> list[ForkServerProcess]:
     """Start two that share the work, as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(photos, store, RANK=str(rank), **common) for rank in range(2)]
+    return [start(photos, store, target, RANK=str(rank), **common) for rank in range(2)]
 
 
 def finish(*processes: ForkServerProcess) -> list[int | None]:

@@ -4,9 +4,12 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ from latentvae.errors import ImageError, StoreError
 from latentvae.images import load_image
 from latentvae.store import shard as shard_module
 from latentvae.store.encoding import EncodeReport, encode_folder
+from latentvae.store.journal import Journal
 from latentvae.store.manifest import read_manifest
+from latentvae.store.planning import plan_shards
 from latentvae.store.shard import Entry, read_entries, tensors_path
 from latentvae.store.verification import verify
 from latentvae.store.working import Workload
@@ -331,6 +336,80 @@ def test_a_flipped_byte_is_named_and_mended(tiny_vae: Any, photos: Path, tmp_pat
     assert content(store) == good
 
 
+def flip(path: Path, text: bytes = b"") -> None:
+    """Flip a bit in the middle of a file, or in the first letter of a text in it."""
+    data = bytearray(path.read_bytes())
+    data[data.index(text) if text else len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "jsonl"])
+def test_a_repair_loses_no_image_of_another_folder(tiny_vae: Any, tmp_path: Path, kind: str) -> None:
+    store, first, second = tmp_path / "store", tmp_path / "first", tmp_path / "second"
+    for number in range(6):
+        save(first / f"a{number}.png", seed=number)
+    for number in range(2):
+        save(second / f"b{number}.png", seed=10 + number)
+    encode(tiny_vae, first, store)
+    encode(tiny_vae, second, store)
+    whole = content(store)
+    flip(store / f"latents-00000.{kind}", b"a2.png" if kind == "jsonl" else b"")
+    damaged = content(store)
+    with pytest.raises(StoreError) as caught:
+        encode(tiny_vae, second, store)
+    named = "3 of its images .*'a0.png'.* and 1 lines" if kind == "jsonl" else "4 of its images .*'a2.png'"
+    assert re.search(rf"latents-00000\.{kind} does not match its sha256: {named}", str(caught.value))
+    assert "--prune" in str(caught.value)
+    assert content(store) == damaged
+    report = encode(tiny_vae, [first, second], store)
+    assert (report.encoded, report.dropped) == (4, [])
+    assert content(store) == whole
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "jsonl"])
+def test_pruning_gives_up_what_is_damaged(tiny_vae: Any, photos: Path, tmp_path: Path, kind: str) -> None:
+    store = tmp_path / "store"
+    encode(tiny_vae, photos, store)
+    (photos / "1.png").unlink()
+    flip(store / f"latents-00000.{kind}", b"sha256" if kind == "jsonl" else b"")
+    with pytest.raises(StoreError, match=r"1 of its images cannot be encoded again \('1\.png'\)\."):
+        encode(tiny_vae, photos, store)
+    report = encode(tiny_vae, photos, store, prune=True)
+    assert (report.dropped, report.images) == (["1.png"], 9)
+    assert verify(store) == []
+
+
+def test_damage_elsewhere_keeps_an_image_that_is_gone(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    encode(tiny_vae, photos, store)
+    (photos / "1.png").unlink()
+    flip(store / "latents-00001.safetensors")
+    report = encode(tiny_vae, photos, store)
+    assert (report.vanished, report.dropped, report.encoded, report.images) == (["1.png"], [], 4, 10)
+    assert verify(store) == []
+
+
+def test_any_flipped_bit_of_an_index_line_is_repaired_or_refused(tmp_path: Path) -> None:
+    """In every byte of a line: with all files there it is repaired; an image that is gone is not lost."""
+    keys = ["sub/a.png", "sub/b.png", "sub/c.png"]
+    entries = [
+        Entry(key, f"photos/{key}", "0" * 64, 9, 9, 16, 16, None, None, (0, 0, 0, 0), "moments.2x2", at)
+        for at, key in enumerate(keys)
+    ]
+    tensors = {"moments.2x2": torch.zeros(3, 8, 2, 2)}
+    record = shard_module.write_shard(tmp_path, "latents-00000", tensors, entries)
+    index, start = tmp_path / "latents-00000.jsonl", len(entries[0].line())
+    good = index.read_bytes()
+    for at in range(start, start + len(entries[1].line())):
+        for bit in (0, 1, 5):
+            data = bytearray(good)
+            data[at] ^= 1 << bit
+            index.write_bytes(data)
+            assert plan_shards(tmp_path, {record.name: record}, keys, 4, False).losses == []
+            gone = plan_shards(tmp_path, {record.name: record}, ["b.png", keys[0], keys[2]], 4, False).losses
+            assert sum(len(loss.keys) + loss.unread for loss in gone) == 1
+
+
 def test_a_full_disk_keeps_what_is_finished(
     tiny_vae: Any, photos: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -364,6 +443,20 @@ def test_a_second_run_at_once_is_refused(tiny_vae: Any, photos: Path, tmp_path: 
     (store / ".lock").write_text('{"pid": 1, "host": "left by a killed run"}')
     assert encode(tiny_vae, photos, store).images == 10
     assert not (store / ".lock").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
+def test_a_run_waits_for_processes_of_a_dead_one(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+    from latentvae.store.locking import joined
+
+    store = tmp_path / "store"
+    store.mkdir()
+    with joined(store), joined(store):
+        with pytest.raises(StoreError, match=f"first process is gone .*process {os.getpid()} on "):
+            encode(tiny_vae, photos, store)
+        assert [path.name for path in store.iterdir()] == [".lock-others"]
+    encode(tiny_vae, photos, store)
+    assert not list(store.glob(".*"))
 
 
 def test_a_large_image_is_encoded_alone(
@@ -411,6 +504,78 @@ def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
         assert set(finish(*processes)) == {0}, name
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert read_manifest(tmp_path / "two").count == 12
+
+
+def run_late(photos: Path, store: Path, environment: dict[str, str]) -> None:
+    """A run whose second process is slow to read what the others have finished."""
+    from store_runs import run
+
+    read, finish = Path.read_bytes, Journal.finish
+
+    def slow_read(path: Path) -> bytes:
+        if environment["RANK"] == "1" and path.parent.name == ".run" and path.name != "store.json":
+            time.sleep(1)
+        return read(path)
+
+    def late_finish(journal: Journal, *args: Any) -> Any:
+        time.sleep(0.5)
+        return finish(journal, *args)
+
+    Path.read_bytes, Journal.finish = slow_read, late_finish  # type: ignore[method-assign]
+    run(photos, store, environment)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+@pytest.mark.slow
+def test_a_slow_process_does_not_miss_the_end(tmp_path: Path) -> None:
+    from store_runs import finish, start_two
+
+    photos = many(tmp_path / "photos", 4)
+    assert finish(*start_two(photos, tmp_path / "store", run_late)) == [0, 0]
+    assert verify(tmp_path / "store") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
+@pytest.mark.slow
+def test_two_processes_refuse_to_lose_an_image(tmp_path: Path) -> None:
+    from store_runs import finish, start, start_two
+
+    photos, store = many(tmp_path / "photos", 8), tmp_path / "store"
+    assert finish(start(photos, store)) == [0]
+    (photos / "002.png").unlink()
+    flip(store / "latents-00001.safetensors")  # which the second process does
+    before = content(store)
+    assert finish(*start_two(photos, store)) == [1, 1]
+    assert content(store) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server and signals")
+@pytest.mark.slow
+def test_a_process_may_outlive_the_first(tmp_path: Path) -> None:
+    from store_runs import finish, start, start_two
+
+    photos, store = many(tmp_path / "photos", 200), tmp_path / "store"
+    first, second = start_two(photos, store)
+    _wait((store / "latents-00001.jsonl").exists)
+    os.kill(second.pid or 0, signal.SIGSTOP)
+    first.kill()
+    finish(first)
+    try:
+        assert finish(start(photos, store)) == [1]
+    finally:
+        os.kill(second.pid or 0, signal.SIGCONT)
+    assert finish(second) == [1]
+    assert finish(start(photos, store)) == [0]
+    assert read_manifest(store).count == 200
+    assert verify(store) == []
+    assert not list(store.glob(".*"))
+
+
+def _wait(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server and SIGKILL")

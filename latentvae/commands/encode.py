@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
 TILED_MEMORY = 1e9
+EXIT_INTERRUPTED = 130  # as shells have it
 SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
 
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
@@ -78,21 +79,25 @@ def encode(
         vae.to(dtype=dtypes()[precision])
     tile_large(vae)
     threads = threads or cores(vae, batch_size or 8)
-    report = encode_folder(
-        vae,
-        photos,
-        store,
-        dtype=dtype,
-        size=size,
-        crop=crop,
-        flips=flips,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        prune=prune,
-        retry_failed=retry_failed,
-        weights_sha256=weights,
-        workload=Workload(threads, workers, room_for(vae, threads), progress=True),
-    )
+    try:
+        report = encode_folder(
+            vae,
+            photos,
+            store,
+            dtype=dtype,
+            size=size,
+            crop=crop,
+            flips=flips,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            prune=prune,
+            retry_failed=retry_failed,
+            weights_sha256=weights,
+            workload=Workload(threads, workers, room_for(vae, threads), progress=True),
+        )
+    except KeyboardInterrupt:
+        typer.echo("stopped: finished shards are kept, and the same command goes on after them.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if os.environ.get("RANK", "0") != "0":
         return  # the first process speaks for all
     if preview and report.images:
@@ -179,7 +184,7 @@ def tell(report: "EncodeReport", store: Path, as_json: bool) -> None:
     else:
         rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
         waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
-        typer.echo(f"{report.images} images in {store}; {report.encoded} encoded now{rate}{waited}.")
+        typer.echo(f"{report.images} images in {store}; {report.encoded} files done now{rate}{waited}.")
     if report.failures:
         typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
         sys.stdout.flush()

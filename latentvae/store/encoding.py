@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL
 from latentvae.fingerprint import weight_hash
 from latentvae.images import PathLike
 from latentvae.store.journal import Journal
-from latentvae.store.locking import locked
+from latentvae.store.locking import joined, locked
 from latentvae.store.manifest import DtypeName, Manifest
 from latentvae.store.planning import Plan, plan_shards
 from latentvae.store.processes import Processes
+from latentvae.store.salvage import Loss, refusal
 from latentvae.store.settings import (
     BATCH_SIZE,
     SHARD_SIZE,
@@ -38,8 +39,7 @@ class EncodeReport:
         encoded: by this run, failures included.
         failures: every image that could not be encoded, by this run or an earlier one.
         vanished: keys in the store whose files are gone.
-        dropped: keys that were taken out: their files are gone, and pruning was asked for or their shard was
-            damaged.
+        dropped: keys that were taken out: their files are gone, and pruning was asked for.
         repaired: what was damaged.
         seconds: of examining, encoding and writing.
         waiting: share of the model's time in which it had nothing to do.
@@ -102,7 +102,8 @@ def encode_folder(
         workload: threads and progress.
 
     Raises:
-        StoreError: another store is there, or one in use; the disk is full; a process is gone.
+        StoreError: another store is there, or one in use; a shard is damaged and holds images that cannot be
+            encoded again, and `prune` was not given; the disk is full; a process is gone.
         ImageError: no image.
     """
     processes = Processes()
@@ -128,19 +129,36 @@ def encode_folder(
                 held.enter_context(locked(folder))
                 journal.begin(settings())
             processes.share("begun", None)
+            if not processes.is_main:
+                held.enter_context(joined(folder))
             run = Worker(vae, journal, settings(), find_sources(sources, folder), work, processes)
             plan = plan_shards(folder, journal.records(), list(run.sources), run.settings.shard_size, prune)
             processes.share_same("files", repr(plan))
+            found = processes.share("checked", run.check(plan.shards))
+            losses = [*plan.losses, *(Loss(*loss) for part in found for loss in part)]
+            if losses and not prune:
+                if processes.is_main:
+                    journal.withdraw()
+                _leave(processes, held)
+                raise refusal(folder, losses)
             mine = run.encode(plan.shards, retry_failed)
             report = _report(journal, plan, processes.share("done", mine))
+            processes.share("reported", None)  # finishing deletes what the reports are made from
             if processes.is_main:
                 journal.finish(run.settings, [shard.name for shard in plan.shards])
             report.seconds = time.perf_counter() - start
-            processes.leave()
+            _leave(processes, held)
             return report
     except BaseException as error:
         processes.fail(error)
         raise
+
+
+def _leave(processes: Processes, held: ExitStack) -> None:
+    """End together; the first process, whose lock is the last, then finds no other's."""
+    if not processes.is_main:
+        held.close()
+    processes.leave()
 
 
 def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> EncodeReport:
@@ -148,13 +166,13 @@ def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> Encode
     records = journal.records()
     done = [records[shard.name] for shard in plan.shards]
     failed = [record.name for record in done if record.failed]
-    dropped = [*plan.dropped, *(key for part in parts for key in part["dropped"])]
+    unread = [str(Loss(loss.problem, (), loss.unread)) for loss in plan.losses if loss.unread]
     return EncodeReport(
         images=sum(record.count for record in done),
         encoded=sum(part["encoded"] for part in parts),
         failures=[failure for name in failed for failure in read_failures(journal.store, name)],
-        vanished=sorted({key for shard in plan.shards for key in shard.vanished} - set(dropped)),
-        dropped=dropped,
-        repaired=[*plan.damaged, *(problem for part in parts for problem in part["repaired"])],
+        vanished=sorted({key for shard in plan.shards for key in shard.vanished}),
+        dropped=plan.dropped,
+        repaired=[*plan.damaged, *unread, *(problem for part in parts for problem in part["repaired"])],
         waiting=max(part["waiting"] for part in parts),
     )

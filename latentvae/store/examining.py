@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from latentvae.store.captions import PREFIX
 from latentvae.store.manifest import file_sha256
 from latentvae.store.planning import PlannedShard
-from latentvae.store.shard import Entry, Failure, damage, read_entries, read_failures
+from latentvae.store.shard import Entry, Failure, read_entries, read_failures
 from latentvae.store.sources import Source
 
 Line = TypeVar("Line", Entry, Failure)
@@ -18,22 +18,21 @@ class Finding(NamedTuple):
 
     encode: bool
     lists: tuple[list[Entry], list[Failure]] | None = None
-    damage: str | None = None
 
 
-def examine(store: Path, shard: PlannedShard, sources: dict[str, Source], retry_failed: bool) -> Finding:
+def examine(
+    store: Path, shard: PlannedShard, sources: dict[str, Source], retry_failed: bool, damaged: bool
+) -> Finding:
     """Compare a planned shard with what is on disk.
 
     A file whose size and time are unchanged is not read; one whose content is unchanged is not encoded.
 
     Args:
         retry_failed: encode a shard again in which images failed.
+        damaged: whether the shard's files do not match its hashes.
     """
-    if shard.record is None:
+    if shard.record is None or damaged:
         return Finding(True)
-    problem = damage(store, shard.record)
-    if problem is not None:
-        return Finding(True, damage=problem)
     entries, failures = read_entries(store, shard.name), read_failures(store, shard.name)
     if shard.pruned or (retry_failed and failures):
         return Finding(True)

@@ -109,9 +109,17 @@ class Journal:
         found = {path.name.split(".")[0] for path in self.store.glob("latents-*.*")}
         for name in found - kept:
             remove_shard(self.store, name)
+        self._end()
+        return manifest
+
+    def withdraw(self) -> None:
+        """End the journal if nothing has been written, by this run or a killed one before it."""
+        if (self.store / MANIFEST).exists() and not self._written():
+            self._end()
+
+    def _end(self) -> None:
         self.folder.rename(self.store / DONE)
         shutil.rmtree(self.store / DONE)
-        return manifest
 
     def _written(self) -> list[ShardRecord]:
         found = []

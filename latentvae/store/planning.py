@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from latentvae.store.geometry import Size
 from latentvae.store.manifest import ShardRecord
+from latentvae.store.salvage import Loss, Remains, find_losses, read_remains
 from latentvae.store.shard import damage, read_entries, read_failures, shard_name, shard_number
 
 BATCH_PIXELS = 512 * 512  # a batch size is meant for images of so many; of larger ones fewer make a batch
@@ -39,6 +40,7 @@ class Plan:
     shards: list[PlannedShard]
     dropped: list[str]
     damaged: list[str]  # what was wrong with indexes that had to be given up
+    losses: list[Loss]  # images in those that are not among the images that are there
 
 
 def plan_shards(
@@ -53,12 +55,12 @@ def plan_shards(
         keys: of all images that are there, sorted.
         prune: take images out whose files are gone.
     """
-    present, known = set(keys), set()
-    shards, dropped, damaged = [], list[str](), list[str]()
+    present, known = set(keys), set[str]()
+    shards, dropped, damaged = list[PlannedShard](), list[str](), list[Remains]()
     for name, record in records.items():
         problem = damage(store, record, tensors=False)
         if problem is not None:
-            damaged.append(problem)
+            damaged.append(read_remains(store, record, problem))
             continue
         members = sorted(
             [entry.key for entry in read_entries(store, name)]
@@ -72,11 +74,15 @@ def plan_shards(
             if not there:
                 continue
         shards.append(PlannedShard(name, there, () if prune else gone, record, prune and bool(gone)))
+    losses = find_losses(damaged, present, known)
+    if prune:
+        dropped += [key for loss in losses for key in loss.keys]
     taken = {shard_number(shard.name) for shard in shards}
     free = (number for number in count() if number not in taken)
     new = _chunks((key for key in keys if key not in known), shard_size)
     shards += [PlannedShard(shard_name(number), chunk) for chunk, number in zip(new, free, strict=False)]
-    return Plan(sorted(shards, key=lambda shard: shard_number(shard.name)), dropped, damaged)
+    shards.sort(key=lambda shard: shard_number(shard.name))
+    return Plan(shards, dropped, [remains.problem for remains in damaged], losses)
 
 
 class PlannedBatch(NamedTuple):

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 
 from latentvae.errors import StoreError
 from latentvae.store.journal import DONE, FOLDER
-from latentvae.store.locking import LOCK
+from latentvae.store.locking import LOCK, OTHERS
 from latentvae.store.manifest import DTYPES, MANIFEST, DtypeName, Manifest, Preprocessing, model_config
 
 BATCH_SIZE = 8
@@ -101,7 +101,7 @@ def check_folder(store: Path) -> None:
         found = {path.name for path in store.iterdir()}
     except OSError as error:
         raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
-    if found - {LOCK, DONE} and not found & {MANIFEST, FOLDER}:
+    if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
         raise StoreError(
             f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
             "names the store: give a new or an empty folder."

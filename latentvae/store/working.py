@@ -17,14 +17,15 @@ from latentvae.errors import ImageError
 from latentvae.model import spatial_compression_ratio
 from latentvae.store.assembling import Assembly, Row
 from latentvae.store.computing import Computer, Moments
-from latentvae.store.examining import Finding, examine
+from latentvae.store.examining import examine
 from latentvae.store.feeding import Batch, feed
 from latentvae.store.journal import Journal
 from latentvae.store.loading import Loaded, Loader
 from latentvae.store.manifest import Manifest
 from latentvae.store.planning import LARGE, PlannedShard
 from latentvae.store.processes import Processes
-from latentvae.store.shard import Failure, shard_number
+from latentvae.store.salvage import Loss
+from latentvae.store.shard import Failure, damage, read_entries, read_failures, shard_number
 from latentvae.store.sources import Source
 
 NOT_FINITE = "{} gives moments that are NaN or infinite: encode in a precision of wider range (fp32, bf16)"
@@ -66,6 +67,8 @@ class Worker:
     ) -> None:
         self.vae, self.journal, self.settings, self.sources = vae, journal, settings, sources
         self.work, self.processes = work, processes
+        self.quiet = not (work.progress and processes.is_main)
+        self.damaged: dict[str, str] = {}  # what is wrong, by name of the shard
         self.loader = Loader(
             sources,
             settings.preprocessing,
@@ -74,38 +77,52 @@ class Worker:
             settings.flips,
         )
 
+    def check(self, shards: list[PlannedShard]) -> list[Loss]:
+        """Compare this process's shards with their hashes; what repairing the damaged ones would lose."""
+        losses = []
+        for shard in self._bar(self._own(shards), "checking"):
+            problem = damage(self.journal.store, shard.record) if shard.record else None
+            if problem is None:
+                continue
+            self.damaged[shard.name] = problem
+            gone = set(shard.vanished)
+            keys = [entry.key for entry in read_entries(self.journal.store, shard.name) if entry.key in gone]
+            if keys:
+                losses.append(Loss(problem, keys))
+        return losses
+
     def encode(self, shards: list[PlannedShard], retry_failed: bool) -> dict[str, Any]:
-        """Do this process's shards; what it did, as JSON values."""
-        rank, world = self.processes.rank, self.processes.world
-        own = [shard for shard in shards if shard_number(shard.name) % world == rank]
-        quiet = not (self.work.progress and self.processes.is_main)
+        """Do this process's shards, which `check` has seen; what it did, as JSON values."""
         wanted: list[PlannedShard] = []
-        findings: dict[str, Finding] = {}
-        for shard in tqdm(own, "examining", unit="shard", disable=quiet, delay=2, leave=False):
-            finding = examine(self.journal.store, shard, self.sources, retry_failed)
-            findings[shard.name] = finding
+        for shard in self._bar(self._own(shards), "examining"):
+            damaged = shard.name in self.damaged
+            finding = examine(self.journal.store, shard, self.sources, retry_failed, damaged)
             if finding.encode:
                 wanted.append(shard)
             elif finding.lists is not None and shard.record is not None:
                 self.journal.write(shard.name, shard.record.sha256, *finding.lists)
-        damaged = {name: finding.damage for name, finding in findings.items() if finding.damage}
-        dropped = [key for shard in wanted if shard.name in damaged for key in shard.vanished]
-        waiting = self._encode(wanted, set(damaged), quiet) if wanted else 0.0
+        waiting = self._encode(wanted) if wanted else 0.0
         return {
             "encoded": sum(len(shard.keys) for shard in wanted),
-            "repaired": list(damaged.values()),
-            "dropped": dropped,
+            "repaired": list(self.damaged.values()),
             "waiting": waiting,
         }
 
-    def _encode(self, shards: list[PlannedShard], damaged: set[str], quiet: bool) -> float:
+    def _own(self, shards: list[PlannedShard]) -> list[PlannedShard]:
+        rank, world = self.processes.rank, self.processes.world
+        return [shard for shard in shards if shard_number(shard.name) % world == rank]
+
+    def _bar(self, shards: list[PlannedShard], doing: str) -> "tqdm[PlannedShard]":
+        return tqdm(shards, doing, unit="shard", disable=self.quiet, delay=2, leave=False)
+
+    def _encode(self, shards: list[PlannedShard]) -> float:
         """Encode shards one after the other, and return the share of time that the model waited."""
         threads = self.work.threads or torch.get_num_threads()
         workers = self.work.workers or min(16, os.cpu_count() or 1)
         total = sum(len(shard.keys) for shard in shards)
         with (
             Computer(self.vae, self.settings.torch_dtype, threads) as computer,
-            tqdm(total=total, desc="encoding", unit="image", disable=quiet) as bar,
+            tqdm(total=total, desc="encoding", unit="image", disable=self.quiet) as bar,
             Writer(self.journal) as writer,
         ):
             current: Pending | None = None
@@ -118,8 +135,7 @@ class Worker:
             for batch in feed(self.loader, shards, workers):
                 if current is None:
                     current = Pending(batch.shard)
-                    if batch.shard.vanished and batch.shard.name not in damaged:
-                        current.assembly.keep(self.journal.store, batch.shard)
+                    self._keep(current)
                 self._add(batch, current, computer)
                 failed += len(batch.failures)
                 show()
@@ -130,6 +146,18 @@ class Worker:
             waiting = computer.waiting
             show()
             return waiting
+
+    def _keep(self, pending: "Pending") -> None:
+        """Carry over what has no file any more; of a damaged shard, `check` made sure, that is no image."""
+        shard, store = pending.shard, self.journal.store
+        if not shard.vanished:
+            return
+        if shard.name in self.damaged:
+            pending.assembly.failures += [
+                failure for failure in read_failures(store, shard.name) if failure.key in shard.vanished
+            ]
+        else:
+            pending.assembly.keep(store, shard)
 
     def _add(self, batch: Batch, pending: "Pending", computer: Computer) -> None:
         pending.assembly.failures += batch.failures

@@ -1,0 +1,173 @@
+"""`latentvae interpolate`: frames between images, as a strip, an animation and figures."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentvae.commands.common import (
+    Device,
+    Json,
+    LPIPSNet,
+    LPIPSWeights,
+    Model,
+    Precision,
+    Store,
+    TileSize,
+    find_lpips,
+    finish,
+    load_model,
+    make_folder,
+    print_json,
+    read_images,
+)
+from latentvae.commands.memory import fit as fit_memory
+from latentvae.errors import LatentVAEError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.explore.interpolation import Interpolation, Step
+
+
+def interpolate(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Two or more images, in the order of the way; or folders.")
+    ],
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")] = Path(
+        "latentvae-output"
+    ),
+    frames: Annotated[
+        int, typer.Option("--frames", "-n", min=2, help="From one image to the next, both counted.")
+    ] = 9,
+    route: Annotated[
+        Literal["spherical", "linear", "both"], typer.Option(help="Through the latents.")
+    ] = "spherical",
+    closed: Annotated[bool, typer.Option("--closed", help="Go back to the first image at the end.")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Scale and crop the other images to the first one's size.")
+    ] = False,
+    animation: Annotated[
+        Literal["webp", "gif", "none"], typer.Option(help="webp is lossless, gif has 256 colours.")
+    ] = "webp",
+    fps: Annotated[float, typer.Option(min=0.1, max=100, help="Frames per second.")] = 10.0,
+    separate: Annotated[bool, typer.Option("--separate", help="Write every frame as a PNG too.")] = False,
+    lpips_net: LPIPSNet = "alex",
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    tile_size: TileSize = None,
+    store: Store = None,
+    json: Json = False,
+) -> None:
+    """Interpolate between images: writes a strip, an animation and the size of each step."""
+    from latentvae.explore.interpolation import interpolate as run
+    from latentvae.explore.interpolation import step_sizes
+    from latentvae.images import find_images
+
+    files = find_images(paths)
+    vae = load_model(model, device, precision)
+    make_folder(output)
+    lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
+    skipped: list[dict[str, str]] = []
+    read = {path: image for path, image, _ in read_images(files, vae, skipped, tile_size, store)}
+    if len(read) < 2:
+        raise LatentVAEError(
+            f"{len(read)} of {len(files)} images could be used, but a way has two ends: name two or more"
+            + (f"; {skipped[0]['reason']}" if skipped else ".")
+        )
+    used = list(read)
+    images = match(vae, read, tile_size, store) if fit else [read[path] for path in used]
+    if closed:
+        images, used = [*images, images[0]], [*used, used[0]]
+    results = []
+    for name in ("linear", "spherical") if route == "both" else (route,):
+        found = run(vae, images, frames, name, progress=True)
+        steps = step_sizes(found.frames, lpips)
+        results.append(figures(name, found, steps))
+        write_pictures(output, name, found, steps, closed, None if animation == "none" else animation, fps)
+        if separate:
+            write_frames(make_folder(output / name), found)
+    result = {
+        "images": [str(path) for path in used],
+        "lpips_net": lpips_net if lpips else None,
+        "lpips_missing_reason": reason,
+        "routes": results,
+        "skipped": skipped,
+    }
+    report(result, output, json)
+    finish(skipped, len(read))
+
+
+def match(
+    vae: "AutoencoderKL", read: dict[Path, "torch.Tensor"], tile_size: int | None, store: Path | None
+) -> list["torch.Tensor"]:
+    """All images at the first one's size, and the VAE tiling if that size must be."""
+    from latentvae.explore.interpolation import match_size
+
+    first, *_ = read
+    height, width = read[first].shape[-2:]
+    fit_memory(vae, first, height, width, tile_size, store)
+    return [match_size(image, height, width) for image in read.values()]
+
+
+def figures(route: str, found: "Interpolation", steps: list["Step"]) -> dict[str, Any]:
+    """Every step, and how long and how even the way is, as JSON values."""
+    summary: dict[str, Any] = {"route": route, "positions": found.positions}
+    for name in ("lpips", "rms"):
+        sizes = [asdict(step)[name] for step in steps]
+        known = None not in sizes
+        total = sum(sizes) if known else None
+        summary[f"{name}_steps"] = sizes if known else None
+        summary[f"{name}_total"] = total
+        summary[f"{name}_largest_over_mean"] = max(sizes) * len(sizes) / total if total else None
+    return summary
+
+
+def write_pictures(
+    output: Path,
+    route: str,
+    found: "Interpolation",
+    steps: list["Step"],
+    closed: bool,
+    animation: str | None,
+    fps: float,
+) -> None:
+    """Save the strip and the animation."""
+    from latentvae.explore.interpolation import save_animation, strip
+
+    strip(found, steps).save(output / f"{route}.strip.png")
+    if animation is not None:  # which is endless: the way back to the first image ends before it
+        shown = found.frames[:-1] if closed else found.frames
+        save_animation(shown, output / f"{route}.{animation}", fps)
+
+
+def write_frames(folder: Path, found: "Interpolation") -> None:
+    """Save every frame as a PNG, numbered in order."""
+    from latentvae.images import save_image
+
+    for number, frame in enumerate(found.frames):
+        save_image(frame, folder / f"{number:04d}.png")
+
+
+def report(result: dict[str, Any], output: Path, as_json: bool) -> None:
+    """Write the figures beside the pictures, and print them."""
+    import json
+
+    text = json.dumps(result, ensure_ascii=False, indent=1)
+    (output / "interpolation.json").write_text(text, encoding="utf-8")
+    if as_json:
+        print_json(result)
+        return
+    for each in result["routes"]:
+        sizes, name, digits = each["lpips_steps"], f"LPIPS-{result['lpips_net']}", 3
+        if sizes is None:
+            sizes, name, digits = each["rms_steps"], "rms of 255", 1
+        typer.echo(f"{each['route']}: {len(each['positions'])} frames; steps in {name}:")
+        typer.echo("  " + " ".join(f"{size:.{digits}f}" for size in sizes) + f"; sum {sum(sizes):.{digits}f}")
+    if result["lpips_missing_reason"] is not None:
+        typer.echo(f"Note: LPIPS was not measured: {result['lpips_missing_reason']}")
+    typer.echo(f"\nLook at {output / result['routes'][0]['route']}.strip.png.")

@@ -1,0 +1,32 @@
+"""What a VAE is for besides pipelines: interpolate and vary images.
+
+Names are imported with their first use, so that a command's help needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentvae.explore.interpolation import Interpolation as Interpolation
+    from latentvae.explore.interpolation import interpolate as interpolate
+    from latentvae.explore.interpolation import slerp as slerp
+    from latentvae.explore.interpolation import step_sizes as step_sizes
+    from latentvae.explore.variation import Variations as Variations
+    from latentvae.explore.variation import vary as vary
+
+_HOME = {
+    "Interpolation": "interpolation",
+    "Variations": "variation",
+    "interpolate": "interpolation",
+    "slerp": "interpolation",
+    "step_sizes": "interpolation",
+    "vary": "variation",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'latentvae.explore' has no attribute {name!r}")
+    return getattr(import_module(f"latentvae.explore.{_HOME[name]}"), name)
