@@ -11,6 +11,7 @@ import typer
 
 from latentvae import __version__
 from latentvae.commands.agree import agree
+from latentvae.commands.anomaly import anomaly
 from latentvae.commands.compress import compress, decompress
 from latentvae.commands.convert import convert
 from latentvae.commands.decode import decode
@@ -18,6 +19,7 @@ from latentvae.commands.doctor import doctor
 from latentvae.commands.encode import encode
 from latentvae.commands.evaluate import evaluate
 from latentvae.commands.export import export
+from latentvae.commands.fill import fill
 from latentvae.commands.info import info
 from latentvae.commands.interpolate import interpolate
 from latentvae.commands.reconstruct import reconstruct
@@ -42,11 +44,12 @@ VERBS = (
     *(reconstruct, evaluate, info),
     *(encode, decode, verify, shards),
     *(compress, decompress),
-    *(interpolate, vary),
+    *(interpolate, vary, fill),
     *(train, export, convert, doctor, agree),
 )
 for verb in VERBS:
     app.command()(verb)
+app.add_typer(anomaly, name="anomaly")
 
 
 def _version(wanted: bool) -> None:

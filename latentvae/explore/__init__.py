@@ -1,4 +1,4 @@
-"""What a VAE is for besides pipelines: interpolate and vary images.
+"""What a VAE is for besides pipelines: interpolate and vary images, fill in pixels, find the odd one.
 
 Names are imported with their first use, so that a command's help needs no torch.
 """

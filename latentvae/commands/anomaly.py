@@ -1,0 +1,248 @@
+"""`latentvae anomaly fit | score`: which images are odd, compared with normal ones."""
+
+import csv
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentvae.commands.common import (
+    Device,
+    Json,
+    LPIPSNet,
+    LPIPSWeights,
+    Model,
+    find_lpips,
+    finish,
+    load_model,
+    make_folder,
+    print_json,
+    read_images,
+    short_names,
+    skip,
+)
+from latentvae.errors import LatentVAEError
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.explore.anomaly import Calibration, Verdict
+    from latentvae.perceptual import LPIPS
+
+SHOWN = 20  # rows of the table that are printed; the CSV has all
+HEAT_MIDDLE = 16.0  # what pictures.colour_error draws half-way: the normal images' 95 % quantile
+
+anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
+CalibrationFile = Annotated[Path, typer.Argument(help="File of the calibration (JSON).", show_default=False)]
+
+
+@anomaly.command()
+def fit(
+    normal: Annotated[list[Path], typer.Argument(help="Normal images or folders.", show_default=False)],
+    calibration: CalibrationFile,
+    model: Model = None,
+    lpips: Annotated[
+        bool, typer.Option("--lpips/--no-lpips", help="Use LPIPS too, where its weights are there.")
+    ] = True,
+    lpips_net: LPIPSNet = "alex",
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Learn from normal images what is usual: quantiles of every term, for this model."""
+    from latentvae.explore.anomaly import TERMS, calibrate, look
+    from latentvae.images import find_images
+
+    files = find_images(normal)
+    vae = load_model(model, device, "fp32")
+    network, reason = find_lpips(lpips_net, lpips_weights, vae.device) if lpips else (None, "--no-lpips")
+    skipped: list[dict[str, str]] = []
+    looks = []
+    for path, image, _ in read_images(files, vae, skipped):
+        try:
+            looks.append(look(vae, image[None], network))
+        except LatentVAEError as error:
+            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+    if not looks:
+        finish(skipped, 0)
+    made = calibrate(vae, looks, lpips_net if network else None)
+    made.save(calibration)
+    if json:
+        quantiles = {"images": len(looks), "quantiles": made.quantiles, "lpips_missing_reason": reason}
+        print_json({"calibration": str(calibration), **quantiles, "skipped": skipped})
+    else:
+        typer.echo(f"{len(looks)} normal images; median and 95 % quantile:")
+        for name, values in made.quantiles.items():
+            typer.echo(
+                f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {TERMS.get(name, 'all terms as one')}"
+            )
+        if reason:
+            typer.echo(f"Without LPIPS: {reason}")
+        typer.echo(f"Written: {calibration}")
+    finish(skipped, len(looks))
+
+
+@anomaly.command()
+def score(
+    calibration: CalibrationFile,
+    photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for table and pictures.")] = Path(
+        "latentvae-output"
+    ),
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="CSV of name,label (1 odd, 0 normal) for each image: adds the ROC and its area."),
+    ] = None,
+    model: Model = None,
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Rank images from odd to usual: writes NAME.heat.png, anomalies.csv and .json, and with labels roc.png.
+
+    A score of 0 is usual, above 1 rare. Heat maps show where an image is rebuilt badly: half-way is what the
+    worst place of normal images reaches in one of twenty.
+    """
+    from latentvae.explore.anomaly import load_calibration
+    from latentvae.images import find_images
+
+    usual = load_calibration(calibration)
+    files = find_images(photos)
+    names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
+    odd = None if labels is None else read_labels(labels, set(names.values()))
+    vae = load_model(model, device, "fp32")
+    usual.check(vae)
+    network = load_network(usual, lpips_weights, vae.device)
+    make_folder(output)
+    skipped: list[dict[str, str]] = []
+    rows = judge_all(_Judge(vae, usual, network, output), files, names, skipped)
+    if rows:
+        rows.sort(key=lambda row: -row["score"])
+        areas = None if odd is None else write_roc(output, rows, odd)
+        result = {"calibration": str(calibration), "images": rows, "auroc": areas, "skipped": skipped}
+        write_tables(output, rows, result)
+        print_json(result) if json else typer.echo("\n".join(report(output, rows, areas)))
+    finish(skipped, len(rows))
+
+
+def load_network(usual: "Calibration", weights: Path | None, device: "torch.device") -> "LPIPS | None":
+    """The LPIPS network of the calibration; an error where its weights are not there."""
+    from latentvae.perceptual import load_lpips
+
+    if usual.lpips_net is None:
+        return None
+    net: Any = usual.lpips_net
+    return load_lpips(net, weights).to(device)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    vae: Any
+    usual: "Calibration"
+    network: "LPIPS | None"
+    output: Path
+
+
+def judge_all(
+    judge: _Judge, files: list[Path], names: dict[Path, str], skipped: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """One row for each image, its heat map written."""
+    from latentvae.explore.anomaly import look
+
+    rows = []
+    for path, image, _ in read_images(files, judge.vae, skipped):
+        try:
+            verdict = judge.usual.judge(look(judge.vae, image[None], judge.network))
+        except LatentVAEError as error:
+            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            continue
+        place = judge.output / f"{names[path]}.heat.png"
+        make_folder(place.parent)
+        write_heat(place, image, verdict)
+        figures = {"score": verdict.score, "quantile": verdict.quantile, "terms": verdict.terms}
+        rows.append({"name": names[path], **figures, "quantiles": verdict.quantiles, "heat_map": str(place)})
+    return rows
+
+
+def write_heat(place: Path, image: "torch.Tensor", verdict: "Verdict") -> None:
+    """Draw an image beside its heat map."""
+    from latentvae.images import from_uint8
+    from latentvae.pictures import colour_error, grid
+
+    # the root of a squared error is as large as the error itself looks
+    heat = from_uint8(colour_error(HEAT_MIDDLE * verdict.heat.sqrt().numpy()))
+    colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
+    title = f"score {verdict.score:.2f}"
+    grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
+
+
+def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
+    """Which image names are odd.
+
+    Raises:
+        LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
+    """
+    try:
+        lines = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise LatentVAEError(f"{path} cannot be read ({error}): wanted a CSV of name,label.") from error
+    if lines and [cell.strip().lower() for cell in lines[0]] == ["name", "label"]:
+        lines = lines[1:]
+    found: dict[str, bool] = {}
+    for row in lines:
+        if len(row) != 2 or row[1].strip() not in ("0", "1") or row[0].strip() in found:
+            raise LatentVAEError(f"{path} has the line {','.join(row)!r}; wanted NAME,0 or NAME,1, once.")
+        found[row[0].strip()] = row[1].strip() == "1"
+    if found.keys() != names:
+        missing, extra = sorted(names - found.keys()), sorted(found.keys() - names)
+        first = f"{missing[0]!r} has none" if missing else f"{extra[0]!r} is no image here"
+        raise LatentVAEError(
+            f"{path} does not label these images: {len(missing)} have no label, {len(extra)} labels no "
+            f"image; {first}. Names are paths below the folder that was named, with their suffixes."
+        )
+    return found
+
+
+def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
+    """The area under the ROC of the score and of every term alone; draws the score's."""
+    from latentvae.explore.roc import auroc, draw_roc, roc_curve
+
+    labels = [odd[row["name"]] for row in rows]
+    scores = [row["score"] for row in rows]
+    areas = {"score": auroc(scores, labels)}
+    areas |= {name: auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
+    title = f"AUROC {areas['score']:.3f}, {sum(labels)} odd of {len(labels)}"
+    draw_roc(roc_curve(scores, labels), title).save(output / "roc.png")
+    return areas
+
+
+def write_tables(output: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Write anomalies.csv, ranked, and anomalies.json."""
+    terms = list(rows[0]["terms"])
+    with (output / "anomalies.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rank", "name", "score", "quantile", *terms])
+        for rank, row in enumerate(rows, 1):
+            values = (row["terms"][term] for term in terms)
+            writer.writerow([rank, row["name"], row["score"], row["quantile"], *values])
+    text = json_module.dumps(result, indent=1, ensure_ascii=False)
+    (output / "anomalies.json").write_text(text + "\n", encoding="utf-8")
+
+
+def report(output: Path, rows: list[dict[str, Any]], areas: dict[str, float] | None) -> list[str]:
+    """The ranked table, each term as the share of normal images below it."""
+    terms = list(rows[0]["quantiles"])
+    width = max(len(row["name"]) for row in rows[:SHOWN])
+    lines = ["  ".join(["image".ljust(width), "score", "rarer than", *(f"{term:>9}" for term in terms)])]
+    for row in rows[:SHOWN]:
+        cells = (f"{100 * row['quantiles'][term]:7.0f} %" for term in terms)
+        name, share = row["name"].ljust(width), f"{100 * row['quantile']:8.0f} %"
+        lines.append("  ".join([name, f"{row['score']:5.2f}", share, *cells]))
+    if len(rows) > SHOWN:
+        lines.append(f"... and {len(rows) - SHOWN} more in {output / 'anomalies.csv'}.")
+    lines.append("Per cent: normal images with a lower value. Score: 0 usual, above 1 rare.")
+    if areas:
+        lines.append("AUROC: " + ", ".join(f"{name} {area:.3f}" for name, area in areas.items()) + ".")
+    return [*lines, f"Look at {rows[0]['heat_map']}."]

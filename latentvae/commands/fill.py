@@ -1,0 +1,168 @@
+"""`latentvae fill`: missing pixels from the known ones."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentvae.commands.common import (
+    Device,
+    Json,
+    Model,
+    Seed,
+    image_channels,
+    load_model,
+    make_folder,
+    print_json,
+)
+from latentvae.commands.memory import free_memory, ordinary_peak
+from latentvae.errors import ImageError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.explore.imputation import Filling
+
+GRADIENTS = 4  # times the memory of a decoding that its gradients take: up to 3.6, measured on f8c4-small
+
+
+def fill(
+    image: Annotated[Path, typer.Argument(help="The image.", show_default=False)],
+    mask: Annotated[
+        Path,
+        typer.Argument(help="Of the same size: white where a pixel is missing.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
+        "latentvae-output"
+    ),
+    model: Model = None,
+    method: Annotated[
+        Literal["optimise", "project", "one_pass"],
+        typer.Option(
+            help="Adam on latents; encode and decode again and again, which is faster; or once, for models "
+            "trained with masked input."
+        ),
+    ] = "optimise",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the method. Default: 30, 3, 1.")] = None,
+    blend: Annotated[
+        bool,
+        typer.Option(
+            help="Blend with a smooth extension of the known pixels, by weights found on hidden ones; "
+            "otherwise the hole gets what the model decodes."
+        ),
+    ] = True,
+    original: Annotated[
+        Path | None, typer.Option(help="The complete image, where there is one: prints PSNR in the hole.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Fill in the missing pixels of an image: writes NAME.filled.png, NAME.comparison.png and NAME.fill.json.
+
+    Known pixels are kept exactly, as 8 bits.
+    """
+    from latentvae.explore.imputation import fill as run
+    from latentvae.images import load_image
+
+    vae = load_model(model, device, "fp32")
+    channels = image_channels(vae)
+    images, missing = load_image(image, channels=channels)[None], load_mask(mask)
+    check_size(image, images, mask, missing)
+    complete = None if original is None else load_image(original, channels=channels)[None]
+    if complete is not None:
+        check_size(image, images, original, complete[0, 0])
+    if method == "optimise":
+        check_memory(vae, image, *images.shape[-2:])
+    make_folder(output)
+    result = run(vae, images, missing, method=method, steps=steps, blend=blend, seed=seed)
+    entry = {"image": str(image), "mask": str(mask), "method": method, "steps": steps}
+    figures = {**entry, "blend": blend, "seed": seed, **measure(result, missing, complete)}
+    figures |= write_pictures(output / image.name, images, missing, result, complete)
+    place = output / f"{image.name}.fill.json"
+    place.write_text(json_module.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if json:
+        print_json(figures)
+    else:
+        typer.echo("\n".join(report(figures)))
+
+
+def load_mask(mask: Path) -> "torch.Tensor":
+    """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
+    from latentvae.images import load_image
+
+    return load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
+
+
+def check_size(image: Path, images: "torch.Tensor", other: Path | None, plane: "torch.Tensor") -> None:
+    """Raises ImageError where a mask, or the original, is of another size than the image."""
+    if plane.shape != images.shape[-2:]:
+        (height, width), (wanted_height, wanted_width) = plane.shape, images.shape[-2:]
+        raise ImageError(
+            f"{other} is {width} x {height} px, but {image} is {wanted_width} x {wanted_height} px: make it "
+            "the same size (upright, as the image is shown), without blurring a mask"
+        )
+
+
+def check_memory(vae: "AutoencoderKL", image: Path, height: int, width: int) -> None:
+    """Raises ImageError where the optimisation would not fit into memory."""
+    needed, free = GRADIENTS * ordinary_peak(vae, height, width), free_memory(vae.device)
+    if needed > free:
+        raise ImageError(
+            f"{image} of {width}x{height} px would take about {needed / 1e9:.1f} GB for the gradients, and "
+            f"{free / 1e9:.1f} GB are free: use --method project, or make it smaller."
+        )
+
+
+def measure(result: "Filling", missing: "torch.Tensor", complete: "torch.Tensor | None") -> dict[str, Any]:
+    """The weights of the blend, the share that was missing and, with an original, PSNR in the hole."""
+    from latentvae.explore.imputation import hole_psnr
+
+    figures: dict[str, Any] = {
+        "missing_share": float(missing.float().mean()),
+        "plate": result.plate,
+        "detail": result.detail,
+        "psnr_in_hole": None,
+    }
+    if complete is not None and missing.any():
+        parts = {"filled": result.images, "smooth": result.smooth, "decoded": result.decoded}
+        figures["psnr_in_hole"] = {name: hole_psnr(part, complete, missing) for name, part in parts.items()}
+    return figures
+
+
+def write_pictures(
+    place: Path,
+    images: "torch.Tensor",
+    missing: "torch.Tensor",
+    result: "Filling",
+    complete: "torch.Tensor | None",
+) -> dict[str, str]:
+    """Save the filled image and a comparison; return their paths."""
+    from latentvae.images import save_image
+    from latentvae.pictures import grid
+
+    filled, compared = (place.with_name(f"{place.name}.{kind}.png") for kind in ("filled", "comparison"))
+    save_image(result.images, filled)
+    parts = {"known": images.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
+    parts |= {"filled": result.images} | ({} if complete is None else {"original": complete})
+    grid([[part[0].cpu() for part in parts.values()]], list(parts)).save(compared)
+    return {"filled": str(filled), "comparison": str(compared)}
+
+
+def report(figures: dict[str, Any]) -> list[str]:
+    """What was done, in words."""
+    if figures["missing_share"] == 0:
+        lines = ["The mask has no white pixel: nothing is missing, and the image is written as it is."]
+    else:
+        mixed = (
+            f"a smooth extension (plate {figures['plate']:.2f}) and {100 * figures['detail']:.0f} % of the "
+            "model's detail"
+        )
+        held = mixed if figures["blend"] else "what the model decodes"
+        lines = [f"{100 * figures['missing_share']:.1f} % of the pixels were missing; the hole holds {held}."]
+    if figures["psnr_in_hole"]:
+        named = (f"{name} {value:.2f} dB" for name, value in figures["psnr_in_hole"].items())
+        lines.append(f"PSNR in the hole: {', '.join(named)}.")
+    return [*lines, f"Look at {figures['comparison']}."]

@@ -1,0 +1,233 @@
+"""Filling in missing pixels: latents whose decoding agrees with the pixels that are known."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from diffusers import AutoencoderKL
+from torch.nn.functional import max_pool2d
+
+from latentvae.errors import ImageError, LatentVAEError
+from latentvae.explore.extension import check_missing, extend
+from latentvae.images import to_uint8
+from latentvae.latents import decode, encode
+
+Method = Literal["optimise", "project", "one_pass"]
+
+STEPS = {"optimise": 30, "project": 3, "one_pass": 1}
+LEARNING_RATE = 0.07  # of the spread of the image's own latents, per step of Adam
+STAY = 1e-3  # keeps latents over large holes, where no pixel says anything, where the encoder put them
+HELD_OUT = 0.1  # of the known pixels, where the hole is scattered: more would be another problem
+SOLID = 9  # pixels: a hole that contains such a square is no scattered one
+GREY = 0.0  # behind which training hides pixels
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A completed image, and what it was made of.
+
+    Attributes:
+        images: (1, C, H, W) in [-1, 1]; known pixels are those that came, bit for bit.
+        smooth: (1, C, H, W), the smooth extension alone: what no model adds.
+        decoded: (1, C, H, W), what the latents decode to, everywhere.
+        plate: weight in 0..1 of the thin plate in the smooth part, against the membrane.
+        detail: weight in 0..1 of the model's detail, 0 where it was no help on held-out pixels.
+    """
+
+    images: torch.Tensor
+    smooth: torch.Tensor
+    decoded: torch.Tensor
+    plate: float
+    detail: float
+
+
+def fill(
+    vae: AutoencoderKL,
+    images: torch.Tensor,
+    missing: torch.Tensor,
+    *,
+    method: Method = "optimise",
+    steps: int | None = None,
+    blend: bool = True,
+    seed: int = 0,
+    progress: Callable[[], object] | None = None,
+) -> Filling:
+    """Complete an image from its known pixels, which are kept bit for bit.
+
+    The decoded image rarely agrees with the known pixels exactly, so with `blend` the hole gets a smooth
+    extension of the known pixels plus the detail of the decoded image (what its own smooth extension misses).
+    Their weights are least squares over known pixels that are hidden for the purpose: the hole elsewhere.
+
+    Args:
+        vae: any AutoencoderKL; the optimisation wants it in float32.
+        images: (1, C, H, W) in [-1, 1]; what missing pixels hold is not looked at.
+        missing: (H, W) bool.
+        method: "optimise": Adam on the latents, from those of a smoothly filled image; "project": encode,
+            decode and put the known pixels back, again and again, without gradients; "one_pass": encode once
+            with mid-grey in the hole, for models that were trained with masked input.
+        steps: of the method; None: 30 of Adam, 3 projections. One pass has one.
+        blend: False: the hole gets the decoded image as it is.
+        seed: of the choice of hidden pixels.
+        progress: called after every step.
+
+    Raises:
+        ImageError: more than one image, a mask of another size, or no known pixel.
+        LatentVAEError: an unknown method, or steps below 1.
+    """
+    if method not in get_args(Method):
+        raise LatentVAEError(f"unknown method {method!r}; choose one of {', '.join(get_args(Method))}.")
+    steps = STEPS[method] if steps is None else steps
+    if steps < 1 or (method == "one_pass" and steps != 1):
+        raise LatentVAEError(f"{steps} steps of {method!r} came; wanted 1 or more, of one_pass exactly 1.")
+    if images.ndim != 4 or images.shape[0] != 1:
+        raise ImageError(f"shape {tuple(images.shape)} came; one image (1, C, H, W) was wanted.")
+    check_missing(images, missing)
+    missing = missing.to(images.device)
+    if not missing.any():
+        return Filling(images, images, images, 0.0, 0.0)
+    run = _Run(vae, method, steps, progress)
+    layers = run.layers(images, missing)
+    plate, detail = (0.0, 0.0)
+    if blend:
+        hidden = elsewhere(missing, seed)
+        if hidden.any():
+            plate, detail = fit_weights(run.layers(images, missing | hidden), images, hidden)
+    smooth = layers.mix(plate, 0.0)
+    inside = layers.mix(plate, detail) if blend else layers.decoded
+    values = inside.clamp(-1, 1).to(images.dtype)
+    return Filling(torch.where(missing, values, images), smooth, layers.decoded, plate, detail)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a filling is mixed from, each (1, C, H, W)."""
+
+    membrane: torch.Tensor
+    plate: torch.Tensor
+    decoded: torch.Tensor
+    detail: torch.Tensor
+
+    def mix(self, plate: float, detail: float) -> torch.Tensor:
+        """The membrane, bent towards the plate, with a share of the detail."""
+        return self.membrane + plate * (self.plate - self.membrane) + detail * self.detail
+
+
+@dataclass(frozen=True)
+class _Run:
+    vae: AutoencoderKL
+    method: Method
+    steps: int
+    progress: Callable[[], object] | None
+
+    def layers(self, images: torch.Tensor, missing: torch.Tensor) -> Layers:
+        """The layers of a hole, from what is known outside it."""
+        membrane, plate = (extend(images, missing, order=order) for order in (1, 2))
+        step = {"optimise": self._optimise, "project": self._project, "one_pass": self._one_pass}
+        decoded = step[self.method](images, missing, membrane).to(images.device)
+        return Layers(membrane, plate, decoded, decoded - extend(decoded, missing))
+
+    @torch.no_grad()
+    def _one_pass(self, images: torch.Tensor, missing: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        posterior, padding = encode(self.vae, images.masked_fill(missing, GREY))
+        decoded = decode(self.vae, posterior.mode(), padding)
+        self._report()
+        return decoded
+
+    @torch.no_grad()
+    def _project(self, images: torch.Tensor, missing: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        decoded = start
+        for _ in range(self.steps):
+            filled = torch.where(missing, decoded.to(images), images)
+            posterior, padding = encode(self.vae, filled)
+            decoded = decode(self.vae, posterior.mode(), padding)
+            self._report()
+        return decoded
+
+    def _optimise(self, images: torch.Tensor, missing: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Adam, its rate falling to zero, on the squared error of known pixels."""
+        with torch.no_grad():
+            posterior, padding = encode(self.vae, start)
+        origin = posterior.mode()
+        spread = origin.std().clamp_min(1e-6) if origin.numel() > 1 else origin.new_ones(())
+        latents = origin.clone().requires_grad_(True)
+        adam = torch.optim.Adam([latents], lr=1.0)
+        known = (~missing).to(self.vae.device)
+        wanted = images.masked_fill(missing, 0.0).to(self.vae.device)
+        count = known.sum() * images.shape[1]
+        for step in range(self.steps):
+            adam.param_groups[0]["lr"] = float(LEARNING_RATE * spread) * (1 - step / self.steps)
+            with torch.enable_grad():
+                error = (decode(self.vae, latents, padding) - wanted) * known
+                loss = error.square().sum() / count
+                loss = loss + STAY * ((latents - origin) / spread).square().mean()
+            # asked for by name, so that the model's own gradients are neither computed nor touched
+            (latents.grad,) = torch.autograd.grad(loss, [latents])
+            adam.step()
+            self._report()
+        with torch.no_grad():
+            return decode(self.vae, latents, padding)
+
+    def _report(self) -> None:
+        if self.progress is not None:
+            self.progress()
+
+
+def elsewhere(missing: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Known pixels (H, W) to hide for a trial: the same hole, moved to where most of it is known.
+
+    Of a scattered hole only so many that the density of known pixels stays about what it was.
+    """
+    height, width = missing.shape
+    shifts = [(y, x) for y in range(4) for x in range(4) if y or x]
+    moved = [
+        missing.roll((y * height // 4, x * width // 4), (0, 1)) & ~missing for y, x in shifts
+    ]  # rolled over the edge a hole is two smaller ones, no matter
+    best = max(moved, key=lambda hole: int(hole.sum()))
+    if is_solid(missing):
+        keep = best
+    else:
+        share = HELD_OUT * float((~missing).sum()) / max(int(best.sum()), 1)
+        draw = torch.rand(missing.shape, generator=torch.Generator().manual_seed(seed))
+        keep = best & (draw < share).to(missing.device)
+    return keep if not (keep | missing).all() else torch.zeros_like(missing)
+
+
+def is_solid(missing: torch.Tensor) -> bool:
+    """Whether a hole contains a whole square of SOLID pixels' side."""
+    if min(missing.shape) < SOLID:
+        return False
+    known = (~missing)[None, None].float()
+    return bool((max_pool2d(known, SOLID, stride=1) == 0).any())
+
+
+def fit_weights(layers: Layers, images: torch.Tensor, hidden: torch.Tensor) -> tuple[float, float]:
+    """Weights (plate, detail), each in 0..1, that are least squares over hidden pixels (H, W)."""
+    names = (layers.plate - layers.membrane, layers.detail, images - layers.membrane)
+    plate, detail, wanted = (layer[..., hidden].flatten().cpu().double() for layer in names)
+    columns = torch.stack([plate, detail])  # (2, N)
+    gram, right = columns @ columns.T, columns @ wanted
+    candidates = [(float(p), float(d)) for p in (0.0, 1.0) for d in (0.0, 1.0)]
+    for fixed in (0.0, 1.0):  # the best on each edge of the square, and inside it
+        candidates += [(fixed, _share(right[1] - fixed * gram[0, 1], gram[1, 1]))]
+        candidates += [(_share(right[0] - fixed * gram[0, 1], gram[0, 0]), fixed)]
+    inner = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
+    if bool(((inner >= 0) & (inner <= 1)).all()):
+        candidates.append((float(inner[0]), float(inner[1])))
+
+    def loss(weights: tuple[float, float]) -> float:
+        vector = torch.tensor(weights, dtype=torch.float64)
+        return float(vector @ gram @ vector - 2 * vector @ right)
+
+    return min(candidates, key=loss)
+
+
+def _share(above: torch.Tensor, below: torch.Tensor) -> float:
+    return float((above / below).clamp(0, 1)) if float(below) > 0 else 0.0
+
+
+def hole_psnr(filled: torch.Tensor, images: torch.Tensor, missing: torch.Tensor) -> float:
+    """PSNR in dB over the missing pixels (H, W) alone of two (1, C, H, W) in 8 bits; inf if equal."""
+    missing = missing.cpu()
+    found, wanted = (to_uint8(each.cpu()).float()[..., missing] for each in (filled, images))
+    return float(10 * (255**2 / (found - wanted).square().mean()).log10())

@@ -1,0 +1,274 @@
+"""Odd images: terms, calibration, ROC, and the verbs."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import textured
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+import latentvae
+from latentvae.commands.anomaly import anomaly, read_labels
+from latentvae.errors import LatentVAEError
+from latentvae.explore.anomaly import (
+    LEVELS,
+    Look,
+    calibrate,
+    distances,
+    excess,
+    load_calibration,
+    look,
+    quantiles_of,
+    share_below,
+)
+from latentvae.explore.roc import auroc, draw_roc, roc_curve
+from latentvae.exporting import export
+from latentvae.latents import reconstruct
+
+
+def some_looks(count: int, seed: int = 0, channels: int = 2) -> list[Look]:
+    """What a model might have said of normal images."""
+    random = np.random.default_rng(seed)
+    return [
+        Look(
+            {name: float(random.gamma(3)) for name in ("pixel", "patch", "kl")},
+            random.normal(size=2 * channels),
+            torch.zeros(4, 4),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_terms_are_what_they_say(tiny_vae: Any) -> None:
+    images = torch.rand(1, 3, 37, 45) * 2 - 1
+    seen = look(tiny_vae, images)
+    result = reconstruct(tiny_vae, images)
+    error = (result.reconstructions.clamp(-1, 1) - images).square().mean(1)[0]
+    assert seen.terms["pixel"] == pytest.approx(float(error.mean()), rel=1e-5)
+    assert seen.terms["kl"] == pytest.approx(float(result.posterior.kl()) / (37 * 45), rel=1e-5)
+    assert seen.heat.shape == (37, 45)
+    assert float(seen.heat[20, 20]) == pytest.approx(float(error[16:25, 16:25].mean()), rel=1e-4)
+    assert float(seen.heat[0, 0]) == pytest.approx(float(error[:5, :5].mean()), rel=1e-4)
+    assert seen.terms["patch"] == float(seen.heat.max())
+    latents = result.posterior.mean[0].flatten(1).double()
+    wanted = torch.cat([latents.mean(1), latents.std(1, correction=0)])
+    assert seen.pooled == pytest.approx(wanted.numpy(), rel=1e-5)
+
+
+def test_quantiles_are_those_of_the_normal_images(tiny_vae: Any) -> None:
+    looks = some_looks(301)
+    made = calibrate(tiny_vae, looks)
+    values = sorted(one.terms["pixel"] for one in looks)
+    assert made.quantiles["pixel"] == pytest.approx([values[3 * i] for i in range(101)])
+    assert made.quantiles.keys() == {"pixel", "patch", "kl", "latent", "neighbour", "score"}
+    for i in (0, 30, 100):
+        assert share_below(values[3 * i], made.quantiles["pixel"]) == pytest.approx(i / 100)
+
+
+def test_new_normal_images_are_spread_evenly_over_the_quantiles(tiny_vae: Any) -> None:
+    made = calibrate(tiny_vae, some_looks(400))
+    verdicts = [made.judge(one) for one in some_looks(400, seed=1)]
+    for name in ("latent", "neighbour", "kl"):
+        assert np.mean([verdict.quantiles[name] for verdict in verdicts]) == pytest.approx(0.5, abs=0.06)
+    assert np.mean([verdict.quantile > 0.9 for verdict in verdicts]) == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_few_normal_images_are_not_closer_to_themselves_than_new_ones(tiny_vae: Any) -> None:
+    """With the images inside their own cloud the neighbour's distance would be 0 and every new one odd."""
+    made = calibrate(tiny_vae, some_looks(20, channels=4))
+    assert min(made.quantiles["neighbour"]) > 0
+    found = [made.judge(one).quantiles["latent"] for one in some_looks(200, seed=1, channels=4)]
+    assert 0.25 < np.mean(found) < 0.7
+
+
+@pytest.mark.parametrize("term", ["pixel", "patch", "kl"])
+def test_every_term_can_make_an_image_odd(tiny_vae: Any, term: str) -> None:
+    looks = some_looks(100)
+    made = calibrate(tiny_vae, looks)
+    usual = Look(
+        {name: made.quantiles[name][50] for name in ("pixel", "patch", "kl")},
+        looks[0].pooled,
+        torch.zeros(2, 2),
+    )
+    odd = Look({**usual.terms, term: 50.0}, usual.pooled, torch.zeros(2, 2))
+    before, after = made.judge(usual), made.judge(odd)
+    assert after.score > before.score + 1
+    assert after.quantiles[term] == after.quantile == 1.0
+    # the smooth maximum of five terms of which one is far above the others
+    assert after.score == pytest.approx(excess(50.0, made.quantiles[term]) - np.log(5) / 3, abs=1e-3)
+
+
+def test_score_of_an_image_at_every_median_is_zero(tiny_vae: Any) -> None:
+    made = calibrate(tiny_vae, some_looks(50))
+    terms = {name: values[50] for name, values in made.quantiles.items() if name != "score"}
+    assert made.score(terms) == pytest.approx(0, abs=1e-12)
+    assert made.score({**terms, "kl": made.quantiles["kl"][95]}) == pytest.approx(
+        np.log((4 + np.exp(3)) / 5) / 3
+    )
+
+
+def test_excess_counts_from_the_median_to_the_95_percent_quantile() -> None:
+    quantiles = quantiles_of(list(range(101)))
+    assert excess(50, quantiles) == 0
+    assert excess(95, quantiles) == pytest.approx(1)
+    assert excess(140, quantiles) == pytest.approx(2)
+    assert np.isfinite(excess(1.0, quantiles_of([3.0] * 9)))
+
+
+def test_share_below_of_equal_values_is_their_middle() -> None:
+    assert share_below(3.0, [3.0] * 101) == 0.5
+    assert share_below(2.0, [3.0] * 101) == 0.0
+    assert share_below(4.0, [3.0] * 101) == 1.0
+
+
+def test_distances_are_mahalanobis_and_nearest() -> None:
+    normal = np.array([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # variances 2 and 0.5
+    found = distances(np.array([4.0, 0.0]), normal)
+    assert found["latent"] == pytest.approx(4 / np.sqrt(2), rel=1e-6)
+    assert found["neighbour"] == pytest.approx(2 / np.sqrt(2), rel=1e-6)
+    inside = distances(np.array([0.0, 1.0]), normal)
+    assert inside["neighbour"] == 0
+
+
+def test_heat_is_in_units_of_normal_images_worst_places(tiny_vae: Any) -> None:
+    made = calibrate(tiny_vae, some_looks(50))
+    one = Look(dict.fromkeys(("pixel", "patch", "kl"), 1.0), np.zeros(4), torch.full((3, 3), 6.0))
+    assert torch.allclose(made.judge(one).heat, torch.tensor(6.0 / made.quantiles["patch"][95]))
+
+
+def test_calibration_comes_back_whole_and_refuses_another_vae(tiny_vae: Any, tmp_path: Path) -> None:
+    made = calibrate(tiny_vae, some_looks(9), "alex")
+    made.save(tmp_path / "cal.json")
+    again = load_calibration(tmp_path / "cal.json")
+    assert again == made
+    again.check(tiny_vae)
+    with torch.no_grad():
+        tiny_vae.decoder.conv_out.bias[0] += 1e-3
+    with pytest.raises(LatentVAEError, match="made with the VAE"):
+        again.check(tiny_vae)
+
+
+def test_too_few_images_and_files_that_are_no_calibration(tiny_vae: Any, tmp_path: Path) -> None:
+    with pytest.raises(LatentVAEError, match="4 normal images"):
+        calibrate(tiny_vae, some_looks(4))
+    with pytest.raises(LatentVAEError, match="cannot be read"):
+        load_calibration(tmp_path / "none.json")
+    calibrate(tiny_vae, some_looks(9)).save(tmp_path / "good.json")
+    good = json.loads((tmp_path / "good.json").read_text())
+    damaged = ["[]", "{", json.dumps({**good, "format": 2}), json.dumps({"format": 1})]
+    damaged += [json.dumps({**good, "quantiles": {**good["quantiles"], "kl": [1.0]}})]
+    for text in damaged:
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(LatentVAEError, match="is no calibration"):
+            load_calibration(tmp_path / "bad.json")
+
+
+def test_an_image_measured_with_lpips_needs_a_calibration_with_it(tiny_vae: Any) -> None:
+    made = calibrate(tiny_vae, some_looks(9))
+    one = some_looks(1)[0]
+    with pytest.raises(LatentVAEError, match="'lpips'"):
+        made.judge(Look({**one.terms, "lpips": 0.1}, one.pooled, one.heat))
+
+
+def test_auroc_of_known_scores() -> None:
+    assert auroc([1, 2, 3, 4], [False, False, True, True]) == 1
+    assert auroc([1, 2, 3, 4], [True, True, False, False]) == 0
+    assert auroc([1, 1, 1, 1], [True, False, True, False]) == 0.5
+    assert auroc([1, 3, 2, 4], [False, False, True, True]) == 0.75
+    random = np.random.default_rng(0)
+    scores, odd = random.integers(0, 9, 80), random.random(80) < 0.4
+    pairs = [(a > b) + (a == b) / 2 for a in scores[odd] for b in scores[~odd]]
+    assert auroc(scores.tolist(), odd.tolist()) == pytest.approx(np.mean(pairs))
+
+
+def test_roc_curve_takes_equal_scores_together_and_is_drawn() -> None:
+    rates = roc_curve([2, 1, 1, 0], [True, True, False, False])
+    assert rates.tolist() == [[0, 0], [0, 0.5], [0.5, 1], [1, 1]]
+    assert draw_roc(rates, "AUROC").size == (560, 560)
+    for labels in ([True] * 4, [False] * 4, [True, False]):
+        with pytest.raises(LatentVAEError):
+            roc_curve([2, 1, 1, 0], labels)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A model, normal pictures, and others of which one has a defect."""
+    torch.manual_seed(0)
+    for name, seeds in (("normal", range(8)), ("photos", range(8, 12))):
+        (tmp_path / name).mkdir()
+        for seed in seeds:
+            Image.fromarray(textured(48, 40, seed)).save(tmp_path / name / f"{seed}.png")
+    broken = Image.open(tmp_path / "photos" / "9.png")
+    ImageDraw.Draw(broken).rectangle((10, 10, 30, 30), fill=(255, 255, 255))
+    broken.save(tmp_path / "photos" / "9.png")
+    names = {name: tmp_path / name for name in ("normal", "photos", "out")}
+    names["labels"] = tmp_path / "labels.csv"
+    names["labels"].write_text("name,label\n8.png,0\n9.png,1\n10.png,0\n11.png,0\n")
+    names["calibration"] = tmp_path / "cal.json"
+    return {**names, "model": export(latentvae.build("tiny"), tmp_path / "tiny")}
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(anomaly, [str(argument) for argument in arguments])
+
+
+def test_verbs_rank_and_draw(files: dict[str, Path]) -> None:
+    common = ("-m", files["model"], "--json")
+    result = run("fit", files["normal"], files["calibration"], "--no-lpips", *common)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["images"] == 8
+    arguments = (
+        "score",
+        files["calibration"],
+        files["photos"],
+        "-o",
+        files["out"],
+        "--labels",
+        files["labels"],
+    )
+    result = run(*arguments, *common)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    scores = [row["score"] for row in figures["images"]]
+    assert scores == sorted(scores, reverse=True)
+    assert figures["auroc"].keys() == {"score", "pixel", "patch", "kl", "latent", "neighbour"}
+    with (files["out"] / "anomalies.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [row["name"] for row in figures["images"]]
+    assert all(Path(row["heat_map"]).is_file() for row in figures["images"])
+    assert (files["out"] / "roc.png").is_file()
+    assert "AUROC" in run(*arguments, "-m", files["model"]).output
+
+
+def test_score_refuses_another_model(files: dict[str, Path], tmp_path: Path) -> None:
+    run("fit", files["normal"], files["calibration"], "--no-lpips", "-m", files["model"])
+    torch.manual_seed(1)
+    other = export(latentvae.build("tiny"), tmp_path / "other")
+    result = run("score", files["calibration"], files["photos"], "-o", files["out"], "-m", other)
+    assert isinstance(result.exception, LatentVAEError)
+    assert "made with the VAE" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a.png,1\n", "1 have no label.*'b.png' has none"),
+        ("a.png,1\nb.png,0\nc.png,0\n", "'c.png' is no image"),
+        ("a.png,yes\nb.png,0\n", "'a.png,yes'"),
+        ("a.png,1\na.png,0\n", "once"),
+    ],
+)
+def test_labels_that_do_not_match_are_named(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(LatentVAEError, match=match):
+        read_labels(tmp_path / "labels.csv", {"a.png", "b.png"})
+
+
+def test_levels_hold_the_places_that_are_used() -> None:
+    assert LEVELS[50] == 0.5
+    assert LEVELS[95] == pytest.approx(0.95)

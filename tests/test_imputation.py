@@ -1,0 +1,241 @@
+"""Filling in: known pixels, masks, smooth extensions, weights, and the verb."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+import latentvae
+from latentvae.commands.fill import fill as verb
+from latentvae.errors import ImageError, LatentVAEError
+from latentvae.explore import imputation
+from latentvae.explore.extension import extend
+from latentvae.explore.imputation import Layers, elsewhere, fill, fit_weights, hole_psnr, is_solid
+from latentvae.exporting import export
+from latentvae.images import from_uint8
+from latentvae.latents import decode, encode
+
+METHODS = ["optimise", "project", "one_pass"]
+
+
+def picture(height: int = 37, width: int = 45) -> torch.Tensor:
+    """A smooth picture with 8-bit values, (1, 3, H, W)."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    waves = [torch.sin(x / 5 + y / 9 + phase) for phase in (0.0, 1.0, 2.0)]
+    return from_uint8((torch.stack(waves)[None] * 100 + 128).to(torch.uint8))
+
+
+def scattered(share: float = 0.3, height: int = 37, width: int = 45) -> torch.Tensor:
+    return torch.rand(height, width, generator=torch.Generator().manual_seed(1)) < share
+
+
+def box(height: int = 37, width: int = 45) -> torch.Tensor:
+    missing = torch.zeros(height, width, dtype=torch.bool)
+    missing[10:24, 12:26] = True
+    return missing
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("blend", [True, False])
+def test_known_pixels_are_kept_bit_for_bit_and_missing_ones_are_not_looked_at(
+    tiny_vae: Any, method: Any, blend: bool
+) -> None:
+    images, missing = picture(), scattered()
+    hidden = images.masked_fill(missing, torch.nan)
+    result = fill(tiny_vae, hidden, missing, method=method, steps=1, blend=blend)
+    assert torch.equal(result.images[..., ~missing], images[..., ~missing])
+    assert result.images.isfinite().all()
+    assert result.images.abs().max() <= 1
+    again = fill(tiny_vae, images, missing, method=method, steps=1, blend=blend)
+    assert torch.equal(result.images, again.images)
+
+
+def test_without_blend_the_hole_holds_what_the_latents_decode_to(tiny_vae: Any) -> None:
+    images, missing = picture(), box()
+    result = fill(tiny_vae, images, missing, method="one_pass", blend=False)
+    with torch.no_grad():
+        posterior, padding = encode(tiny_vae, images.masked_fill(missing, 0.0))
+        wanted = decode(tiny_vae, posterior.mode(), padding)
+    assert torch.equal(result.decoded, wanted)
+    assert torch.equal(result.images[..., missing], wanted.clamp(-1, 1)[..., missing])
+
+
+def test_blended_hole_is_the_smooth_part_plus_the_detail(tiny_vae: Any, monkeypatch: Any) -> None:
+    images, missing = picture(), box()
+    monkeypatch.setattr(imputation, "fit_weights", lambda *_: (0.25, 0.5))
+    result = fill(tiny_vae, images, missing, method="project", steps=1)
+    membrane, plate = (extend(images, missing, order=order) for order in (1, 2))
+    smooth = membrane + 0.25 * (plate - membrane)
+    detail = result.decoded - extend(result.decoded, missing)
+    assert torch.allclose(result.smooth, smooth)
+    wanted = (smooth + 0.5 * detail).clamp(-1, 1)
+    assert torch.allclose(result.images[..., missing], wanted[..., missing])
+    assert (result.plate, result.detail) == (0.25, 0.5)
+
+
+def test_optimised_latents_agree_with_known_pixels_better_than_the_encoders(tiny_vae: Any) -> None:
+    images, missing = picture(), scattered()
+    start = fill(tiny_vae, images, missing, method="project", steps=1, blend=False)
+    steps: list[int] = []
+    result = fill(tiny_vae, images, missing, steps=20, blend=False, progress=lambda: steps.append(1))
+    errors = [(each.decoded - images)[..., ~missing].square().mean() for each in (start, result)]
+    assert errors[1] < 0.8 * errors[0]
+    assert len(steps) == 20
+    assert all(parameter.grad is None for parameter in tiny_vae.parameters())
+
+
+def test_what_is_hidden_for_the_weights_is_not_seen_by_the_model(tiny_vae: Any, monkeypatch: Any) -> None:
+    images, missing = picture(), box()
+    hidden, seen = elsewhere(missing), []
+    monkeypatch.setattr(
+        imputation, "fit_weights", lambda layers, *_: seen.append(layers.membrane) or (0.0, 0.0)
+    )
+    fill(tiny_vae, images, missing, method="one_pass")
+    assert torch.equal(seen[0], extend(images.masked_fill(hidden, torch.nan), missing | hidden))
+
+
+def test_nothing_missing_gives_the_image_itself_without_the_model() -> None:
+    images = picture()
+    none = torch.zeros(37, 45, dtype=torch.bool)
+    assert fill(None, images, none).images is images  # type: ignore[arg-type]
+
+
+def test_everything_missing_is_refused(tiny_vae: Any) -> None:
+    with pytest.raises(ImageError, match=r"every pixel is missing.*inverted"):
+        fill(tiny_vae, picture(), torch.ones(37, 45, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"missing": torch.zeros(45, 37, dtype=torch.bool)}, r"mask \(45, 37\).*same size"),
+        ({"images": torch.zeros(2, 3, 37, 45)}, "one image"),
+        ({"method": "magic"}, "optimise, project, one_pass"),
+        ({"method": "one_pass", "steps": 3}, "exactly 1"),
+        ({"steps": 0}, "1 or more"),
+    ],
+)
+def test_bad_input_is_named(tiny_vae: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(LatentVAEError, match=match):
+        fill(tiny_vae, **{"images": picture(), "missing": scattered(), **options})
+
+
+def test_membrane_and_plate_continue_a_ramp() -> None:
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    ramp = ((x + 2 * y) / 40 - 0.5)[None, None]
+    missing = torch.zeros(24, 24, dtype=torch.bool)
+    missing[8:15, 9:16] = True
+    for order in (1, 2):  # a ramp has no curvature, so both are exact
+        assert torch.allclose(extend(ramp, missing, order=order), ramp, atol=2e-3)
+    bowl = ((x - 12) ** 2 / 144)[None, None]
+    errors = [(extend(bowl, missing, order=order) - bowl).abs().max() for order in (1, 2)]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_membrane_is_the_solution_of_laplaces_equation() -> None:
+    images, missing = picture(20, 22).double(), torch.zeros(20, 22, dtype=torch.bool)
+    missing[3:9, 0:7] = True  # at the edge, over which nothing flows
+    found = extend(images, missing)
+    padded = torch.nn.functional.pad(found, (1, 1, 1, 1), mode="replicate")
+    around = padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:] + padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1]
+    assert (around / 4 - found)[..., missing].abs().max() < 1e-3
+    known = images[..., ~missing]
+    assert found.min() >= known.min() - 1e-6
+    assert found.max() <= known.max() + 1e-6
+
+
+def test_hidden_pixels_are_known_and_like_the_hole() -> None:
+    hole = box()
+    hidden = elsewhere(hole)
+    assert not (hidden & hole).any()
+    assert is_solid(hole)
+    assert hidden.sum() > 0.5 * hole.sum()
+    many = scattered(0.5)
+    few = elsewhere(many, seed=3)
+    assert not is_solid(many)
+    assert not (few & many).any()
+    assert 0.05 < few.sum() / (~many).sum() < 0.15
+    assert torch.equal(few, elsewhere(many, seed=3))
+    assert not torch.equal(few, elsewhere(many, seed=4))
+
+
+@pytest.mark.parametrize("true", [(0.3, 0.6), (0.0, 1.0), (1.0, 0.0)])
+def test_weights_are_found_again(true: tuple[float, float]) -> None:
+    parts = torch.randn(4, 1, 3, 16, 16, dtype=torch.float64)
+    layers = Layers(parts[0], parts[1], parts[2], parts[3])
+    hidden = torch.rand(16, 16) < 0.5
+    assert fit_weights(layers, layers.mix(*true), hidden) == pytest.approx(true, abs=1e-9)
+
+
+def test_weights_outside_the_range_are_the_best_inside_it() -> None:
+    parts = torch.randn(4, 1, 3, 16, 16, dtype=torch.float64)
+    layers, hidden = Layers(parts[0], parts[1], parts[2], parts[3]), torch.rand(16, 16) < 0.5
+    images = layers.mix(0.4, -0.7)
+    found = fit_weights(layers, images, hidden)
+
+    def loss(plate: float, detail: float) -> float:
+        return float((layers.mix(plate, detail) - images)[..., hidden].square().sum())
+
+    grid = [(p, d) for p in np.linspace(0, 1, 21) for d in np.linspace(0, 1, 21)]
+    assert found[1] == 0
+    assert loss(*found) <= min(loss(*point) for point in grid) + 1e-9
+
+
+def test_psnr_is_of_the_hole_alone() -> None:
+    images, missing = picture(), box()
+    other = images + 2 / 255 * 10 * missing
+    assert hole_psnr(other.where(missing, -images), images, missing) == pytest.approx(
+        20 * np.log10(255 / 10), abs=1e-4
+    )
+    assert hole_psnr(images, images, missing) == float("inf")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A model, a picture and its mask, as a person has them."""
+    paths = {name: tmp_path / f"{name}.png" for name in ("image", "mask", "small", "none")}
+    levels = ((picture()[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(paths["image"])
+    Image.fromarray(scattered().numpy()).save(paths["mask"])
+    Image.fromarray(scattered(0.3, 20, 20).numpy()).save(paths["small"])
+    Image.new("1", (45, 37)).save(paths["none"])
+    torch.manual_seed(0)
+    return {**paths, "model": export(latentvae.build("tiny"), tmp_path / "tiny"), "out": tmp_path / "out"}
+
+
+def run(*arguments: object) -> Any:
+    app = typer.Typer()
+    app.command()(verb)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_verb_writes_a_picture_whose_known_pixels_are_the_files(files: dict[str, Path]) -> None:
+    common = ("-m", files["model"], "-o", files["out"], "--original", files["image"], "--json")
+    result = run(files["image"], files["mask"], *common, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    filled, original = (np.asarray(Image.open(path)) for path in (figures["filled"], files["image"]))
+    known = ~scattered().numpy()
+    assert (filled[known] == original[known]).all()
+    assert (filled[~known] != original[~known]).any()
+    assert figures["missing_share"] == pytest.approx(1 - known.mean())
+    assert figures["psnr_in_hole"].keys() == {"filled", "smooth", "decoded"}
+    assert json.loads((files["out"] / "image.png.fill.json").read_text()) == figures
+    assert Path(figures["comparison"]).is_file()
+
+
+def test_verb_refuses_a_mask_of_another_size_and_says_when_nothing_is_missing(files: dict[str, Path]) -> None:
+    result = run(files["image"], files["small"], "-m", files["model"], "-o", files["out"])
+    assert isinstance(result.exception, ImageError)
+    assert "20 x 20 px, but" in str(result.exception)
+    result = run(files["image"], files["none"], "-m", files["model"], "-o", files["out"])
+    assert result.exit_code == 0
+    assert "no white pixel" in result.output
+    filled = np.asarray(Image.open(files["out"] / "image.png.filled.png"))
+    assert (filled == np.asarray(Image.open(files["image"]))).all()
