@@ -19,9 +19,11 @@ from latentvae.commands.doctor import doctor
 from latentvae.commands.encode import encode
 from latentvae.commands.evaluate import evaluate
 from latentvae.commands.export import export
+from latentvae.commands.features import features
 from latentvae.commands.fill import fill
 from latentvae.commands.info import info
 from latentvae.commands.interpolate import interpolate
+from latentvae.commands.project import project
 from latentvae.commands.reconstruct import reconstruct
 from latentvae.commands.shards import shards
 from latentvae.commands.train import train
@@ -45,6 +47,7 @@ VERBS = (
     *(encode, decode, verify, shards),
     *(compress, decompress),
     *(interpolate, vary, fill),
+    *(project, features),
     *(train, export, convert, doctor, agree),
 )
 for verb in VERBS:

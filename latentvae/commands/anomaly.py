@@ -184,25 +184,14 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     Raises:
         LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
     """
-    try:
-        lines = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise LatentVAEError(f"{path} cannot be read ({error}): wanted a CSV of name,label.") from error
-    if lines and [cell.strip().lower() for cell in lines[0]] == ["name", "label"]:
-        lines = lines[1:]
-    found: dict[str, bool] = {}
-    for row in lines:
-        if len(row) != 2 or row[1].strip() not in ("0", "1") or row[0].strip() in found:
-            raise LatentVAEError(f"{path} has the line {','.join(row)!r}; wanted NAME,0 or NAME,1, once.")
-        found[row[0].strip()] = row[1].strip() == "1"
-    if found.keys() != names:
-        missing, extra = sorted(names - found.keys()), sorted(found.keys() - names)
-        first = f"{missing[0]!r} has none" if missing else f"{extra[0]!r} is no image here"
-        raise LatentVAEError(
-            f"{path} does not label these images: {len(missing)} have no label, {len(extra)} labels no "
-            f"image; {first}. Names are paths below the folder that was named, with their suffixes."
-        )
-    return found
+    from latentvae.explore.labels import match, read_table
+
+    table = read_table(path)
+    for name, label in table.items():
+        if label not in ("0", "1"):
+            raise LatentVAEError(f"{path} has the line {f'{name},{label}'!r}; wanted NAME,0 or NAME,1.")
+    match(path, table, names, whole=True)
+    return {name: label == "1" for name, label in table.items()}
 
 
 def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:

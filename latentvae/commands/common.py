@@ -119,10 +119,12 @@ def read_images(
     skipped: list[dict[str, str]],
     tile_size: int | None = None,
     store: Path | None = None,
+    longest: int | None = None,
 ) -> Iterator[tuple[Path, Any, Any]]:
     """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
 
-    While an image is out, the VAE tiles if it must: see `fit`.
+    While an image is out, the VAE tiles if it must: see `fit`. With `longest`, larger images are
+    shrunk to that many pixels along their longer side first.
     """
     from tqdm import tqdm
 
@@ -132,12 +134,21 @@ def read_images(
     for path in tqdm(paths, unit="image", disable=len(paths) < 2):
         try:
             image, info = load_image_with_info(path, channels=channels)
+            if longest is not None:
+                image = shrink(image, longest)
             height, width = image.shape[-2:]
             fit(vae, path, height, width, tile_size, store)
         except ImageError as error:
             skip(path, error, skipped)
             continue
         yield path, image, info
+
+
+def shrink(image: "torch.Tensor", longest: int) -> "torch.Tensor":
+    """An image (C, H, W) with at most `longest` pixels along its longer side."""
+    from latentvae.explore.interpolation import thumbnail
+
+    return thumbnail(image, longest)
 
 
 def skip(path: Path, error: LatentVAEError, skipped: list[dict[str, str]]) -> None:

@@ -24,6 +24,7 @@ from latentvae.commands.common import (
     print_json,
     read_images,
     short_names,
+    shrink,
     skip,
 )
 from latentvae.errors import LatentVAEError
@@ -136,7 +137,7 @@ class Study:
         self.images.append({"path": str(path), "copies": written})
         self.spreads.append(variations.spread)
         if len(self.rows) < SHEET_ROWS:
-            self.rows.append([shrink(each) for each in row])
+            self.rows.append([shrink(each, SHEET_CELL) for each in row])
 
     def shown(self) -> list[tuple[float, int]]:
         """Temperature and copy of the contact sheet's columns: a copy each, or several of the only one."""
@@ -172,13 +173,6 @@ def save(image: "torch.Tensor", file: Path) -> None:
     from latentvae.images import save_image
 
     save_image(image, file)
-
-
-def shrink(image: "torch.Tensor") -> "torch.Tensor":
-    """An image as the contact sheet shows it."""
-    from latentvae.explore.interpolation import thumbnail
-
-    return thumbnail(image, SHEET_CELL)
 
 
 def check_output(output: Path, sources: list[Path]) -> None:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import avg_pool2d, pad
 
 from latentvae.errors import LatentVAEError
+from latentvae.explore.features import pool
 from latentvae.fingerprint import weight_hash
 from latentvae.latents import decode, encode
 from latentvae.model import spatial_compression_ratio
@@ -93,11 +94,7 @@ def look(vae: AutoencoderKL, images: torch.Tensor, lpips: LPIPS | None = None) -
     terms["kl"] = float(posterior.kl()) / error.numel()
     if not all(math.isfinite(value) for value in terms.values()):
         raise LatentVAEError(f"the model gave {terms}: compute in float32 (half precision overflows).")
-    flat = (
-        latents[0].flatten(1).double().cpu() if latents.device.type != "mps" else latents[0].flatten(1).cpu()
-    )
-    pooled = torch.cat([flat.mean(1), flat.std(1, correction=0)]).double().numpy()
-    return Look(terms, pooled, heat)
+    return Look(terms, pool(latents)[0], heat)
 
 
 def _average(error: torch.Tensor, side: int) -> torch.Tensor:

@@ -40,7 +40,7 @@ def preview(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.Image:
         entries = read_entries(folder, shard.name)
         with safe_open(tensors_path(folder, shard.name), framework="pt") as tensors:
             for entry in entries[:: max(1, -(-len(entries) // each))]:
-                original = _original(entry, manifest)
+                original = original_image(entry, manifest, LARGEST)
                 if original is not None and len(rows) < count:
                     moments = tensors.get_slice(entry.tensor)[entry.offset : entry.offset + 1]
                     rows.append([original, _decoded(vae, moments, entry)])
@@ -49,8 +49,9 @@ def preview(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.Image:
     return grid(rows, ["Image", "Decoded from the store"])
 
 
-def _original(entry: Entry, manifest: Manifest) -> torch.Tensor | None:
-    if entry.encoded_width * entry.encoded_height > LARGEST:
+def original_image(entry: Entry, manifest: Manifest, largest: int | None = None) -> torch.Tensor | None:
+    """The image (C, H, W) as it was encoded, from its file; None where that is gone or above `largest` px."""
+    if largest is not None and entry.encoded_width * entry.encoded_height > largest:
         return None
     try:
         image = load_image(entry.source, channels=manifest.preprocessing.channels)
