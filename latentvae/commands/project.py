@@ -194,21 +194,21 @@ def axis_names(mapped: "Projection") -> tuple[str, str]:
 
 def figure_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What was measured, as rows: what, of latents, of pixels."""
+    nmi, few = result.get("nmi"), result.get("few_labels")
     rows = []
-    if nmi := result.get("nmi"):
-        rows.append(
-            ("Clusters against labels (NMI)", *(figure(nmi.get(each)) for each in ("latents", "pixels")))
-        )
-    if few := result.get("few_labels"):
+    if nmi:
+        rows.append(("Clusters against labels (NMI)", figure(nmi["latents"]), figure(nmi.get("pixels"))))
+    if few:
         what = f"Accuracy from {PER_CLASS} labels a class"
-        cells = [
-            f"{100 * few[each]['accuracy']:.1f} \N{PLUS-MINUS SIGN} {100 * few[each]['spread']:.1f} %"
-            if each in few
-            else "-"
-            for each in ("latents", "pixels")
-        ]
-        rows.append((what, cells[0], cells[1]))
+        rows.append((what, share(few["latents"]), share(few.get("pixels"))))
     return rows
+
+
+def share(found: dict[str, Any] | None) -> str:
+    """An accuracy and its spread over draws, in per cent."""
+    if found is None:
+        return "-"
+    return f"{100 * found['accuracy']:.1f} \N{PLUS-MINUS SIGN} {100 * found['spread']:.1f} %"
 
 
 def figure(value: float | None) -> str:

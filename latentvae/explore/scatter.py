@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from latentvae.explore.extras import need
-from latentvae.explore.page import Card, natural, shrink
+from latentvae.explore.page import NO_LABEL, Card, natural, shrink
 from latentvae.explore.palette import colours
 from latentvae.pictures import GREY, WHITE
 
@@ -29,11 +29,12 @@ def draw_scatter(cards: Sequence[Card], title: str, axes: tuple[str, str]) -> Im
     names, shades = groups(cards)
     points = np.array([card.point for card in cards])
     found = dict.fromkeys(sorted(set(names), key=natural))
-    size = float(np.clip(9000 / len(cards), 6, 60))
+    size = float(np.clip(9000 / len(cards), 10, 60))
+    edge = 0.4 if len(cards) < 1000 else 0.0
     for name in found:
         chosen = np.array([each == name for each in names])
-        label = f"{name or 'no label'} ({chosen.sum()})" if len(found) <= NAMED else None
-        style = {"s": size, "color": shades[name], "linewidths": 0.4, "edgecolors": "white"}
+        label = plain(f"{name or NO_LABEL} ({chosen.sum()})") if len(found) <= NAMED else None
+        style = {"s": size, "color": shades[name], "linewidths": edge, "edgecolors": "white"}
         plot.scatter(*points[chosen].T, label=label, **style)
     plot.set_aspect("equal", adjustable="datalim")
     plot.spines[["top", "right"]].set_visible(False)
@@ -42,8 +43,8 @@ def draw_scatter(cards: Sequence[Card], title: str, axes: tuple[str, str]) -> Im
     plot.set_ylabel(axes[1], fontsize=9)
     plot.tick_params(labelsize=8)
     if len(found) <= NAMED:
-        for text in figure.legend(loc="outside right upper", fontsize=9, frameon=False).get_texts():
-            text.set_text(plain(text.get_text()))
+        scale = (40 / size) ** 0.5  # of the legend's dots: always as large
+        figure.legend(loc="outside right upper", fontsize=9, frameon=False, markerscale=scale)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     return Image.open(buffer).convert("RGB")
@@ -72,7 +73,7 @@ def draw_pictures(cards: Sequence[Card]) -> Image.Image | None:
     """
     if all(card.picture is None for card in cards):
         return None
-    longest = int(np.clip(2600 / np.sqrt(len(cards)), 40, 220))
+    longest = int(np.clip(1600 / np.sqrt(len(cards)), 40, 140))
     names, shades = groups(cards)
     canvas = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
     draw = ImageDraw.Draw(canvas)
