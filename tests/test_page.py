@@ -242,6 +242,7 @@ def test_the_legend_hides_groups_and_a_click_shows_neighbours(browser: Any, tmp_
     assert page.locator("#legend button").count() == 2
     page.get_by_role("button", name="Pictures").click()
     before = page.evaluate("place(0)")
+    page.mouse.move(*spot(page, 3))
     page.mouse.wheel(0, -400)
     wait(page, "view.scale > 1.5")
     page.get_by_role("button", name="Show all").click()
