@@ -172,10 +172,10 @@ def test_labels_come_from_the_table_then_captions_then_folders() -> None:
 
 def test_raw_pixels_are_the_image_itself_at_its_size_and_none_where_one_is_missing() -> None:
     image = torch.rand(1, 32, 32) * 2 - 1
-    assert raw_pixels(image) == pytest.approx(image.flatten().double().numpy())
+    assert raw_pixels(image) == pytest.approx(image.flatten().numpy())
     made = Gallery("0" * 64)
     made.add("a", "", torch.zeros(1, 1, 2, 2), image)
-    assert made.raw() == pytest.approx(image.flatten()[None].double().numpy())
+    assert made.raw() == pytest.approx(image.flatten()[None].numpy())
     made.add("b", "", torch.zeros(1, 1, 2, 2), image, decoded=True)
     assert made.raw() is None
     assert made.pictures[1] is not None

@@ -13,7 +13,7 @@ def features(
     sources: Sources,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="*.npy or *.parquet.", show_default=False)],
     model: Model = None,
-    grid: Grid = 0,
+    grid: Grid = 4,
     labels: Labels = None,
     size: Size = 256,
     device: Device = None,

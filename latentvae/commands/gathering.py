@@ -31,7 +31,7 @@ Grid = Annotated[
         min=0,
         max=64,
         help="Besides mean and std per channel, pool the means of GRID x GRID cells, which keeps where "
-        "things are; 0: none.",
+        "things are; 0: none, which suits photographs of which only the look counts.",
     ),
 ]
 Labels = Annotated[
@@ -102,6 +102,13 @@ def gather(request: Request) -> Gathering:
     return _from_store(stores[0], request) if stores else _from_images(request)
 
 
+def _side(request: Request, count: int) -> int:
+    """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
+    from latentvae.explore.page import picture_side
+
+    return picture_side(count) if request.with_pictures else 0
+
+
 def _from_images(request: Request) -> Gathering:
     import torch
 
@@ -115,7 +122,7 @@ def _from_images(request: Request) -> Gathering:
     files = find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
     vae = load_model(request.model, request.device, "fp32")
-    found = Gathering(Gallery(weight_hash(vae), request.grid, request.with_pictures))
+    found = Gathering(Gallery(weight_hash(vae), request.grid, _side(request, len(files))))
     captions.forget()
     for path, image, _ in read_images(files, vae, found.skipped, longest=request.size):
         caption, notes = captions.read_caption(path, root_of(path, request.sources))
@@ -138,7 +145,8 @@ def _from_store(store: Path, request: Request) -> Gathering:
     from latentvae.store.dataset import LatentDataset
 
     dataset = LatentDataset(store, mode="mode", scaled=False)
-    found = Gathering(Gallery(dataset.manifest.weights_sha256, request.grid, request.with_pictures))
+    side = _side(request, len(dataset))
+    found = Gathering(Gallery(dataset.manifest.weights_sha256, request.grid, side))
     pictures = _Pictures(dataset, request)
     progress = tqdm(total=len(dataset), unit="image", disable=len(dataset) < 2)
     for numbers in _whole_shards(dataset, found.skipped):

@@ -10,6 +10,7 @@ import typer
 
 from latentvae.commands.common import Device, Json, Model, finish, make_folder, print_json
 from latentvae.commands.gathering import Gathering, Grid, Labels, Request, Size, Sources, gather
+from latentvae.commands.vary import check_output
 from latentvae.errors import LatentVAEError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from latentvae.explore.projection import Projection
 
 NEAR = 8  # neighbours of each image that the page shows
+MANY = 1000  # images from which on finding clusters takes seconds
 PER_CLASS = 10  # labels that the classifier learns from
 SOURCES = {"table": "the table", "captions": "their captions", "folders": "their folders"}
 Measured = dict[str, dict[str, Any]]
@@ -55,6 +57,7 @@ def project(
     from latentvae.explore.extras import need
     from latentvae.explore.projection import project as run
 
+    check_output(output, sources)
     if method == "umap":  # before minutes of encoding
         need("umap")
     need("sklearn")
@@ -67,7 +70,7 @@ def project(
     if len(values) < 2:
         raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
     mapped = run(values, method, seed)
-    grouped = cluster(values, clusters, seed)
+    grouped = cluster(values, clusters, seed, progress=len(values) >= MANY)
     measured = measure(gallery, grouped, seed, found.notes)
     name = title or sources[0].resolve().name
     result = {

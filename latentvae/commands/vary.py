@@ -176,7 +176,7 @@ def save(image: "torch.Tensor", file: Path) -> None:
 
 
 def check_output(output: Path, sources: list[Path]) -> None:
-    """Refuse to write among the originals: the next run would vary the copies.
+    """Refuse to write among the originals: the next run would take what this one writes for some.
 
     Raises:
         LatentVAEError: the output is in a folder of images.
@@ -185,8 +185,8 @@ def check_output(output: Path, sources: list[Path]) -> None:
     for source in sources:
         if source.is_dir() and target.is_relative_to(source.resolve()):
             raise LatentVAEError(
-                f"the output {output} lies in {source}, so that another run would vary the copies too: "
-                "choose another --output."
+                f"the output {output} lies in {source}, so that another run would take what this one "
+                "writes for images too: choose another --output."
             )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from latentvae.errors import LatentVAEError
 from latentvae.explore.extras import need
@@ -34,13 +35,16 @@ class Clustering:
         return int(self.numbers.max()) + 1
 
 
-def cluster(values: np.ndarray, count: int | None = None, seed: int = 0) -> Clustering:
+def cluster(
+    values: np.ndarray, count: int | None = None, seed: int = 0, *, progress: bool = False
+) -> Clustering:
     """Group images (N, D) by k-means on normalised features; deterministic by the seed.
 
     Args:
         values: (N, D).
         count: of clusters. None: of 2 to 12 that with the largest mean silhouette.
         seed: of the starts.
+        progress: show a bar while numbers of clusters are tried.
 
     Raises:
         LatentVAEError: fewer than two images, or more clusters than images that differ.
@@ -59,8 +63,10 @@ def cluster(values: np.ndarray, count: int | None = None, seed: int = 0) -> Clus
     tried = range(2, min(MOST, distinct - 1) + 1)
     if not tried:  # a silhouette needs a cluster with two images
         return Clustering(_k_means(scaled, distinct, seed), {})
-    found = {each: _k_means(scaled, each, seed) for each in tried}
-    silhouettes = {each: _silhouette(scaled, numbers, seed) for each, numbers in found.items()}
+    found, silhouettes = {}, {}
+    for each in tqdm(tried, unit="clustering", disable=not progress):
+        found[each] = _k_means(scaled, each, seed)
+        silhouettes[each] = _silhouette(scaled, found[each], seed)
     best = max(tried, key=lambda each: silhouettes[each])  # of equal ones the fewest
     return Clustering(found[best], silhouettes)
 

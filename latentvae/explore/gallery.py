@@ -15,7 +15,6 @@ from latentvae.images import to_pil
 from latentvae.store.geometry import Geometry
 
 SIDE = 32  # pixels of the image that raw pixels are compared as, squeezed to a square
-SHOWN = 192  # the longest side of a picture
 
 
 @dataclass
@@ -25,12 +24,12 @@ class Gallery:
     Args:
         weights_sha256: of the VAE.
         grid: of the pooling, see `features.pool`.
-        with_pictures: keep pictures and raw pixels too.
+        picture_side: pixels along the longer side of the pictures that are kept, with raw pixels; 0: neither.
     """
 
     weights_sha256: str
     grid: int = 0
-    with_pictures: bool = True
+    picture_side: int = 192
     keys: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
@@ -63,8 +62,9 @@ class Gallery:
             LatentVAEError: latents that are not finite.
         """
         row = pool(latents, self.grid)[0]
-        kept = image if self.with_pictures else None
-        self.pictures.append(None if kept is None else to_pil(thumbnail(kept, SHOWN)).convert("RGB"))
+        kept = image if self.picture_side else None
+        small = None if kept is None else thumbnail(kept, self.picture_side)
+        self.pictures.append(None if small is None else to_pil(small).convert("RGB"))
         self.pixels.append(None if kept is None or decoded else raw_pixels(kept))
         self.rows.append(row)
         self.keys.append(key)
@@ -100,8 +100,8 @@ class Gallery:
 
 
 def raw_pixels(image: torch.Tensor) -> np.ndarray:
-    """An image (C, H, W) scaled to 32 x 32 pixels, as one row, float64 in [-1, 1]."""
-    row: np.ndarray = Geometry((SIDE, SIDE)).apply(image.float().cpu()).flatten().double().numpy()
+    """An image (C, H, W) scaled to 32 x 32 pixels, as one row, float32 in [-1, 1]."""
+    row: np.ndarray = Geometry((SIDE, SIDE)).apply(image.float().cpu()).flatten().numpy()
     return row
 
 

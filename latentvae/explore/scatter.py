@@ -73,7 +73,7 @@ def draw_pictures(cards: Sequence[Card]) -> Image.Image | None:
     """
     if all(card.picture is None for card in cards):
         return None
-    longest = int(np.clip(1600 / np.sqrt(len(cards)), 40, 140))
+    longest = int(np.clip(1200 / np.sqrt(len(cards)), 40, 140))
     names, shades = groups(cards)
     canvas = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
     draw = ImageDraw.Draw(canvas)
