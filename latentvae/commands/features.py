@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latentvae.commands.common import Device, Json, Model, finish, print_json
+from latentvae.commands.common import Device, Json, Model, finish, make_folder, print_json
 from latentvae.commands.gathering import Grid, Labels, Request, Size, Sources, gather
 
 
@@ -27,6 +27,7 @@ def features(
     from latentvae.explore.features import check_format
 
     check_format(output)
+    make_folder(output.parent)  # before minutes of encoding
     found = gather(Request(sources, model, device, grid, labels, size, with_pictures=False))
     if found.gallery.keys:
         table = found.gallery.features
