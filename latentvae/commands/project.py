@@ -58,9 +58,8 @@ def project(
     from latentvae.explore.projection import project as run
 
     check_output(output, sources)
-    if method == "umap":  # before minutes of encoding
-        need("umap")
-    need("sklearn")
+    for package in ("sklearn", "matplotlib", *["umap"] * (method == "umap")):
+        need(package)  # before minutes of encoding
     make_folder(output)
     found = gather(Request(sources, model, device, grid, labels, size, with_pictures=True))
     gallery = found.gallery
@@ -71,27 +70,31 @@ def project(
         raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
     mapped = run(values, method, seed)
     grouped = cluster(values, clusters, seed, progress=len(values) >= MANY)
-    measured = measure(gallery, grouped, seed, found.notes)
-    name = title or sources[0].resolve().name
-    result = {
+    result = summarise(found, mapped, grouped, seed)
+    cards = make_cards(gallery, mapped, grouped)
+    files = write_all(output, title or sources[0].resolve().name, cards, mapped, result)
+    if json:
+        print_json({**result, "files": [str(file) for file in files]})
+    else:
+        typer.echo("\n".join([*report(found, mapped, grouped, result), f"\nOpen {files[0]} in a browser."]))
+    finish(found.skipped, len(gallery))
+
+
+def summarise(found: Gathering, mapped: "Projection", grouped: "Clustering", seed: int) -> dict[str, Any]:
+    """What projection.json holds."""
+    gallery = found.gallery
+    return {
         "images": len(gallery),
         **gallery.features.about(),
-        "method": method,
+        "method": mapped.method,
         "explained_variance": mapped.explained,
         "seed": seed,
         "clusters": {"count": grouped.count, "silhouettes": grouped.silhouettes},
         "labels_from": gallery.labels_from,
-        **measured,
+        **measure(gallery, grouped, seed, found.notes),
         "notes": found.notes,
         "skipped": found.skipped,
     }
-    cards = make_cards(gallery, mapped, grouped)
-    files = write_all(output, name, cards, mapped, result)
-    if json:
-        print_json({**result, "files": [str(file) for file in files]})
-    else:
-        typer.echo("\n".join([*report(found, mapped, grouped, measured), f"\nOpen {files[0]} in a browser."]))
-    finish(found.skipped, len(gallery))
 
 
 def measure(gallery: "Gallery", grouped: "Clustering", seed: int, notes: list[str]) -> Measured:
@@ -219,7 +222,9 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def report(found: Gathering, mapped: "Projection", grouped: "Clustering", measured: Measured) -> list[str]:
+def report(
+    found: Gathering, mapped: "Projection", grouped: "Clustering", result: dict[str, Any]
+) -> list[str]:
     """The figures for people."""
     import numpy as np
 
@@ -241,7 +246,7 @@ def report(found: Gathering, mapped: "Projection", grouped: "Clustering", measur
         lines.append(
             f"{names} labels of {known(gallery.labels)} images, from {SOURCES[gallery.labels_from]}."
         )
-    if rows := figure_rows(measured):
+    if rows := figure_rows(result):
         lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
         lines += [f"{what:34}{latents:>16}{pixels:>16}" for what, latents, pixels in rows]
     return [*lines, *(f"Note: {note}" for note in found.notes)]
