@@ -28,14 +28,14 @@ from latentvae.errors import LatentVAEError
 if TYPE_CHECKING:
     import torch
 
-    from latentvae.explore.anomaly import Calibration, Verdict
+    from latentvae.explore.calibration import Calibration, Verdict
     from latentvae.perceptual import LPIPS
 
 SHOWN = 20  # rows of the table that are printed; the CSV has all
 HEAT_MIDDLE = 16.0  # what pictures.colour_error draws half-way: the normal images' 95 % quantile
 
 anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
-CalibrationFile = Annotated[Path, typer.Argument(help="File of the calibration (JSON).", show_default=False)]
+CalibrationFile = Annotated[Path, typer.Argument(help="File of the calibration (safetensors).", show_default=False)]
 
 
 @anomaly.command()
@@ -52,7 +52,8 @@ def fit(
     json: Json = False,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
-    from latentvae.explore.anomaly import TERMS, calibrate, look
+    from latentvae.explore.anomaly import TERMS, look
+    from latentvae.explore.calibration import calibrate
     from latentvae.images import find_images
 
     files = find_images(normal)
@@ -105,7 +106,7 @@ def score(
     A score of 0 is usual, above 1 rare. Heat maps show where an image is rebuilt badly: half-way is what the
     worst place of normal images reaches in one of twenty.
     """
-    from latentvae.explore.anomaly import load_calibration
+    from latentvae.explore.calibration import load_calibration
     from latentvae.images import find_images
 
     usual = load_calibration(calibration)

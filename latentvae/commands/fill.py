@@ -45,7 +45,7 @@ def fill(
             "trained with masked input."
         ),
     ] = "optimise",
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the method. Default: 30, 3, 1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the method. Default: 20, 3, 1.")] = None,
     blend: Annotated[
         bool,
         typer.Option(
