@@ -4,8 +4,8 @@
     python benchmarks/digits_anomaly.py --place runs/digits
 
 For each odd class a VAE of its own is trained on the other nine (half a minute on one core; those already in
-`--place` are used again) and calibrated on the same digits. Scored are 500 held-out digits, 50 of them odd.
-PCA and the nearest neighbour among pixels have the same normal digits. No class but 1 and 8 was looked at when
+`--place` are used again) and calibrated on every second of the same digits, to stay within minutes. Scored are
+500 held-out digits, 50 of them odd. PCA and the nearest neighbour among pixels learn the calibrating digits. No class but 1 and 8 was looked at when
 the score's form was chosen.
 """
 
@@ -27,15 +27,11 @@ from latentvae.explore.calibration import calibrate
 RANKS = (2, 4, 8, 16, 32, 64)
 
 
-def without(digits: Digits, odd: int) -> Digits:
-    """All but one class."""
-    return digits.select(digits.labels != odd)
-
-
 def measure(odd: int, learned: Digits, held_out: Digits, place: Path) -> dict[str, float]:
     """AUROC of one odd class by every detector."""
-    normal = without(learned, odd)
-    vae = digits_vae(normal, place / f"without-{odd}")
+    every = learned.select(learned.labels != odd)
+    vae = digits_vae(every, place / f"without-{odd}")
+    normal = every.select(np.arange(0, len(every), 2))
     usual = calibrate(vae, [look(vae, image[None]) for image in tqdm(normal.images, unit="digit")])
     scores = our_scores([usual.judge(look(vae, image[None])) for image in held_out.images])
     known, tried = flat(normal.images), flat(held_out.images)

@@ -348,7 +348,7 @@ def test_score_refuses_another_model(files: dict[str, Path], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("a.png,1\n", "1 have no label.*'b.png' has none"),
+        ("a.png,1\n", "without a label: 1,.*'b.png' has none"),
         ("a.png,1\nb.png,0\nc.png,0\n", "'c.png' is no image"),
         ("a.png,yes\nb.png,0\n", "'a.png,yes'"),
         ("a.png,1\na.png,0\n", "once"),

@@ -200,8 +200,8 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
         missing, extra = sorted(names - found.keys()), sorted(found.keys() - names)
         first = f"{missing[0]!r} has none" if missing else f"{extra[0]!r} is no image here"
         raise LatentVAEError(
-            f"{path} does not label these images: {len(missing)} have no label, {len(extra)} labels no "
-            f"image; {first}. Names are paths below the folder that was named, with their suffixes."
+            f"{path} does not label these images: images without a label: {len(missing)}, labels without an "
+            f"image: {len(extra)}; {first}. Names are paths below the folder that was named, with their suffixes."
         )
     return found
 

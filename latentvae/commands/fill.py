@@ -16,7 +16,7 @@ from latentvae.commands.common import (
     make_folder,
     print_json,
 )
-from latentvae.commands.memory import free_memory, ordinary_peak
+from latentvae.commands.memory import TILE_SIZES, free_memory, ordinary_peak
 from latentvae.errors import ImageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ def fill(
         Path | None, typer.Option(help="The complete image, where there is one: prints PSNR in the hole.")
     ] = None,
     seed: Seed = 0,
+    tile_size: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            help="Fill in blended windows of this side, only where pixels are missing. Default: with optimise, "
+            "where the gradients of the whole image would not fit into memory.",
+        ),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -64,7 +72,9 @@ def fill(
 
     Known pixels are kept exactly, as 8 bits.
     """
-    from latentvae.explore.imputation import fill as run
+    from tqdm import tqdm
+
+    from latentvae.explore.windows import fill_in_windows
     from latentvae.images import load_image
 
     vae = load_model(model, device, "fp32")
@@ -74,11 +84,15 @@ def fill(
     complete = None if original is None else load_image(original, channels=channels)[None]
     if complete is not None:
         check_size(image, images, original, complete[0, 0])
-    if method == "optimise":
-        check_memory(vae, image, *images.shape[-2:])
+    side = tile_size or max(images.shape[-2:])
+    if tile_size is None and method == "optimise":
+        side = fitting_side(vae, image, *images.shape[-2:])
     make_folder(output)
-    result = run(vae, images, missing, method=method, steps=steps, blend=blend, seed=seed)
-    entry = {"image": str(image), "mask": str(mask), "method": method, "steps": steps}
+    options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
+    with tqdm(unit=" steps") as bar:
+        result = fill_in_windows(vae, images, missing, max(side, 64), progress=bar.update, **options)
+    tiles = side if side < max(images.shape[-2:]) else None
+    entry = {"image": str(image), "mask": str(mask), "method": method, "steps": steps, "tile_size": tiles}
     figures = {**entry, "blend": blend, "seed": seed, **measure(result, missing, complete)}
     figures |= write_pictures(output / image.name, images, missing, result, complete)
     place = output / f"{image.name}.fill.json"
@@ -106,14 +120,24 @@ def check_size(image: Path, images: "torch.Tensor", other: Path | None, plane: "
         )
 
 
-def check_memory(vae: "AutoencoderKL", image: Path, height: int, width: int) -> None:
-    """Raises ImageError where the optimisation would not fit into memory."""
-    needed, free = GRADIENTS * ordinary_peak(vae, height, width), free_memory(vae.device)
-    if needed > free:
-        raise ImageError(
-            f"{image} of {width}x{height} px would take about {needed / 1e9:.1f} GB for the gradients, and "
-            f"{free / 1e9:.1f} GB are free: use --method project, or make it smaller."
-        )
+def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int) -> int:
+    """The longer side of the image, or else the largest window whose gradients fit into memory.
+
+    Raises:
+        ImageError: not even the smallest does.
+    """
+    free = free_memory(vae.device)
+    if GRADIENTS * ordinary_peak(vae, height, width) <= free:
+        return max(height, width)
+    for side in TILE_SIZES:
+        if GRADIENTS * ordinary_peak(vae, side, side) <= free:
+            typer.echo(f"Too large for gradients at once: filled in windows of {side} px.", err=True)
+            return side
+    needed = GRADIENTS * ordinary_peak(vae, TILE_SIZES[-1], TILE_SIZES[-1])
+    raise ImageError(
+        f"{image} of {width}x{height} px would take about {needed / 1e9:.1f} GB for the gradients even in "
+        f"windows, and {free / 1e9:.1f} GB are free: use --method project."
+    )
 
 
 def measure(result: "Filling", missing: "torch.Tensor", complete: "torch.Tensor | None") -> dict[str, Any]:
