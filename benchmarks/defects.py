@@ -57,9 +57,7 @@ def noise(photo: Image.Image, _: Image.Image, random: np.random.Generator) -> Im
     return paste(photo, Image.fromarray(noisy.round().astype(np.uint8)), random)
 
 
-KINDS: dict[str, Paint] = {
-    paint.__name__: paint for paint in (scratch, noise, blur, blob, texture, jpeg)
-}
+KINDS: dict[str, Paint] = {paint.__name__: paint for paint in (scratch, noise, blur, blob, texture, jpeg)}
 
 
 def paste(photo: Image.Image, change: Image.Image, random: np.random.Generator) -> Image.Image:

@@ -4,9 +4,9 @@
     python benchmarks/digits_anomaly.py --place runs/digits
 
 For each odd class a VAE of its own is trained on the other nine (half a minute on one core; those already in
-`--place` are used again) and calibrated on every second of the same digits, to stay within minutes. Scored are
-500 held-out digits, 50 of them odd. PCA and the nearest neighbour among pixels learn the calibrating digits. No class but 1 and 8 was looked at when
-the score's form was chosen.
+`--place` are used again) and calibrated on every second of the same digits, to stay within minutes. Scored
+are 500 held-out digits, 50 of them odd. PCA and the nearest neighbour among pixels learn the calibrating
+digits. No class but 1 and 8 was looked at when the score's form was chosen.
 """
 
 import argparse
@@ -52,7 +52,9 @@ def main() -> None:
     found = {str(odd): measure(odd, learned, held_out, options.place) for odd in options.odd}
     print(table(found))
     best = {odd: max(value for name, value in row.items() if "PCA" in name) for odd, row in found.items()}
-    print(f"\nBest PCA of each class, chosen by its own AUROC: {np.mean(list(best.values())):.3f} in the mean.")
+    print(
+        f"\nBest PCA of each class, chosen by its own AUROC: {np.mean(list(best.values())):.3f} in the mean."
+    )
     print(machine())
     if options.output:
         text = json.dumps({"machine": machine(), "auroc": found}, indent=1)

@@ -1,4 +1,4 @@
-"""A small VAE of digits for the experiments: trained by latentvae's own engine, or read where it was trained."""
+"""A small VAE of digits for the experiments: trained by latentvae's engine, or read where it was."""
 
 from pathlib import Path
 

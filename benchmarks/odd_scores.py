@@ -1,4 +1,4 @@
-"""What the searches for odd images share: scores of a calibration and of PCA, and their areas under the ROC."""
+"""What searches for odd images share: scores of a calibration and of PCA, and areas under their ROC."""
 
 import numpy as np
 import torch

@@ -254,7 +254,9 @@ def test_windows_cover_every_pixel_and_overlap() -> None:
     assert [(one.height, one.width) for one in windows(50, 64, 64)] == [(50, 64)]
 
 
-def test_windows_keep_known_pixels_and_leave_out_those_without_a_hole(tiny_vae: Any, monkeypatch: Any) -> None:
+def test_windows_keep_known_pixels_and_leave_out_those_without_a_hole(
+    tiny_vae: Any, monkeypatch: Any
+) -> None:
     images, missing = picture(100, 260), torch.zeros(100, 260, dtype=torch.bool)
     missing[40:52, 60:70] = True
     seen = []

@@ -35,7 +35,9 @@ SHOWN = 20  # rows of the table that are printed; the CSV has all
 HEAT_MIDDLE = 16.0  # what pictures.colour_error draws half-way: the normal images' 95 % quantile
 
 anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
-CalibrationFile = Annotated[Path, typer.Argument(help="File of the calibration (safetensors).", show_default=False)]
+CalibrationFile = Annotated[
+    Path, typer.Argument(help="File of the calibration (safetensors).", show_default=False)
+]
 
 
 @anomaly.command()
@@ -201,7 +203,7 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
         first = f"{missing[0]!r} has none" if missing else f"{extra[0]!r} is no image here"
         raise LatentVAEError(
             f"{path} does not label these images: images without a label: {len(missing)}, labels without an "
-            f"image: {len(extra)}; {first}. Names are paths below the folder that was named, with their suffixes."
+            f"image: {len(extra)}; {first}. Names are paths below the folder that was named, with suffixes."
         )
     return found
 

@@ -61,8 +61,8 @@ def fill(
         int | None,
         typer.Option(
             min=64,
-            help="Fill in blended windows of this side, only where pixels are missing. Default: with optimise, "
-            "where the gradients of the whole image would not fit into memory.",
+            help="Fill in blended windows of this side, only where pixels are missing. Default: with "
+            "optimise, where the gradients of the whole image would not fit into memory.",
         ),
     ] = None,
     device: Device = None,
@@ -72,35 +72,55 @@ def fill(
 
     Known pixels are kept exactly, as 8 bits.
     """
-    from tqdm import tqdm
+    vae = load_model(model, device, "fp32")
+    images, missing, complete = read_inputs(image_channels(vae), image, mask, original)
+    side = tile_size or (fitting_side(vae, image, *images.shape[-2:]) if method == "optimise" else None)
+    make_folder(output)
+    options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
+    result = complete_image(vae, images, missing, side, **options)
+    tiles = side if side is not None and side < max(images.shape[-2:]) else None
+    entry = {"image": str(image), "mask": str(mask), **options, "tile_size": tiles}
+    figures = {**entry, **measure(result, missing, complete)}
+    figures |= write_pictures(output / image.name, images, missing, result, complete)
+    text = json_module.dumps(figures, indent=1, ensure_ascii=False)
+    (output / f"{image.name}.fill.json").write_text(text + "\n", encoding="utf-8")
+    if json:
+        print_json(figures)
+    else:
+        typer.echo("\n".join(report(figures)))
 
-    from latentvae.explore.windows import fill_in_windows
+
+def read_inputs(
+    channels: int, image: Path, mask: Path, original: Path | None
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]:
+    """The image (1, C, H, W), which pixels of it are missing (H, W), and the complete image where there is one.
+
+    Raises:
+        ImageError: one that cannot be read, or is of another size than the image.
+    """
     from latentvae.images import load_image
 
-    vae = load_model(model, device, "fp32")
-    channels = image_channels(vae)
     images, missing = load_image(image, channels=channels)[None], load_mask(mask)
     check_size(image, images, mask, missing)
     complete = None if original is None else load_image(original, channels=channels)[None]
     if complete is not None:
         check_size(image, images, original, complete[0, 0])
-    side = tile_size or max(images.shape[-2:])
-    if tile_size is None and method == "optimise":
-        side = fitting_side(vae, image, *images.shape[-2:])
-    make_folder(output)
-    options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
+    return images, missing, complete
+
+
+def complete_image(
+    vae: "AutoencoderKL", images: "torch.Tensor", missing: "torch.Tensor", side: int | None, **options: Any
+) -> "Filling":
+    """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
+    from tqdm import tqdm
+
+    from latentvae.explore.imputation import fill as run
+    from latentvae.explore.windows import fill_in_windows
+
     with tqdm(unit=" steps") as bar:
-        result = fill_in_windows(vae, images, missing, max(side, 64), progress=bar.update, **options)
-    tiles = side if side < max(images.shape[-2:]) else None
-    entry = {"image": str(image), "mask": str(mask), "method": method, "steps": steps, "tile_size": tiles}
-    figures = {**entry, "blend": blend, "seed": seed, **measure(result, missing, complete)}
-    figures |= write_pictures(output / image.name, images, missing, result, complete)
-    place = output / f"{image.name}.fill.json"
-    place.write_text(json_module.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if json:
-        print_json(figures)
-    else:
-        typer.echo("\n".join(report(figures)))
+        if side is None or side >= max(images.shape[-2:]):
+            return run(vae, images, missing, progress=bar.update, **options)
+        return fill_in_windows(vae, images, missing, side, progress=bar.update, **options)
 
 
 def load_mask(mask: Path) -> "torch.Tensor":

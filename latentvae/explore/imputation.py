@@ -56,9 +56,10 @@ def fill(
 ) -> Filling:
     """Complete an image from its known pixels, which are kept bit for bit.
 
-    For images too large for gradients at once see `windows.fill_in_windows`. The decoded image rarely agrees with the known pixels exactly, so with `blend` the hole gets a smooth
+    The decoded image rarely agrees with the known pixels exactly, so with `blend` the hole gets a smooth
     extension of the known pixels plus the detail of the decoded image (what its own smooth extension misses).
     Their weights are least squares over known pixels that are hidden for the purpose: the hole elsewhere.
+    `windows.fill_in_windows` does the same for images that are too large for gradients.
 
     Args:
         vae: any AutoencoderKL; the optimisation wants it in float32.

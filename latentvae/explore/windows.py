@@ -85,7 +85,7 @@ def fill_in_windows(
     smooth = extend(images, missing)
     blends = {name: _Blend(smooth) for name in ("images", "smooth", "decoded")}
     weights = []
-    for window in windows(*missing.shape, side):
+    for window in windows(missing.shape[0], missing.shape[1], side):
         hole = window.of(missing)
         if not hole.any() or hole.all():
             continue
