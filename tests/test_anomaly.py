@@ -36,14 +36,14 @@ from latentvae.latents import reconstruct
 from latentvae.perceptual import load_lpips
 
 
-def some_looks(count: int, seed: int = 0, channels: int = 2) -> list[Look]:
-    """What a model might have said of normal images."""
+def some_looks(count: int, seed: int = 0, channels: int = 2, alike: bool = True) -> list[Look]:
+    """What a model might have said of normal images, with layouts close to others' or with none alike."""
     random = np.random.default_rng(seed)
     return [
         Look(
             {name: float(random.gamma(3)) for name in ("pixel", "patch", "kl")},
             random.normal(size=2 * channels),
-            random.normal(size=64 * channels),
+            random.normal(size=2 if alike else 64 * channels),
             torch.zeros(4, 4),
         )
         for _ in range(count)
@@ -159,6 +159,21 @@ def test_score_of_an_image_at_every_median_is_zero(tiny_vae: Any) -> None:
     )
 
 
+def test_whole_images_count_only_where_some_are_alike(tiny_vae: Any) -> None:
+    alike, different = (calibrate(tiny_vae, some_looks(60, alike=each)) for each in (True, False))
+    assert alike.cloud.likeness < 0.5 < different.cloud.likeness < 1
+    assert alike.counted == ["pixel", "patch", "kl", "latent", "neighbour", "layout"]
+    assert different.counted == ["patch"]
+    terms = {name: values[50] for name, values in different.quantiles.items() if name != "score"}
+    assert different.score({**terms, "kl": 1e6, "layout": 1e6}) == 0
+    assert different.score({**terms, "patch": different.quantiles["patch"][95]}) == pytest.approx(1)
+
+
+def test_likeness_is_the_nearest_distance_over_any() -> None:
+    cloud = Cloud(np.zeros((4, 2)), np.array([[0.0], [1.0], [10.0], [11.0]]))
+    assert cloud.likeness == pytest.approx(1 / 9.5)  # of the distances 1, 1, 9, 10, 10, 11: 9 and 10
+
+
 def test_excess_counts_from_the_median_to_the_95_percent_quantile() -> None:
     quantiles = quantiles_of(list(range(101)))
     assert excess(50, quantiles) == 0
@@ -191,7 +206,7 @@ def test_distances_are_mahalanobis_and_nearest() -> None:
 def test_heat_is_in_units_of_normal_images_worst_places(tiny_vae: Any) -> None:
     made = calibrate(tiny_vae, some_looks(50))
     terms = dict.fromkeys(("pixel", "patch", "kl"), 1.0)
-    one = Look(terms, np.zeros(4), np.zeros(128), torch.full((3, 3), 6.0))
+    one = Look(terms, np.zeros(4), np.zeros(2), torch.full((3, 3), 6.0))
     assert torch.allclose(made.judge(one).heat, torch.tensor(6.0 / made.quantiles["patch"][95]))
 
 
@@ -333,6 +348,12 @@ def test_verbs_rank_and_draw(files: dict[str, Path]) -> None:
     assert [row["name"] for row in rows] == [row["name"] for row in figures["images"]]
     assert all(Path(row["heat_map"]).is_file() for row in figures["images"])
     assert (files["out"] / "roc.png").is_file()
+    ranked = json.loads(run(*arguments, *common, "--by", "kl").stdout)["images"]
+    values = [row["terms"]["kl"] for row in ranked]
+    assert values == sorted(values, reverse=True)
+    refused = run(*arguments, *common, "--by", "smell").exception
+    assert isinstance(refused, LatentVAEError)
+    assert "no term 'smell'; choose one of pixel, patch" in str(refused)
     assert "AUROC" in run(*arguments, "-m", files["model"]).output
 
 

@@ -93,7 +93,7 @@ def fill(
 def read_inputs(
     channels: int, image: Path, mask: Path, original: Path | None
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]:
-    """The image (1, C, H, W), which pixels of it are missing (H, W), and the complete image where there is one.
+    """The image (1, C, H, W), which pixels are missing (H, W), and the complete image where there is one.
 
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.

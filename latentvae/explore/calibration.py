@@ -26,6 +26,9 @@ MIDDLE, HIGH = 50, 95  # places in LEVELS: a term counts in units of the distanc
 # Of the smooth maximum, log-mean-exp: a defect often shows in one term alone, which a mean would drown.
 SHARPNESS = 3.0
 SHRINKAGE = 0.1  # of the covariance towards its diagonal, so that few images give an inverse
+# Terms of the score where no two normal images are alike: what the whole of an image is says nothing then.
+PLACES = ("patch", "alone")
+ALIKE = 0.5  # digits have 0.3, photographs of anything 0.7
 AGAIN = "make it again with `latentvae anomaly fit`"
 
 
@@ -34,8 +37,8 @@ class Verdict:
     """How odd an image is.
 
     Attributes:
-        score: smooth maximum over terms of (value - median) / (95 % quantile - median) of normal images: 0 is
-            usual, above 1 is rare, without an upper end.
+        score: smooth maximum over the terms that count (`Calibration.counted`) of (value - median) /
+            (95 % quantile - median) of normal images: 0 is usual, above 1 is rare, without an upper end.
         quantile: the share of normal images that scored lower, each judged by the others, in 0..1.
         terms: every term's value.
         quantiles: every term's share of normal images with a lower value.
@@ -70,6 +73,16 @@ class Cloud:
             "neighbour": float(to_all.min()),
             "layout": float(to_layouts.min()),
         }
+
+    @property
+    def likeness(self) -> float:
+        """Median distance of a layout to the nearest other one over that to any other: 0 for sets of copies,
+        near 1 where no image is more like another than the rest.
+        """
+        squares = np.square(self.layout).sum(1)
+        distances = squares[:, None] + squares - 2 * self.layout @ self.layout.T
+        apart = np.sqrt(distances.clip(0))[~np.eye(len(squares), dtype=bool)].reshape(len(squares), -1)
+        return float(np.median(apart.min(1)) / max(np.median(apart), 1e-12))
 
     def without(self, left_out: np.ndarray) -> "Cloud":
         """The cloud without the images that a mask (N,) names."""
@@ -116,9 +129,15 @@ class Calibration:
         heat = one.heat / max(self.quantiles["patch"][HIGH], 1e-12)
         return Verdict(score, share_below(score, self.quantiles["score"]), terms, quantiles, heat)
 
+    @cached_property
+    def counted(self) -> list[str]:
+        """The terms in the score: all where normal images are alike, else those of single places."""
+        alike = self.cloud.likeness < ALIKE
+        return [name for name in self.quantiles if name != "score" and (alike or name in PLACES)]
+
     def score(self, terms: dict[str, float]) -> float:
-        """Smooth maximum over the terms of how far each is above its median, in units of its upper spread."""
-        above = np.array([excess(value, self.quantiles[name]) for name, value in terms.items()])
+        """Smooth maximum over counted terms of how far each is above its median, in units of its spread."""
+        above = np.array([excess(terms[name], self.quantiles[name]) for name in self.counted])
         top = above.max()
         return float(top + np.log(np.mean(np.exp(SHARPNESS * (above - top)))) / SHARPNESS)
 
