@@ -217,5 +217,5 @@ def test_command_names_what_it_skips(tmp_path: Path, tiny_vae: Any, photo_folder
     result = run(model, model, str(broken), str(photo), "-o", str(tmp_path), "--json")
     assert result.exit_code == 3
     assert [Path(entry["path"]).name for entry in json.loads(result.stdout)["skipped"]] == ["broken.png"]
-    with pytest.raises(LatentVAEError, match="none of the 1 images"):
+    with pytest.raises(LatentVAEError, match="the only image could not"):
         run(model, model, str(broken), "-o", str(tmp_path))

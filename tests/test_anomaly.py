@@ -10,34 +10,40 @@ import pytest
 import torch
 from conftest import textured
 from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch.nn.functional import adaptive_avg_pool2d
 from typer.testing import CliRunner
 
 import latentvae
 from latentvae.commands.anomaly import anomaly, read_labels
 from latentvae.errors import LatentVAEError
-from latentvae.explore.anomaly import (
+from latentvae.explore.anomaly import TERMS, Look, look
+from latentvae.explore.calibration import (
+    FORMAT,
     LEVELS,
-    Look,
+    Cloud,
     calibrate,
-    distances,
     excess,
     load_calibration,
-    look,
     quantiles_of,
     share_below,
 )
+from latentvae.explore.places import loneliness
 from latentvae.explore.roc import auroc, draw_roc, roc_curve
 from latentvae.exporting import export
 from latentvae.latents import reconstruct
+from latentvae.perceptual import load_lpips
 
 
-def some_looks(count: int, seed: int = 0, channels: int = 2) -> list[Look]:
-    """What a model might have said of normal images."""
+def some_looks(count: int, seed: int = 0, channels: int = 2, alike: bool = True) -> list[Look]:
+    """What a model might have said of normal images, with layouts close to others' or with none alike."""
     random = np.random.default_rng(seed)
     return [
         Look(
             {name: float(random.gamma(3)) for name in ("pixel", "patch", "kl")},
             random.normal(size=2 * channels),
+            random.normal(size=2 if alike else 64 * channels),
             torch.zeros(4, 4),
         )
         for _ in range(count)
@@ -58,6 +64,45 @@ def test_terms_are_what_they_say(tiny_vae: Any) -> None:
     latents = result.posterior.mean[0].flatten(1).double()
     wanted = torch.cat([latents.mean(1), latents.std(1, correction=0)])
     assert seen.pooled == pytest.approx(wanted.numpy(), rel=1e-5)
+    grid = adaptive_avg_pool2d(result.posterior.mean.double(), 8)
+    assert seen.layout == pytest.approx(grid.flatten().numpy(), rel=1e-5)
+    assert look(tiny_vae, images[..., :20]).layout.shape == seen.layout.shape
+
+
+def test_loneliness_is_the_distance_to_the_nearest_place_elsewhere() -> None:
+    texture = torch.zeros(1, 3, 20, 20)
+    assert loneliness([texture, texture, texture]) == 0
+    odd = texture.clone()
+    odd[0, :, 5, 5] = torch.tensor([3.0, 4.0, 0.0])
+    loneliest = [5.0, 0.0, 0.0]  # of the 18 x 18 places that are not on the border, a hundredth
+    assert loneliness([texture, odd, texture]) == pytest.approx(np.mean(loneliest))
+    border = texture.clone()
+    border[0, :, 0, 7] = 9.0
+    assert loneliness([texture, border, texture]) == 0
+    odd[0, :, 14, 14] = odd[0, :, 5, 5]  # the same again, elsewhere
+    assert loneliness([texture, odd, texture]) == pytest.approx(0, abs=1e-3)
+    beside = texture.clone()
+    beside[0, 0, 5, 5:8] = 2.0  # three places of one thing are not each other's elsewhere
+    assert loneliness([texture, beside, texture]) == pytest.approx(2)  # the three loneliest
+
+
+def test_loneliness_of_images_too_small_or_large() -> None:
+    small = torch.rand(1, 3, 4, 4)
+    assert loneliness([small, small, small[..., :2, :2]]) == 0
+    large = torch.rand(1, 3, 130, 70)
+    assert 0 < loneliness([large, large, large[..., :40, :30]]) < 2
+
+
+def test_a_defect_is_the_loneliest_place_of_a_texture(tiny_vae: Any, shared: Path) -> None:
+    lpips = load_lpips("alex", shared / "lpips")
+    plain = np.tile(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8), (14, 14, 1))
+    damaged = plain.copy()
+    damaged[90:140, 90:140] = (200, 30, 30)
+    before, after = (
+        look(tiny_vae, torch.from_numpy(each).permute(2, 0, 1)[None] / 127.5 - 1, lpips).terms["alone"]
+        for each in (plain, damaged)
+    )
+    assert after > 1.5 * before
 
 
 def test_quantiles_are_those_of_the_normal_images(tiny_vae: Any) -> None:
@@ -65,7 +110,7 @@ def test_quantiles_are_those_of_the_normal_images(tiny_vae: Any) -> None:
     made = calibrate(tiny_vae, looks)
     values = sorted(one.terms["pixel"] for one in looks)
     assert made.quantiles["pixel"] == pytest.approx([values[3 * i] for i in range(101)])
-    assert made.quantiles.keys() == {"pixel", "patch", "kl", "latent", "neighbour", "score"}
+    assert made.quantiles.keys() == {"pixel", "patch", "kl", "latent", "neighbour", "layout", "score"}
     for i in (0, 30, 100):
         assert share_below(values[3 * i], made.quantiles["pixel"]) == pytest.approx(i / 100)
 
@@ -73,7 +118,7 @@ def test_quantiles_are_those_of_the_normal_images(tiny_vae: Any) -> None:
 def test_new_normal_images_are_spread_evenly_over_the_quantiles(tiny_vae: Any) -> None:
     made = calibrate(tiny_vae, some_looks(400))
     verdicts = [made.judge(one) for one in some_looks(400, seed=1)]
-    for name in ("latent", "neighbour", "kl"):
+    for name in ("latent", "neighbour", "layout", "kl"):
         assert np.mean([verdict.quantiles[name] for verdict in verdicts]) == pytest.approx(0.5, abs=0.06)
     assert np.mean([verdict.quantile > 0.9 for verdict in verdicts]) == pytest.approx(0.1, abs=0.05)
 
@@ -82,6 +127,7 @@ def test_a_few_normal_images_are_not_closer_to_themselves_than_new_ones(tiny_vae
     """With the images inside their own cloud the neighbour's distance would be 0 and every new one odd."""
     made = calibrate(tiny_vae, some_looks(20, channels=4))
     assert min(made.quantiles["neighbour"]) > 0
+    assert min(made.quantiles["layout"]) > 0
     found = [made.judge(one).quantiles["latent"] for one in some_looks(200, seed=1, channels=4)]
     assert 0.25 < np.mean(found) < 0.7
 
@@ -93,14 +139,15 @@ def test_every_term_can_make_an_image_odd(tiny_vae: Any, term: str) -> None:
     usual = Look(
         {name: made.quantiles[name][50] for name in ("pixel", "patch", "kl")},
         looks[0].pooled,
+        looks[0].layout,
         torch.zeros(2, 2),
     )
-    odd = Look({**usual.terms, term: 50.0}, usual.pooled, torch.zeros(2, 2))
+    odd = Look({**usual.terms, term: 50.0}, usual.pooled, usual.layout, torch.zeros(2, 2))
     before, after = made.judge(usual), made.judge(odd)
     assert after.score > before.score + 1
     assert after.quantiles[term] == after.quantile == 1.0
-    # the smooth maximum of five terms of which one is far above the others
-    assert after.score == pytest.approx(excess(50.0, made.quantiles[term]) - np.log(5) / 3, abs=1e-3)
+    # the smooth maximum of six terms of which one is far above the others
+    assert after.score == pytest.approx(excess(50.0, made.quantiles[term]) - np.log(6) / 3, abs=1e-3)
 
 
 def test_score_of_an_image_at_every_median_is_zero(tiny_vae: Any) -> None:
@@ -108,8 +155,23 @@ def test_score_of_an_image_at_every_median_is_zero(tiny_vae: Any) -> None:
     terms = {name: values[50] for name, values in made.quantiles.items() if name != "score"}
     assert made.score(terms) == pytest.approx(0, abs=1e-12)
     assert made.score({**terms, "kl": made.quantiles["kl"][95]}) == pytest.approx(
-        np.log((4 + np.exp(3)) / 5) / 3
+        np.log((5 + np.exp(3)) / 6) / 3
     )
+
+
+def test_whole_images_count_only_where_some_are_alike(tiny_vae: Any) -> None:
+    alike, different = (calibrate(tiny_vae, some_looks(60, alike=each)) for each in (True, False))
+    assert alike.cloud.likeness < 0.5 < different.cloud.likeness < 1
+    assert alike.counted == ["pixel", "patch", "kl", "latent", "neighbour", "layout"]
+    assert different.counted == ["patch"]
+    terms = {name: values[50] for name, values in different.quantiles.items() if name != "score"}
+    assert different.score({**terms, "kl": 1e6, "layout": 1e6}) == 0
+    assert different.score({**terms, "patch": different.quantiles["patch"][95]}) == pytest.approx(1)
+
+
+def test_likeness_is_the_nearest_distance_over_any() -> None:
+    cloud = Cloud(np.zeros((4, 2)), np.array([[0.0], [1.0], [10.0], [11.0]]))
+    assert cloud.likeness == pytest.approx(1 / 9.5)  # of the distances 1, 1, 9, 10, 10, 11: 9 and 10
 
 
 def test_excess_counts_from_the_median_to_the_95_percent_quantile() -> None:
@@ -126,26 +188,39 @@ def test_share_below_of_equal_values_is_their_middle() -> None:
     assert share_below(4.0, [3.0] * 101) == 1.0
 
 
+def at(pooled: list[float], layout: list[float]) -> Look:
+    return Look({}, np.array(pooled), np.array(layout), torch.zeros(1, 1))
+
+
 def test_distances_are_mahalanobis_and_nearest() -> None:
     normal = np.array([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # variances 2 and 0.5
-    found = distances(np.array([4.0, 0.0]), normal)
+    cloud = Cloud(normal, np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 9.0], [5.0, 5.0]]))
+    found = cloud.distances(at([4.0, 0.0], [1.0, 3.0]))
     assert found["latent"] == pytest.approx(4 / np.sqrt(2), rel=1e-6)
     assert found["neighbour"] == pytest.approx(2 / np.sqrt(2), rel=1e-6)
-    inside = distances(np.array([0.0, 1.0]), normal)
-    assert inside["neighbour"] == 0
+    assert found["layout"] == pytest.approx(3)  # to the nearest, in the latents' own units
+    inside = cloud.distances(at([0.0, 1.0], [5.0, 5.0]))
+    assert inside["neighbour"] == inside["layout"] == 0
 
 
 def test_heat_is_in_units_of_normal_images_worst_places(tiny_vae: Any) -> None:
     made = calibrate(tiny_vae, some_looks(50))
-    one = Look(dict.fromkeys(("pixel", "patch", "kl"), 1.0), np.zeros(4), torch.full((3, 3), 6.0))
+    terms = dict.fromkeys(("pixel", "patch", "kl"), 1.0)
+    one = Look(terms, np.zeros(4), np.zeros(2), torch.full((3, 3), 6.0))
     assert torch.allclose(made.judge(one).heat, torch.tensor(6.0 / made.quantiles["patch"][95]))
 
 
 def test_calibration_comes_back_whole_and_refuses_another_vae(tiny_vae: Any, tmp_path: Path) -> None:
     made = calibrate(tiny_vae, some_looks(9), "alex")
-    made.save(tmp_path / "cal.json")
-    again = load_calibration(tmp_path / "cal.json")
-    assert again == made
+    made.save(tmp_path / "cal.safetensors")
+    again = load_calibration(tmp_path / "cal.safetensors")
+    assert (again.weights_sha256, again.lpips_net, again.quantiles) == (
+        *(made.weights_sha256, "alex"),
+        made.quantiles,
+    )
+    assert np.array_equal(again.cloud.pooled, made.cloud.pooled)
+    assert np.array_equal(again.cloud.layout, made.cloud.layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["cal.safetensors"]
     again.check(tiny_vae)
     with torch.no_grad():
         tiny_vae.decoder.conv_out.bias[0] += 1e-3
@@ -158,21 +233,52 @@ def test_too_few_images_and_files_that_are_no_calibration(tiny_vae: Any, tmp_pat
         calibrate(tiny_vae, some_looks(4))
     with pytest.raises(LatentVAEError, match="cannot be read"):
         load_calibration(tmp_path / "none.json")
-    calibrate(tiny_vae, some_looks(9)).save(tmp_path / "good.json")
-    good = json.loads((tmp_path / "good.json").read_text())
-    damaged = ["[]", "{", json.dumps({**good, "format": 2}), json.dumps({"format": 1})]
-    damaged += [json.dumps({**good, "quantiles": {**good["quantiles"], "kl": [1.0]}})]
-    for text in damaged:
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(LatentVAEError, match="is no calibration"):
-            load_calibration(tmp_path / "bad.json")
+    with pytest.raises(LatentVAEError, match="1 normal image came"):
+        calibrate(tiny_vae, some_looks(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "latentvae-anomaly-3"},
+        {"quantiles": "{"},
+        {"quantiles": json.dumps({"pixel": [1.0], "kl": [1.0], "score": [1.0]})},
+        {"quantiles": json.dumps(dict.fromkeys(("pixel", "kl", "score", "smell"), [0.0] * 101))},
+    ],
+)
+def test_a_calibration_with_something_wrong_is_refused(tiny_vae: Any, tmp_path: Path, change: Any) -> None:
+    place = tmp_path / "cal.safetensors"
+    calibrate(tiny_vae, some_looks(9)).save(place)
+    load_calibration(place)
+    with safe_open(place, "numpy") as file:
+        about, tables = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert about["format"] == FORMAT
+    save_file(tables, place, {**about, **change})
+    with pytest.raises(LatentVAEError, match="is no calibration"):
+        load_calibration(place)
+    save_file({**tables, "layout": tables["layout"][:3]}, place, about)
+    with pytest.raises(LatentVAEError, match="tables of latents do not match"):
+        load_calibration(place)
+    place.write_bytes(place.read_bytes()[:-9])
+    with pytest.raises(LatentVAEError, match="is no calibration"):
+        load_calibration(place)
+
+
+def test_a_calibration_of_the_first_format_says_how_to_make_it_again(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps({"format": 1, "quantiles": {}, "pooled": []}))
+    with pytest.raises(LatentVAEError, match=r"is JSON.*make it again with `latentvae anomaly fit`"):
+        load_calibration(tmp_path / "old.json")
+
+
+def test_terms_are_explained() -> None:
+    assert {"pixel", "patch", "lpips", "alone", "kl", "latent", "neighbour", "layout"} == TERMS.keys()
 
 
 def test_an_image_measured_with_lpips_needs_a_calibration_with_it(tiny_vae: Any) -> None:
     made = calibrate(tiny_vae, some_looks(9))
     one = some_looks(1)[0]
     with pytest.raises(LatentVAEError, match="'lpips'"):
-        made.judge(Look({**one.terms, "lpips": 0.1}, one.pooled, one.heat))
+        made.judge(Look({**one.terms, "lpips": 0.1}, one.pooled, one.layout, one.heat))
 
 
 def test_auroc_of_known_scores() -> None:
@@ -209,7 +315,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     names = {name: tmp_path / name for name in ("normal", "photos", "out")}
     names["labels"] = tmp_path / "labels.csv"
     names["labels"].write_text("name,label\n8.png,0\n9.png,1\n10.png,0\n11.png,0\n")
-    names["calibration"] = tmp_path / "cal.json"
+    names["calibration"] = tmp_path / "cal.safetensors"
     return {**names, "model": export(latentvae.build("tiny"), tmp_path / "tiny")}
 
 
@@ -236,12 +342,18 @@ def test_verbs_rank_and_draw(files: dict[str, Path]) -> None:
     figures = json.loads(result.stdout)
     scores = [row["score"] for row in figures["images"]]
     assert scores == sorted(scores, reverse=True)
-    assert figures["auroc"].keys() == {"score", "pixel", "patch", "kl", "latent", "neighbour"}
+    assert figures["auroc"].keys() == {"score", "pixel", "patch", "kl", "latent", "neighbour", "layout"}
     with (files["out"] / "anomalies.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [row["name"] for row in figures["images"]]
     assert all(Path(row["heat_map"]).is_file() for row in figures["images"])
     assert (files["out"] / "roc.png").is_file()
+    ranked = json.loads(run(*arguments, *common, "--by", "kl").stdout)["images"]
+    values = [row["terms"]["kl"] for row in ranked]
+    assert values == sorted(values, reverse=True)
+    refused = run(*arguments, *common, "--by", "smell").exception
+    assert isinstance(refused, LatentVAEError)
+    assert "no term 'smell'; choose one of pixel, patch" in str(refused)
     assert "AUROC" in run(*arguments, "-m", files["model"]).output
 
 
@@ -257,7 +369,7 @@ def test_score_refuses_another_model(files: dict[str, Path], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("a.png,1\n", "1 have no label.*'b.png' has none"),
+        ("a.png,1\n", "without a label: 1,.*'b.png' has none"),
         ("a.png,1\nb.png,0\nc.png,0\n", "'c.png' is no image"),
         ("a.png,yes\nb.png,0\n", "'a.png,yes'"),
         ("a.png,1\na.png,0\n", "once"),

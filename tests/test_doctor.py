@@ -453,7 +453,7 @@ def test_own_images_replace_the_sample_and_bad_ones_are_skipped(command, models,
     assert "bad.png" in err
     code, out, err = command(models / "fine", "--images", "bad.png")
     assert (code, out) == (2, "")
-    assert "none of the 1 images could be read" in err
+    assert "the only image could not be read" in err
 
 
 def test_models_of_other_channels_are_probed_without_pictures(command, tmp_path):

@@ -17,6 +17,7 @@ from latentvae.errors import ImageError, LatentVAEError
 from latentvae.explore import imputation
 from latentvae.explore.extension import extend
 from latentvae.explore.imputation import Layers, elsewhere, fill, fit_weights, hole_psnr, is_solid
+from latentvae.explore.windows import fill_in_windows, windows
 from latentvae.exporting import export
 from latentvae.images import from_uint8
 from latentvae.latents import decode, encode
@@ -168,14 +169,14 @@ def test_hidden_pixels_are_known_and_like_the_hole() -> None:
 @pytest.mark.parametrize("true", [(0.3, 0.6), (0.0, 1.0), (1.0, 0.0)])
 def test_weights_are_found_again(true: tuple[float, float]) -> None:
     parts = torch.randn(4, 1, 3, 16, 16, dtype=torch.float64)
-    layers = Layers(parts[0], parts[1], parts[2], parts[3])
+    layers = Layers(*parts, latents=parts[0])
     hidden = torch.rand(16, 16) < 0.5
     assert fit_weights(layers, layers.mix(*true), hidden) == pytest.approx(true, abs=1e-9)
 
 
 def test_weights_outside_the_range_are_the_best_inside_it() -> None:
     parts = torch.randn(4, 1, 3, 16, 16, dtype=torch.float64)
-    layers, hidden = Layers(parts[0], parts[1], parts[2], parts[3]), torch.rand(16, 16) < 0.5
+    layers, hidden = Layers(*parts, latents=parts[0]), torch.rand(16, 16) < 0.5
     images = layers.mix(0.4, -0.7)
     found = fit_weights(layers, images, hidden)
 
@@ -239,3 +240,84 @@ def test_verb_refuses_a_mask_of_another_size_and_says_when_nothing_is_missing(fi
     assert "no white pixel" in result.output
     filled = np.asarray(Image.open(files["out"] / "image.png.filled.png"))
     assert (filled == np.asarray(Image.open(files["image"]))).all()
+
+
+def test_windows_cover_every_pixel_and_overlap() -> None:
+    covered = torch.zeros(150, 333)
+    for window in windows(150, 333, 64):
+        assert (window.height, window.width) == (64, 64)
+        assert (window.weights() > 0).all()
+        window.of(covered).add_(1)
+    assert covered.min() >= 1
+    tops = sorted({window.top for window in windows(150, 333, 64)})
+    assert max(np.diff(tops)) <= 48
+    assert [(one.height, one.width) for one in windows(50, 64, 64)] == [(50, 64)]
+
+
+def test_windows_keep_known_pixels_and_leave_out_those_without_a_hole(
+    tiny_vae: Any, monkeypatch: Any
+) -> None:
+    images, missing = picture(100, 260), torch.zeros(100, 260, dtype=torch.bool)
+    missing[40:52, 60:70] = True
+    seen = []
+
+    def spy(vae: Any, part: torch.Tensor, hole: torch.Tensor, **options: Any) -> Any:
+        seen.append(tuple(part.shape[-2:]))
+        return fill(vae, part, hole, **options)
+
+    monkeypatch.setattr("latentvae.explore.windows.fill", spy)
+    result = fill_in_windows(tiny_vae, images.masked_fill(missing, torch.nan), missing, 64, method="project")
+    total = len(list(windows(100, 260, 64)))
+    assert 0 < len(seen) < total / 2
+    assert set(seen) == {(64, 64)}
+    assert torch.equal(result.images[..., ~missing], images[..., ~missing])
+    assert result.images.isfinite().all()
+    whole = fill(tiny_vae, images, missing, method="project")
+    assert hole_psnr(result.images, images, missing) > hole_psnr(whole.smooth, images, missing) - 1
+
+
+def test_a_window_without_known_pixels_keeps_the_smooth_extension(tiny_vae: Any) -> None:
+    images, missing = picture(64, 192), torch.ones(64, 192, dtype=torch.bool)
+    missing[:, :8] = False
+    result = fill_in_windows(tiny_vae, images, missing, 64, method="project", steps=1)
+    assert torch.equal(result.images[..., 70:], extend(images, missing)[..., 70:])
+
+
+def test_one_window_is_fill_itself_and_tiny_windows_are_refused(tiny_vae: Any) -> None:
+    images, missing = picture(), scattered()
+    one = fill_in_windows(tiny_vae, images, missing, 64, method="project")
+    assert torch.equal(one.images, fill(tiny_vae, images, missing, method="project").images)
+    with pytest.raises(LatentVAEError, match="windows of 32 pixels"):
+        fill_in_windows(tiny_vae, images, missing, 32)
+
+
+def test_the_final_run_goes_on_from_the_trials_latents(tiny_vae: Any, monkeypatch: Any) -> None:
+    """With a trial as good as this one, no step is needed to stay close to it; from the start it is."""
+    images, missing = picture(), scattered()
+    steps = []
+    fill(tiny_vae, images, missing, steps=6, progress=lambda: steps.append(1))
+    assert len(steps) == 6 + 2
+    steps.clear()
+    fill(tiny_vae, images, missing, steps=6, blend=False, progress=lambda: steps.append(1))
+    assert len(steps) == 6
+    run = imputation._Run(tiny_vae, "optimise", 6, None)
+    trial = run.layers(images, missing)
+    monkeypatch.setattr(imputation, "LEARNING_RATE", 0.0)
+    assert torch.equal(run.layers(images, missing, trial).latents, trial.latents)
+    assert not torch.equal(run.layers(images, missing).latents, trial.latents)
+
+
+def test_verb_fills_in_windows_where_gradients_do_not_fit(files: dict[str, Path], monkeypatch: Any) -> None:
+    levels = ((picture(96, 130)[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(files["image"])
+    Image.fromarray(scattered(0.1, 96, 130).numpy()).save(files["mask"])
+    arguments = (files["image"], files["mask"], "-m", files["model"], "-o", files["out"], "--json")
+    monkeypatch.setattr("latentvae.commands.fill.free_memory", lambda _: 4 * 5 * 16 * 4 * 64 * 64)
+    result = run(*arguments, "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tile_size"] == 64
+    monkeypatch.setattr("latentvae.commands.fill.free_memory", lambda _: 10**5)
+    result = run(*arguments)
+    assert isinstance(result.exception, ImageError)
+    assert "even in windows" in str(result.exception)
+    assert json.loads(run(*arguments, "--method", "project").stdout)["tile_size"] is None

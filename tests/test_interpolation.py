@@ -270,7 +270,7 @@ def test_the_verb_comes_back_and_fits_other_sizes(run, tmp_path):
 
 def test_the_verb_needs_two_images_and_skips_a_broken_third(run, tmp_path):
     paths = photographs(tmp_path / "in")
-    with pytest.raises(LatentVAEError, match="1 of 1 images"):
+    with pytest.raises(LatentVAEError, match="1 of 1 image could"):
         run(paths[0])
     broken = tmp_path / "in" / "broken.png"
     broken.write_bytes(b"broken")

@@ -226,7 +226,7 @@ def test_bad_files_are_skipped_and_a_taken_place_is_refused(run, folder):
     assert len(run(folder, "--copies", 1, code=3)["skipped"]) == 1
     with pytest.raises(LatentVAEError, match="another --output"):
         run(folder, output="in/out")
-    with pytest.raises(LatentVAEError, match="none of the 1"):
+    with pytest.raises(LatentVAEError, match="the only image could not"):
         run(folder / "broken.png")
 
 

@@ -28,14 +28,16 @@ from latentvae.errors import LatentVAEError
 if TYPE_CHECKING:
     import torch
 
-    from latentvae.explore.anomaly import Calibration, Verdict
+    from latentvae.explore.calibration import Calibration, Verdict
     from latentvae.perceptual import LPIPS
 
 SHOWN = 20  # rows of the table that are printed; the CSV has all
 HEAT_MIDDLE = 16.0  # what pictures.colour_error draws half-way: the normal images' 95 % quantile
 
 anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
-CalibrationFile = Annotated[Path, typer.Argument(help="File of the calibration (JSON).", show_default=False)]
+CalibrationFile = Annotated[
+    Path, typer.Argument(help="File of the calibration (safetensors).", show_default=False)
+]
 
 
 @anomaly.command()
@@ -52,7 +54,8 @@ def fit(
     json: Json = False,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
-    from latentvae.explore.anomaly import TERMS, calibrate, look
+    from latentvae.explore.anomaly import TERMS, look
+    from latentvae.explore.calibration import calibrate
     from latentvae.images import find_images
 
     files = find_images(normal)
@@ -70,7 +73,12 @@ def fit(
     made = calibrate(vae, looks, lpips_net if network else None)
     made.save(calibration)
     if json:
-        quantiles = {"images": len(looks), "quantiles": made.quantiles, "lpips_missing_reason": reason}
+        quantiles = {
+            "images": len(looks),
+            "quantiles": made.quantiles,
+            "counted": made.counted,
+            "lpips_missing_reason": reason,
+        }
         print_json({"calibration": str(calibration), **quantiles, "skipped": skipped})
     else:
         typer.echo(f"{len(looks)} normal images; median and 95 % quantile:")
@@ -78,6 +86,8 @@ def fit(
             typer.echo(
                 f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {TERMS.get(name, 'all terms as one')}"
             )
+        alike = "alike, so all terms count" if len(made.counted) > 2 else "not alike, so these count"
+        typer.echo(f"The images are {alike} in the score: {', '.join(made.counted)}.")
         if reason:
             typer.echo(f"Without LPIPS: {reason}")
         typer.echo(f"Written: {calibration}")
@@ -95,6 +105,7 @@ def score(
         Path | None,
         typer.Option(help="CSV of name,label (1 odd, 0 normal) for each image: adds the ROC and its area."),
     ] = None,
+    by: Annotated[str, typer.Option(help="Rank by this term instead: layout, alone, pixel, ...")] = "score",
     model: Model = None,
     lpips_weights: LPIPSWeights = None,
     device: Device = None,
@@ -105,10 +116,11 @@ def score(
     A score of 0 is usual, above 1 rare. Heat maps show where an image is rebuilt badly: half-way is what the
     worst place of normal images reaches in one of twenty.
     """
-    from latentvae.explore.anomaly import load_calibration
+    from latentvae.explore.calibration import load_calibration
     from latentvae.images import find_images
 
     usual = load_calibration(calibration)
+    check_term(by, list(usual.quantiles))
     files = find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
     odd = None if labels is None else read_labels(labels, set(names.values()))
@@ -119,12 +131,18 @@ def score(
     skipped: list[dict[str, str]] = []
     rows = judge_all(_Judge(vae, usual, network, output), files, names, skipped)
     if rows:
-        rows.sort(key=lambda row: -row["score"])
+        rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))
         areas = None if odd is None else write_roc(output, rows, odd)
         result = {"calibration": str(calibration), "images": rows, "auroc": areas, "skipped": skipped}
         write_tables(output, rows, result)
         print_json(result) if json else typer.echo("\n".join(report(output, rows, areas)))
     finish(skipped, len(rows))
+
+
+def check_term(name: str, known: list[str]) -> None:
+    """Raises LatentVAEError where the calibration has no such term."""
+    if name not in known:
+        raise LatentVAEError(f"this calibration has no term {name!r}; choose one of {', '.join(known)}.")
 
 
 def load_network(usual: "Calibration", weights: Path | None, device: "torch.device") -> "LPIPS | None":

@@ -197,6 +197,11 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def finish(skipped: list[dict[str, str]], done: int) -> None:
     """End with exit code 3 where some inputs were skipped.
 
@@ -204,11 +209,14 @@ def finish(skipped: list[dict[str, str]], done: int) -> None:
         LatentVAEError: all of them were.
     """
     if skipped and not done:
-        raise LatentVAEError(
-            f"none of the {len(skipped)} images could be read; the first: {skipped[0]['reason']}"
-        )
+        first = skipped[0]["reason"]
+        if len(skipped) == 1:
+            raise LatentVAEError(f"the only image could not be read: {first}")
+        raise LatentVAEError(f"none of the {len(skipped)} images could be read; the first: {first}")
     if skipped:
-        typer.echo(f"{len(skipped)} of {done + len(skipped)} images were skipped, as named above.", err=True)
+        were = "was" if len(skipped) == 1 else "were"
+        of = f"{len(skipped)} of {counted(done + len(skipped), 'image')}"
+        typer.echo(f"{of} {were} skipped, as named above.", err=True)
         raise typer.Exit(EXIT_SKIPPED)
 
 

@@ -16,7 +16,7 @@ from latentvae.commands.common import (
     make_folder,
     print_json,
 )
-from latentvae.commands.memory import free_memory, ordinary_peak
+from latentvae.commands.memory import TILE_SIZES, free_memory, ordinary_peak
 from latentvae.errors import ImageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def fill(
             "trained with masked input."
         ),
     ] = "optimise",
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the method. Default: 30, 3, 1.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the method. Default: 20, 3, 1.")] = None,
     blend: Annotated[
         bool,
         typer.Option(
@@ -57,6 +57,14 @@ def fill(
         Path | None, typer.Option(help="The complete image, where there is one: prints PSNR in the hole.")
     ] = None,
     seed: Seed = 0,
+    tile_size: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            help="Fill in blended windows of this side, only where pixels are missing. Default: with "
+            "optimise, where the gradients of the whole image would not fit into memory.",
+        ),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -64,29 +72,55 @@ def fill(
 
     Known pixels are kept exactly, as 8 bits.
     """
-    from latentvae.explore.imputation import fill as run
+    vae = load_model(model, device, "fp32")
+    images, missing, complete = read_inputs(image_channels(vae), image, mask, original)
+    side = tile_size or (fitting_side(vae, image, *images.shape[-2:]) if method == "optimise" else None)
+    make_folder(output)
+    options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
+    result = complete_image(vae, images, missing, side, **options)
+    tiles = side if side is not None and side < max(images.shape[-2:]) else None
+    entry = {"image": str(image), "mask": str(mask), **options, "tile_size": tiles}
+    figures = {**entry, **measure(result, missing, complete)}
+    figures |= write_pictures(output / image.name, images, missing, result, complete)
+    text = json_module.dumps(figures, indent=1, ensure_ascii=False)
+    (output / f"{image.name}.fill.json").write_text(text + "\n", encoding="utf-8")
+    if json:
+        print_json(figures)
+    else:
+        typer.echo("\n".join(report(figures)))
+
+
+def read_inputs(
+    channels: int, image: Path, mask: Path, original: Path | None
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]:
+    """The image (1, C, H, W), which pixels are missing (H, W), and the complete image where there is one.
+
+    Raises:
+        ImageError: one that cannot be read, or is of another size than the image.
+    """
     from latentvae.images import load_image
 
-    vae = load_model(model, device, "fp32")
-    channels = image_channels(vae)
     images, missing = load_image(image, channels=channels)[None], load_mask(mask)
     check_size(image, images, mask, missing)
     complete = None if original is None else load_image(original, channels=channels)[None]
     if complete is not None:
         check_size(image, images, original, complete[0, 0])
-    if method == "optimise":
-        check_memory(vae, image, *images.shape[-2:])
-    make_folder(output)
-    result = run(vae, images, missing, method=method, steps=steps, blend=blend, seed=seed)
-    entry = {"image": str(image), "mask": str(mask), "method": method, "steps": steps}
-    figures = {**entry, "blend": blend, "seed": seed, **measure(result, missing, complete)}
-    figures |= write_pictures(output / image.name, images, missing, result, complete)
-    place = output / f"{image.name}.fill.json"
-    place.write_text(json_module.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if json:
-        print_json(figures)
-    else:
-        typer.echo("\n".join(report(figures)))
+    return images, missing, complete
+
+
+def complete_image(
+    vae: "AutoencoderKL", images: "torch.Tensor", missing: "torch.Tensor", side: int | None, **options: Any
+) -> "Filling":
+    """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
+    from tqdm import tqdm
+
+    from latentvae.explore.imputation import fill as run
+    from latentvae.explore.windows import fill_in_windows
+
+    with tqdm(unit=" steps") as bar:
+        if side is None or side >= max(images.shape[-2:]):
+            return run(vae, images, missing, progress=bar.update, **options)
+        return fill_in_windows(vae, images, missing, side, progress=bar.update, **options)
 
 
 def load_mask(mask: Path) -> "torch.Tensor":
@@ -106,14 +140,24 @@ def check_size(image: Path, images: "torch.Tensor", other: Path | None, plane: "
         )
 
 
-def check_memory(vae: "AutoencoderKL", image: Path, height: int, width: int) -> None:
-    """Raises ImageError where the optimisation would not fit into memory."""
-    needed, free = GRADIENTS * ordinary_peak(vae, height, width), free_memory(vae.device)
-    if needed > free:
-        raise ImageError(
-            f"{image} of {width}x{height} px would take about {needed / 1e9:.1f} GB for the gradients, and "
-            f"{free / 1e9:.1f} GB are free: use --method project, or make it smaller."
-        )
+def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int) -> int:
+    """The longer side of the image, or else the largest window whose gradients fit into memory.
+
+    Raises:
+        ImageError: not even the smallest does.
+    """
+    free = free_memory(vae.device)
+    if GRADIENTS * ordinary_peak(vae, height, width) <= free:
+        return max(height, width)
+    for side in TILE_SIZES:
+        if GRADIENTS * ordinary_peak(vae, side, side) <= free:
+            typer.echo(f"Too large for gradients at once: filled in windows of {side} px.", err=True)
+            return side
+    needed = GRADIENTS * ordinary_peak(vae, TILE_SIZES[-1], TILE_SIZES[-1])
+    raise ImageError(
+        f"{image} of {width}x{height} px would take about {needed / 1e9:.1f} GB for the gradients even in "
+        f"windows, and {free / 1e9:.1f} GB are free: use --method project."
+    )
 
 
 def measure(result: "Filling", missing: "torch.Tensor", complete: "torch.Tensor | None") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from latentvae.commands.common import (
     Precision,
     Store,
     TileSize,
+    counted,
     find_lpips,
     finish,
     load_model,
@@ -74,13 +75,9 @@ def interpolate(
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
     skipped: list[dict[str, str]] = []
     read = {path: image for path, image, _ in read_images(files, vae, skipped, tile_size, store)}
-    if len(read) < 2:
-        raise LatentVAEError(
-            f"{len(read)} of {len(files)} images could be used, but a way has two ends: name two or more"
-            + (f"; {skipped[0]['reason']}" if skipped else ".")
-        )
+    check_ends(len(read), files, skipped)
+    images = match(vae, read, tile_size, store) if fit else list(read.values())
     used = list(read)
-    images = match(vae, read, tile_size, store) if fit else [read[path] for path in used]
     if closed:
         images, used = [*images, images[0]], [*used, used[0]]
     results = []
@@ -91,15 +88,17 @@ def interpolate(
         write_pictures(output, name, found, steps, closed, None if animation == "none" else animation, fps)
         if separate:
             write_frames(make_folder(output / name), found)
-    result = {
-        "images": [str(path) for path in used],
-        "lpips_net": lpips_net if lpips else None,
-        "lpips_missing_reason": reason,
-        "routes": results,
-        "skipped": skipped,
-    }
-    report(result, output, json)
+    about = {"images": [str(path) for path in used], "lpips_net": lpips_net if lpips else None}
+    report({**about, "lpips_missing_reason": reason, "routes": results, "skipped": skipped}, output, json)
     finish(skipped, len(read))
+
+
+def check_ends(usable: int, files: list[Path], skipped: list[dict[str, str]]) -> None:
+    """Raises LatentVAEError where fewer than two images can be used."""
+    if usable < 2:
+        why = f"; {skipped[0]['reason']}" if skipped else "."
+        came = f"{usable} of {counted(len(files), 'image')} could be used"
+        raise LatentVAEError(f"{came}, but a way has two ends: name two or more{why}")
 
 
 def match(

@@ -224,9 +224,9 @@ def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> 
         print_json(result)
         return
     typer.echo("\n".join(lines(result)))
-    typer.echo(
-        f"\nLook at {sheet}; {sum(len(i['copies']) for i in study.images)} copies in {output / COPIES}."
-    )
+    written = sum(len(each["copies"]) for each in study.images)
+    copies = "1 copy" if written == 1 else f"{written} copies"
+    typer.echo(f"\nLook at {sheet}; {copies} in {output / COPIES}.")
 
 
 def lines(result: dict[str, Any]) -> list[str]:

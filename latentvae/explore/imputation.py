@@ -15,8 +15,9 @@ from latentvae.latents import decode, encode
 
 Method = Literal["optimise", "project", "one_pass"]
 
-STEPS = {"optimise": 30, "project": 3, "one_pass": 1}
+STEPS = {"optimise": 20, "project": 3, "one_pass": 1}
 LEARNING_RATE = 0.07  # of the spread of the image's own latents, per step of Adam
+AGAIN = 3  # the final run has a third of the steps, because it goes on from the trial's latents
 STAY = 1e-3  # keeps latents over large holes, where no pixel says anything, where the encoder put them
 HELD_OUT = 0.1  # of the known pixels, where the hole is scattered: more would be another problem
 SOLID = 9  # pixels: a hole that contains such a square is no scattered one
@@ -58,6 +59,7 @@ def fill(
     The decoded image rarely agrees with the known pixels exactly, so with `blend` the hole gets a smooth
     extension of the known pixels plus the detail of the decoded image (what its own smooth extension misses).
     Their weights are least squares over known pixels that are hidden for the purpose: the hole elsewhere.
+    `windows.fill_in_windows` does the same for images that are too large for gradients.
 
     Args:
         vae: any AutoencoderKL; the optimisation wants it in float32.
@@ -66,7 +68,7 @@ def fill(
         method: "optimise": Adam on the latents, from those of a smoothly filled image; "project": encode,
             decode and put the known pixels back, again and again, without gradients; "one_pass": encode once
             with mid-grey in the hole, for models that were trained with masked input.
-        steps: of the method; None: 30 of Adam, 3 projections. One pass has one.
+        steps: of the method; None: 20 of Adam, 3 projections. One pass has one.
         blend: False: the hole gets the decoded image as it is.
         seed: of the choice of hidden pixels.
         progress: called after every step.
@@ -87,12 +89,13 @@ def fill(
     if not missing.any():
         return Filling(images, images, images, 0.0, 0.0)
     run = _Run(vae, method, steps, progress)
-    layers = run.layers(images, missing)
-    plate, detail = (0.0, 0.0)
+    plate, detail, trial = 0.0, 0.0, None
     if blend:
         hidden = elsewhere(missing, seed)
         if hidden.any():
-            plate, detail = fit_weights(run.layers(images, missing | hidden), images, hidden)
+            trial = run.layers(images, missing | hidden)
+            plate, detail = fit_weights(trial, images, hidden)
+    layers = run.layers(images, missing, trial)
     smooth = layers.mix(plate, 0.0)
     inside = layers.mix(plate, detail) if blend else layers.decoded
     values = inside.clamp(-1, 1).to(images.dtype)
@@ -101,12 +104,13 @@ def fill(
 
 @dataclass(frozen=True)
 class Layers:
-    """What a filling is mixed from, each (1, C, H, W)."""
+    """What a filling is mixed from, each (1, C, H, W), and the latents that decode to `decoded`."""
 
     membrane: torch.Tensor
     plate: torch.Tensor
     decoded: torch.Tensor
     detail: torch.Tensor
+    latents: torch.Tensor
 
     def mix(self, plate: float, detail: float) -> torch.Tensor:
         """The membrane, bent towards the plate, with a share of the detail."""
@@ -120,43 +124,46 @@ class _Run:
     steps: int
     progress: Callable[[], object] | None
 
-    def layers(self, images: torch.Tensor, missing: torch.Tensor) -> Layers:
-        """The layers of a hole, from what is known outside it."""
+    def layers(self, images: torch.Tensor, missing: torch.Tensor, trial: Layers | None = None) -> Layers:
+        """The layers of a hole, from what is known outside it; Adam goes on from a trial's latents."""
         membrane, plate = (extend(images, missing, order=order) for order in (1, 2))
-        step = {"optimise": self._optimise, "project": self._project, "one_pass": self._one_pass}
-        decoded = step[self.method](images, missing, membrane).to(images.device)
-        return Layers(membrane, plate, decoded, decoded - extend(decoded, missing))
+        if self.method == "optimise":
+            latents, decoded = self._optimise(images, missing, membrane, trial)
+        else:
+            latents, decoded = self._project(images, missing, membrane)
+        decoded = decoded.to(images.device)
+        return Layers(membrane, plate, decoded, decoded - extend(decoded, missing), latents)
 
     @torch.no_grad()
-    def _one_pass(self, images: torch.Tensor, missing: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        posterior, padding = encode(self.vae, images.masked_fill(missing, GREY))
-        decoded = decode(self.vae, posterior.mode(), padding)
-        self._report()
-        return decoded
-
-    @torch.no_grad()
-    def _project(self, images: torch.Tensor, missing: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        decoded = start
+    def _project(
+        self, images: torch.Tensor, missing: torch.Tensor, start: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode and decode, with the known pixels put back before each time; one pass begins with grey."""
+        decoded = torch.full_like(start, GREY) if self.method == "one_pass" else start
         for _ in range(self.steps):
             filled = torch.where(missing, decoded.to(images), images)
             posterior, padding = encode(self.vae, filled)
             decoded = decode(self.vae, posterior.mode(), padding)
             self._report()
-        return decoded
+        return posterior.mode(), decoded
 
-    def _optimise(self, images: torch.Tensor, missing: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    def _optimise(
+        self, images: torch.Tensor, missing: torch.Tensor, start: torch.Tensor, trial: Layers | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adam, its rate falling to zero, on the squared error of known pixels."""
         with torch.no_grad():
             posterior, padding = encode(self.vae, start)
         origin = posterior.mode()
         spread = origin.std().clamp_min(1e-6) if origin.numel() > 1 else origin.new_ones(())
-        latents = origin.clone().requires_grad_(True)
+        steps = self.steps if trial is None else -(-self.steps // AGAIN)
+        first = LEARNING_RATE * steps / self.steps
+        latents = (origin if trial is None else trial.latents).clone().requires_grad_(True)
         adam = torch.optim.Adam([latents], lr=1.0)
         known = (~missing).to(self.vae.device)
         wanted = images.masked_fill(missing, 0.0).to(self.vae.device)
         count = known.sum() * images.shape[1]
-        for step in range(self.steps):
-            adam.param_groups[0]["lr"] = float(LEARNING_RATE * spread) * (1 - step / self.steps)
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = float(first * spread) * (1 - step / steps)
             with torch.enable_grad():
                 error = (decode(self.vae, latents, padding) - wanted) * known
                 loss = error.square().sum() / count
@@ -166,7 +173,7 @@ class _Run:
             adam.step()
             self._report()
         with torch.no_grad():
-            return decode(self.vae, latents, padding)
+            return latents.detach(), decode(self.vae, latents, padding)
 
     def _report(self) -> None:
         if self.progress is not None:

@@ -217,7 +217,9 @@ def _check(images: Sequence[Tensor], frames: int, route: str) -> None:
     if route not in get_args(Route):
         raise LatentVAEError(f"route {route!r} came; choose one of {', '.join(get_args(Route))}.")
     if len(images) < 2:
-        raise LatentVAEError(f"{len(images)} image came, but there is a way only between two or more.")
+        raise LatentVAEError(
+            f"{len(images) or 'no'} image came, but there is a way only between two or more."
+        )
     if frames < 2:
         raise LatentVAEError(f"frames={frames} came, but both ends are frames: pass 2 or more.")
     sizes = [tuple(image.shape[-2:]) for image in images]
