@@ -22,7 +22,9 @@ from latentvae.commands.export import export
 from latentvae.commands.fill import fill
 from latentvae.commands.info import info
 from latentvae.commands.interpolate import interpolate
+from latentvae.commands.prior import prior
 from latentvae.commands.reconstruct import reconstruct
+from latentvae.commands.sample import sample
 from latentvae.commands.shards import shards
 from latentvae.commands.train import train
 from latentvae.commands.vary import vary
@@ -44,12 +46,13 @@ VERBS = (
     *(reconstruct, evaluate, info),
     *(encode, decode, verify, shards),
     *(compress, decompress),
-    *(interpolate, vary, fill),
+    *(sample, interpolate, vary, fill),
     *(train, export, convert, doctor, agree),
 )
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(anomaly, name="anomaly")
+app.add_typer(prior, name="prior")
 
 
 def _version(wanted: bool) -> None:
