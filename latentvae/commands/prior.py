@@ -37,7 +37,7 @@ def fit(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a diffusion prior.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=1, help="Of those.")] = 64,
-    width: Annotated[int, typer.Option(min=8, help="Channels of its network; a multiple of 8.")] = 64,
+    width: Annotated[int, typer.Option(min=16, help="Channels of its network; a multiple of 8.")] = 64,
     lr: Annotated[float, typer.Option(help="Its learning rate at the beginning.")] = 1e-3,
     by_class: Annotated[
         bool, typer.Option("--by-class", help="Learn each label's images apart (diffusion).")

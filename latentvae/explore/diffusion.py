@@ -207,7 +207,7 @@ def _check(settings: DiffusionSettings) -> None:
             raise LatentVAEError(f"{name}={value} came; wanted 1 or more.")
     if settings.sampling_steps > NOISE_LEVELS:
         raise LatentVAEError(f"sampling_steps={settings.sampling_steps} came; wanted 1 to {NOISE_LEVELS}.")
-    if settings.width < GROUPS or settings.width % GROUPS:
-        raise LatentVAEError(f"width={settings.width} came; wanted a multiple of {GROUPS}.")
+    if settings.width < 2 * GROUPS or settings.width % GROUPS:  # groups of one channel would erase its mean
+        raise LatentVAEError(f"width={settings.width} came; wanted 16 or more, a multiple of {GROUPS}.")
     if not settings.lr > 0:
         raise LatentVAEError(f"lr={settings.lr} came; wanted a number above 0.")

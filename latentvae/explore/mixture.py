@@ -22,14 +22,15 @@ PER_COMPONENT = 2  # images for each principal component and mixture component: 
 class MixturePrior(Prior):
     """A mixture of K Gaussians over the first R principal components, with independent noise for the rest.
 
-    Latents of D = C*h*w numbers are `centre + basis^T s + residual * e`: s (R,) is drawn from the mixture,
-    e (D,) is standard normal, and `residual` restores the variance of each number that R components leave
-    out. With R = D the residual is 0, and one component is the Gaussian with the latents' own mean and covariance.
+    Latents of D = C*h*w numbers are `centre + basis^T s + residual * n`: s (R,) is drawn from the mixture, n
+    is standard normal noise orthogonal to the basis, and `residual` gives it the variance that R components
+    leave out (probabilistic PCA, Tipping & Bishop 1999). With R = D nothing is left out, and one component has
+    the latents' own mean and covariance.
 
     Args:
         card: its kind is "gaussian" (K = 1) or "mixture".
         tensors: float32: weights (K,), means (K, R), factors (K, R, R) (lower Cholesky factors of the
-            covariances), basis (R, D), centre (D,), residual (D,).
+            covariances), basis (R, D), centre (D,), residual (1,).
     """
 
     def __init__(self, card: Card, tensors: dict[str, torch.Tensor]) -> None:
@@ -47,11 +48,12 @@ class MixturePrior(Prior):
         component = min(component, len(parts["weights"]) - 1)
         noise = copy_noise((rank + dimensions,), seed, self.card.kind, number)
         scores = parts["means"][component] + parts["factors"][component] @ noise[:rank]
-        flat = parts["centre"] + scores @ parts["basis"] + parts["residual"] * noise[rank:]
+        rest = noise[rank:] - (parts["basis"] @ noise[rank:]) @ parts["basis"]
+        flat = parts["centre"] + scores @ parts["basis"] + parts["residual"] * rest
         return flat.reshape(self.card.latent_shape)
 
     def write(self, folder: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / TENSORS)
+        save_file(self.tensors, folder / TENSORS)
 
     @staticmethod
     def read(folder: Path, card: Card) -> "MixturePrior":
@@ -65,7 +67,7 @@ class MixturePrior(Prior):
                 "factors": (components, rank, rank),
                 "basis": (rank, dimensions),
                 "centre": (dimensions,),
-                "residual": (dimensions,),
+                "residual": (1,),
             }
             if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
                 raise ValueError("its tensors do not fit the latents")
@@ -98,8 +100,8 @@ def fit_mixture(
     pca = decomposition.PCA(rank, random_state=seed).fit(flat)
     scores = pca.transform(flat)
     model = mixture.GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit(scores)
-    explained = scores.var(0) @ np.square(pca.components_)
-    residual = np.sqrt(np.maximum(flat.var(0) - explained, 0))
+    left_out = max(0.0, float(flat.var(0).sum() - scores.var(0).sum()))
+    residual = np.sqrt([left_out / max(1, flat.shape[1] - rank)])
     tensors = {
         "weights": model.weights_,
         "means": model.means_,
@@ -116,7 +118,7 @@ def fit_mixture(
         "variance_in_rank": float(pca.explained_variance_ratio_.sum()),
         "seed": seed,
     }
-    learned = {name: torch.from_numpy(value).float() for name, value in tensors.items()}
+    learned = {name: torch.from_numpy(value).float().contiguous() for name, value in tensors.items()}
     return MixturePrior(card_of(latents, kind, fit), learned)
 
 
