@@ -24,8 +24,8 @@ class MixturePrior(Prior):
 
     Latents of D = C*h*w numbers are `centre + basis^T s + residual * n`: s (R,) is drawn from the mixture, n
     is standard normal noise orthogonal to the basis, and `residual` gives it the variance that R components
-    leave out (probabilistic PCA, Tipping & Bishop 1999). With R = D nothing is left out, and one component has
-    the latents' own mean and covariance.
+    leave out (probabilistic PCA, Tipping & Bishop 1999). With R = D nothing is left out, and one component
+    has the latents' own mean and covariance.
 
     Args:
         card: its kind is "gaussian" (K = 1) or "mixture".
