@@ -109,6 +109,16 @@ def test_a_mixture_finds_its_parts_and_their_shares() -> None:
     assert float(((drawn > 1.2) & (drawn < 2.8)).float().mean()) == 0  # one Gaussian would put many there
 
 
+def test_parts_of_a_mixture_share_what_the_images_do_not_tell_apart(store: Path) -> None:
+    fitted = fit_mixture(LatentSet(store), components=4, rank=8)  # 24 images: 24 / (2 * 4) = 3
+    factors, means = fitted.tensors["factors"], fitted.tensors["means"]
+    assert fitted.card.fit["mixed_rank"] == 3
+    assert (means[:, 3:] == 0).all()
+    assert torch.equal(factors[0, 3:], factors[3, 3:])
+    assert torch.count_nonzero(factors[0, 3:]) == 5
+    assert not torch.allclose(factors[0, :3], factors[3, :3], atol=1e-2)
+
+
 @pytest.mark.parametrize(("components", "rank"), [(0, None), (25, None), (1, 17), (1, 0)])
 def test_a_fit_out_of_range_is_refused(store: Path, components: int, rank: int | None) -> None:
     with pytest.raises(LatentVAEError, match="came; wanted 1 to"):
@@ -296,7 +306,10 @@ def test_verb_fits_each_kind(store: Path, tmp_path: Path) -> None:
     result = run(store, tmp_path / "g", "--kind", "gaussian", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["fit"]["rank"] == 16
-    assert "Gaussian(s) over 2 of 16" in run(store, tmp_path / "m", "-k", "mixture", "--rank", 2).output
+    assert (
+        "2 of 16 principal components, 10 parts that differ in 1;"
+        in run(store, tmp_path / "m", "-k", "mixture", "--rank", 2).output
+    )
     options = ("--steps", 2, "--width", 16, "--batch-size", 4, "--by-class", "--json")
     result = run(store, tmp_path / "d", *options)
     assert result.exit_code == 0, result.output

@@ -120,9 +120,12 @@ def tell(made: "Prior", folder: Path, as_json: bool) -> None:
             f"100: {card.fit['loss']:.4f}."
         )
     else:
+        fit = card.fit
+        parts = (
+            f", {fit['components']} parts that differ in {fit['mixed_rank']}" if fit["components"] > 1 else ""
+        )
         typer.echo(
-            f"{card.fit['components']} Gaussian(s) over {card.fit['rank']} of {card.fit['dimensions']} "
-            f"principal components, which hold {100 * card.fit['variance_in_rank']:.1f} % of the variance; "
-            "what is left is drawn as independent noise of the right size."
+            f"{fit['rank']} of {fit['dimensions']} principal components{parts}; they hold "
+            f"{100 * fit['variance_in_rank']:.1f} % of the variance, the rest is drawn as independent noise."
         )
     typer.echo(f"Written: {folder}. Next: latentvae sample {folder} --model THE_SAME -o samples")

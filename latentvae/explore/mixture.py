@@ -17,6 +17,7 @@ from latentvae.explore.variation import copy_noise
 TENSORS = "mixture.safetensors"
 RANK = 256  # of a Gaussian; its covariance costs the square
 PER_COMPONENT = 2  # images for each principal component and mixture component: fewer give no covariance
+REGULARISATION = 1e-6  # added to variances, scikit-learn's; latents have variances near 1
 
 
 class MixturePrior(Prior):
@@ -84,6 +85,9 @@ def fit_mixture(
 ) -> MixturePrior:
     """Fit a Gaussian (one component) or a mixture to posterior samples of a store's images.
 
+    The parts of a mixture differ in as many principal components as the images bear, N / (2 K); in the others
+    all parts share one Gaussian.
+
     Args:
         latents: of the store.
         components: of the mixture, each with a full covariance.
@@ -99,13 +103,15 @@ def fit_mixture(
     rank = _check_rank(flat.shape, components, rank)
     pca = decomposition.PCA(rank, random_state=seed).fit(flat)
     scores = pca.transform(flat)
-    model = mixture.GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit(scores)
+    mixed = rank if components == 1 else max(1, min(rank, len(flat) // (PER_COMPONENT * components)))
+    model = mixture.GaussianMixture(components, random_state=seed, reg_covar=REGULARISATION)
+    model.fit(scores[:, :mixed])
     left_out = max(0.0, float(flat.var(0).sum() - scores.var(0).sum()))
     residual = np.sqrt([left_out / max(1, flat.shape[1] - rank)])
     tensors = {
         "weights": model.weights_,
-        "means": model.means_,
-        "factors": np.linalg.cholesky(model.covariances_),
+        "means": np.pad(model.means_, ((0, 0), (0, rank - mixed))),
+        "factors": _with_gaussian_rest(np.linalg.cholesky(model.covariances_), scores[:, mixed:].std(0)),
         "basis": pca.components_,
         "centre": pca.mean_,
         "residual": residual,
@@ -114,12 +120,22 @@ def fit_mixture(
     fit = {
         "components": components,
         "rank": rank,
+        "mixed_rank": mixed,
         "dimensions": flat.shape[1],
         "variance_in_rank": float(pca.explained_variance_ratio_.sum()),
         "seed": seed,
     }
     learned = {name: torch.from_numpy(value).float().contiguous() for name, value in tensors.items()}
     return MixturePrior(card_of(latents, kind, fit), learned)
+
+
+def _with_gaussian_rest(factors: np.ndarray, stds: np.ndarray) -> np.ndarray:
+    """Cholesky factors (K, m, m) with more components below, independent and alike in all K: (K, R, R)."""
+    mixed, rank = factors.shape[1], factors.shape[1] + len(stds)
+    whole = np.zeros((len(factors), rank, rank))
+    whole[:, :mixed, :mixed] = factors
+    whole[:, range(mixed, rank), range(mixed, rank)] = stds
+    return whole
 
 
 def _check_rank(shape: tuple[int, ...], components: int, rank: int | None) -> int:
@@ -129,7 +145,7 @@ def _check_rank(shape: tuple[int, ...], components: int, rank: int | None) -> in
         raise LatentVAEError(f"{components} components came; wanted 1 to {images}, the number of images.")
     most = min(dimensions, images - 1)
     if rank is None:
-        return max(1, min(most, RANK, images // (PER_COMPONENT * components) if components > 1 else most))
+        return min(most, RANK)
     if not 1 <= rank <= most:
         raise LatentVAEError(
             f"a rank of {rank} came; wanted 1 to {most}: these are {images} images, whose latents have "
