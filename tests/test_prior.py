@@ -283,6 +283,20 @@ def test_folders_that_are_no_prior(store: Path, tmp_path: Path) -> None:
         load_prior(folder)
 
 
+def test_damaged_networks_are_named(store: Path, tmp_path: Path) -> None:
+    folder = fit_diffusion(LatentSet(store), SMALL).save(tmp_path / "prior")
+    good = json.loads((folder / "prior.json").read_text())
+    one_channel = {"latent_shape": [1, 2, 2], "mean": [0.0], "std": [1.0]}
+    for change in (one_channel, {"labels": [1, 2], "label_counts": [3, 3]}, {"fit": {}}):
+        (folder / "prior.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(LatentVAEError, match="cannot be loaded"):
+            load_prior(folder)
+    (folder / "prior.json").write_text(json.dumps(good))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(LatentVAEError, match="cannot be loaded"):
+        load_prior(folder)
+
+
 def test_a_folder_of_other_things_is_not_overwritten(store: Path, tmp_path: Path) -> None:
     made = fit_mixture(LatentSet(store))
     (tmp_path / "mine").mkdir()

@@ -1,4 +1,4 @@
-"""What a VAE is for besides pipelines: interpolate and vary images, fill in pixels, find the odd one.
+"""What a VAE is for besides pipelines: sample, interpolate and vary images, fill in pixels, find the odd one.
 
 Names are imported with their first use, so that a command's help needs no torch.
 """
@@ -7,17 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentvae.explore.diffusion import fit_diffusion as fit_diffusion
     from latentvae.explore.interpolation import Interpolation as Interpolation
     from latentvae.explore.interpolation import interpolate as interpolate
     from latentvae.explore.interpolation import slerp as slerp
     from latentvae.explore.interpolation import step_sizes as step_sizes
+    from latentvae.explore.latent_set import LatentSet as LatentSet
+    from latentvae.explore.mixture import fit_mixture as fit_mixture
+    from latentvae.explore.prior import StandardNormal as StandardNormal
+    from latentvae.explore.prior import load_prior as load_prior
+    from latentvae.explore.sampling import sample as sample
     from latentvae.explore.variation import Variations as Variations
     from latentvae.explore.variation import vary as vary
 
 _HOME = {
     "Interpolation": "interpolation",
+    "LatentSet": "latent_set",
+    "StandardNormal": "prior",
     "Variations": "variation",
+    "fit_diffusion": "diffusion",
+    "fit_mixture": "mixture",
     "interpolate": "interpolation",
+    "load_prior": "prior",
+    "sample": "sampling",
     "slerp": "interpolation",
     "step_sizes": "interpolation",
     "vary": "variation",

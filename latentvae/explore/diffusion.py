@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
@@ -89,12 +90,27 @@ class DiffusionPrior(Prior):
         try:
             unet = UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
             scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError, RuntimeError) as error:
+            _check_fit(card, unet)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise LatentVAEError(
                 f"the network in {folder} cannot be loaded ({error}): make the prior again with "
                 "`latentvae prior fit`."
             ) from error
         return DiffusionPrior(card, unet, scheduler)
+
+
+def _check_fit(card: Card, unet: UNet2DModel) -> None:
+    """Raise ValueError where the card and the network are not of one prior."""
+    if unet.config["in_channels"] != card.latent_shape[0]:
+        raise ValueError(
+            f"it takes {unet.config['in_channels']} channels, but prior.json says {card.latent_shape[0]}"
+        )
+    if (card.labels and len(card.labels)) != unet.config["num_class_embeds"]:
+        raise ValueError(
+            f"it has {unet.config['num_class_embeds']} classes, but prior.json says {card.labels}"
+        )
+    if not isinstance(card.fit.get("sampling_steps"), int):
+        raise ValueError("prior.json lacks fit.sampling_steps")
 
 
 def fit_diffusion(
