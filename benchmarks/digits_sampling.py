@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from digits import Digits, Judge, read_digits, write_digits
 from machine import machine
+from PIL import Image
 
 import latentvae
 from latentvae.explore.prior import StandardNormal, load_prior
@@ -136,7 +137,8 @@ def main() -> None:
     report(rows, did.seconds, options.output)
     if options.picture:
         columns = [f"{n + 1}" for n in range(SHOWN)]
-        grid([list(images) for images in pictures.values()], columns).save(options.picture)
+        whole = grid([list(images) for images in pictures.values()], columns)
+        whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.BOX).save(options.picture)
 
 
 def report(rows: list[Row], seconds: dict[str, float], output: Path | None) -> None:
