@@ -23,8 +23,10 @@ from latentvae.commands.features import features
 from latentvae.commands.fill import fill
 from latentvae.commands.info import info
 from latentvae.commands.interpolate import interpolate
+from latentvae.commands.prior import prior
 from latentvae.commands.project import project
 from latentvae.commands.reconstruct import reconstruct
+from latentvae.commands.sample import sample
 from latentvae.commands.shards import shards
 from latentvae.commands.train import train
 from latentvae.commands.vary import vary
@@ -46,13 +48,14 @@ VERBS = (
     *(reconstruct, evaluate, info),
     *(encode, decode, verify, shards),
     *(compress, decompress),
-    *(interpolate, vary, fill),
+    *(sample, interpolate, vary, fill),
     *(project, features),
     *(train, export, convert, doctor, agree),
 )
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(anomaly, name="anomaly")
+app.add_typer(prior, name="prior")
 
 
 def _version(wanted: bool) -> None:

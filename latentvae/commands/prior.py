@@ -1,0 +1,131 @@
+"""`latentvae prior fit`: learn what latents look like, so that new ones can be drawn."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from latentvae.commands.common import Device, Json, Model, best_device, load_model, print_json
+from latentvae.errors import LatentVAEError
+
+if TYPE_CHECKING:
+    from latentvae.explore.latent_set import LatentSet
+    from latentvae.explore.prior import Prior
+
+Kind = Literal["gaussian", "mixture", "diffusion"]
+
+prior = typer.Typer(help="Learn a prior over latents to draw new images from.", no_args_is_help=True)
+
+
+@prior.callback()
+def verbs() -> None:
+    """Learn a prior over latents to draw new images from."""
+
+
+@prior.command()
+def fit(
+    store: Annotated[
+        Path, typer.Argument(help="Store that `encode` wrote, or a folder of images.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="PRIOR", help="Folder to write.", show_default=False)],
+    kind: Annotated[Kind, typer.Option("--kind", "-k", help="From quick to good.")] = "diffusion",
+    components: Annotated[int, typer.Option(min=2, help="Gaussians of a mixture.")] = 10,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Principal components of a Gaussian or mixture. Default: all, at most 256."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of a diffusion prior.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of those.")] = 64,
+    width: Annotated[int, typer.Option(min=16, help="Channels of its network; a multiple of 8.")] = 64,
+    lr: Annotated[float, typer.Option(help="Its learning rate at the beginning.")] = 1e-3,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Learn each label's images apart (diffusion).")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the fit.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels of the middle crop of a folder's images.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Learn a prior from the latents of a store: writes a folder that `sample` and diffusers read.
+
+    Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
+    A folder of images is encoded first, by --model at --size.
+    """
+    from latentvae.explore.diffusion import DiffusionSettings, fit_diffusion
+    from latentvae.explore.mixture import fit_mixture
+    from latentvae.explore.prior import check_target
+
+    if by_class and kind != "diffusion":
+        raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
+    check_target(folder.resolve())
+    latents = read(store, size, model, device)
+    made: Prior
+    if kind == "diffusion":
+        settings = DiffusionSettings(
+            steps=steps, batch_size=batch_size, width=width, lr=lr, by_class=by_class, seed=seed
+        )
+        made = fit_diffusion(latents, settings, device=device or best_device())
+    else:
+        made = fit_mixture(latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed)
+    made.save(folder)
+    tell(made, folder, json)
+
+
+def read(store: Path, size: int | None, model: str | None, device: str | None) -> "LatentSet":
+    """The latents of a store; of a folder of images after encoding it to a store that is then thrown away.
+
+    Raises:
+        LatentVAEError: neither of both.
+    """
+    from latentvae.explore.latent_set import LatentSet
+    from latentvae.images import find_images
+    from latentvae.store.encoding import encode_folder
+    from latentvae.store.manifest import MANIFEST
+    from latentvae.store.working import Workload
+
+    if not store.is_dir() or (store / MANIFEST).is_file():
+        return LatentSet(store, progress=True)
+    find_images(store)  # its error says what was wanted
+    if size is None:
+        raise LatentVAEError(f"{store} is a folder of images: say at what --size to crop and encode them.")
+    with tempfile.TemporaryDirectory() as scratch:
+        vae = load_model(model, device, "fp32")
+        report = encode_folder(
+            vae, store, Path(scratch) / "store", size=size, crop=True, workload=Workload(progress=True)
+        )
+        for failure in report.failures:
+            typer.echo(f"failed: {failure.reason}", err=True)
+        return LatentSet(Path(scratch) / "store")
+
+
+def tell(made: "Prior", folder: Path, as_json: bool) -> None:
+    """Print what was learned."""
+    card = made.card
+    if as_json:
+        from dataclasses import asdict
+
+        print_json({"prior": str(folder), **asdict(card)})
+        return
+    shape = "x".join(map(str, card.latent_shape))
+    typer.echo(f"{card.kind} prior of {card.images} images, latents {shape}, VAE {card.weights_sha256[:12]}.")
+    if card.images < card.fit["store_images"]:
+        typer.echo(f"Note: {card.fit['store_images']} images are in the store; memory holds {card.images}.")
+    if card.kind == "diffusion":
+        typer.echo(
+            f"{card.fit['parameters'] / 1e6:.1f} M parameters, {card.fit['steps']} steps, loss of the last "
+            f"100: {card.fit['loss']:.4f}."
+        )
+    else:
+        fit = card.fit
+        parts = (
+            f", {fit['components']} parts that differ in {fit['mixed_rank']}" if fit["components"] > 1 else ""
+        )
+        typer.echo(
+            f"{fit['rank']} of {fit['dimensions']} principal components{parts}; they hold "
+            f"{100 * fit['variance_in_rank']:.1f} % of the variance, the rest is drawn as independent noise."
+        )
+    typer.echo(f"Written: {folder}. Next: latentvae sample {folder} --model THE_SAME -o samples")

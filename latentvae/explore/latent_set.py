@@ -1,0 +1,108 @@
+"""The latents that a prior learns: those of a store, all of one size, scaled and normalised per channel."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from latentvae.errors import StoreError
+from latentvae.latents import Posterior
+from latentvae.store.buckets import BucketBatchSampler
+from latentvae.store.dataset import NO_LABEL, LatentDataset
+from latentvae.store.manifest import Manifest
+
+LEAST = 2  # images: one has no spread
+MEMORY = 2e9  # bytes of moments kept; of larger stores an even selection
+
+
+class LatentSet:
+    """The posteriors of a store's images, read once and kept in float32.
+
+    Attributes:
+        shape: (C, h, w) of the latents.
+        labels: (N,) int64, each image's label; -1 where it has none.
+        mean, std: (C,) of scaled posterior samples over all images, for `batch`.
+        total: images of the store; more than `len` where they would not fit into memory.
+
+    Args:
+        store: the folder that `latentvae encode` wrote.
+        progress: show a bar.
+
+    Raises:
+        StoreError: no store, an empty or damaged one, one image, or images of several sizes.
+    """
+
+    def __init__(self, store: str | Path, *, progress: bool = False) -> None:
+        dataset = LatentDataset(store, mode="moments")
+        self.total = len(dataset)
+        if self.total < LEAST:
+            raise StoreError(f"{store} holds {self.total} image; a prior learns from {LEAST} or more.")
+        channels = dataset.manifest.config["latent_channels"]
+        self.shape = (channels, *_one_size(store, dataset))
+        self.manifest: Manifest = dataset.manifest
+        chosen = _selection(self.total, 8 * int(np.prod(self.shape)))
+        read = [dataset[i] for i in tqdm(chosen, unit="image", desc="reading", disable=not progress)]
+        self.labels = torch.tensor([item["label"] for item in read])
+        self._posterior = Posterior(self._scaled(torch.stack([item["moments"] for item in read])))
+        self.mean, self.std = _statistics(self._posterior)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, numbers: Sequence[int] | np.ndarray, noise: torch.Tensor) -> torch.Tensor:
+        """Samples of the posteriors of the images with these numbers, normalised, (B, C, h, w) float32.
+
+        Args:
+            numbers: of images, 0 to `len` - 1.
+            noise: (B, C, h, w), standard normal.
+        """
+        places = torch.as_tensor(np.asarray(numbers))
+        latents = self._posterior.mean[places] + self._posterior.std[places] * noise
+        return (latents - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def classes(self) -> list[int]:
+        """The labels that occur, sorted.
+
+        Raises:
+            StoreError: an image without one.
+        """
+        without = int((self.labels == NO_LABEL).sum())
+        if without:
+            raise StoreError(
+                f"{without} of {len(self)} images have no label, but a prior by class needs one for each: "
+                'write NAME.json with {"label": 3} beside each image and encode again, or leave classes out.'
+            )
+        return sorted(set(self.labels.tolist()))
+
+    def _scaled(self, moments: torch.Tensor) -> torch.Tensor:
+        """Moments of scaled latents from those of unscaled ones, (N, 2C, h, w)."""
+        mean, logvar = moments.chunk(2, dim=1)
+        factor, shift = self.manifest.scaling_factor, self.manifest.shift_factor or 0.0
+        return torch.cat([(mean - shift) * factor, logvar + 2 * np.log(abs(factor))], dim=1)
+
+
+def _one_size(store: str | Path, dataset: LatentDataset) -> tuple[int, int]:
+    sizes = BucketBatchSampler(dataset, 1).sizes
+    if len(sizes) > 1:
+        shown = ", ".join(f"{count} of {h}x{w}" for (h, w), count in list(sizes.items())[:3])
+        raise StoreError(
+            f"{store} holds latents of {len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''}); a "
+            "prior learns one. Encode the images to another store with --size 256 --crop."
+        )
+    return next(iter(sizes))
+
+
+def _selection(total: int, bytes_each: int) -> list[int]:
+    """All numbers, or as many as memory holds, evenly spaced."""
+    kept = min(total, max(LEAST, int(MEMORY // bytes_each)))
+    return [total * i // kept for i in range(kept)]
+
+
+def _statistics(posterior: Posterior) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of samples per channel, (C,) float32 each, by the law of total variance."""
+    mean = posterior.mean.double().mean((0, 2, 3))
+    within = posterior.std.double().square().mean((0, 2, 3))
+    between = (posterior.mean.double() - mean[:, None, None]).square().mean((0, 2, 3))
+    return mean.float(), (within + between).sqrt().clamp_min(1e-6).float()
