@@ -2,12 +2,12 @@
 
     python benchmarks/ablations.py --train PHOTOS --val OTHER_PHOTOS --runs runs/ablations --steps 300 \\
         --variants base seed-1 adamw crop-64 --json docs/ablations.json
-    python benchmarks/ablations.py --train PHOTOS --define mine loss.kl_weight=0 data.crop=64 --variants base mine
-    python benchmarks/ablations.py --tabulate runs/f8c4-small runs/ablations/adamw     # runs that are there
+    python benchmarks/ablations.py --train PHOTOS --define mine loss.kl_weight=0 optim.lr=0.002 --variants mine
+    python benchmarks/ablations.py --tabulate runs/f8c4-small runs/ablations/adamw   # runs that are there
 
-Each variant is a `latentvae train` of its own. One that is finished is not trained again, one that was stopped
-continues. Figures are those of the averaged weights on the validation images; `seed-1` is the base with other
-draws: its distance from the base says how much of a difference is noise.
+Each variant is a `latentvae train` of its own. One that is finished is not trained again, one that was
+stopped continues. Figures are those of the averaged weights on the validation images; `seed-1` is the base
+with other draws: its distance from the base says how much of a difference is noise.
 """
 
 import argparse
@@ -143,7 +143,8 @@ def read_run(folder: Path, base: Config | None = None, step: int | None = None) 
     if not checks:
         raise SystemExit(f"{folder} has no validation{f' at step {step}' if step else ' yet'}.")
     last = checks[-1]
-    steps = [r for r in records if "images_per_second" in r and r["step"] <= last["step"]]
+    steps = [r for r in records if "images_per_second" in r]
+    seconds = (r["seconds"] for r in steps if r["step"] <= last["step"])
     batch = config.train.batch_size * config.train.accumulation
     with torch.device("meta"):
         vae = build(config.model.preset, **config.model.overrides)
@@ -155,14 +156,16 @@ def read_run(folder: Path, base: Config | None = None, step: int | None = None) 
         "of": config.train.max_steps,
         **{key: last.get(f"val_{key}") for key in ("psnr", "ssim", "lpips", "rate_bpp")},
         "seconds_per_step": statistics.median(batch / r["images_per_second"] for r in steps),
-        "minutes": max(r["seconds"] for r in steps) / 60,
+        "minutes": max(seconds, default=0.0) / 60,
         "state": state(folder),
     }
 
 
 def report(rows: list[Row]) -> str:
     """The table in Markdown."""
-    columns = "run | differs by | parameters | steps | PSNR, dB | LPIPS-alex | rate (KL), bpp | s/step | minutes"
+    columns = (
+        "run | differs by | parameters | steps | PSNR, dB | LPIPS-alex | rate (KL), bpp | s/step | minutes"
+    )
     lines = [f"| {columns} |", f"|{'---|' * (columns.count('|') + 1)}"]
     for row in rows:
         cells = [
