@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py --train PHOTOS --val OTHER_PHOTOS --runs runs/ablations --steps 300 \\
         --variants base seed-1 adamw crop-64 --json docs/ablations.json
-    python benchmarks/ablations.py --train PHOTOS --define mine loss.kl_weight=0 optim.lr=0.002 --variants mine
+    python benchmarks/ablations.py --train PHOTOS --define mine loss.kl_weight=0 --variants base mine
     python benchmarks/ablations.py --tabulate runs/f8c4-small runs/ablations/adamw   # runs that are there
 
 Each variant is a `latentvae train` of its own. One that is finished is not trained again, one that was
@@ -51,7 +51,14 @@ VARIANTS: dict[str, list[str]] = {
     "latent-noise": ["regularise.latent_noise=0.1"],
 }
 # what changes neither the weights nor their figures
-OWN = ("output", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.tracker")
+OWN = (
+    "output",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.tracker",
+    "train.max_minutes",
+)
 MACHINE = (
     "data.train",
     "data.val",
