@@ -86,12 +86,11 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
             terms = optimizer_step(run, take(run, incoming))
             check_finite(run)
             bar.update()
-            last = state.step == config.max_steps
-            if state.step % config.log_every == 0 or last:
+            last, stop = state.step == config.max_steps, stop_requested(run, clock)
+            if state.step % config.log_every == 0 or last or stop:
                 bar.set_postfix(run.record.step(state, terms, run.global_batch))
             if (state.step % config.validate_every == 0 or last) and run.is_main:
                 validate(run)
-            stop = stop_requested(run, clock)
             if state.step % config.save_every == 0 or last or stop:
                 saved = save(run)
                 if stop and not last:
