@@ -33,6 +33,7 @@ from latentvae.latents import reconstruct
 from latentvae.perceptual import LPIPS, load_lpips
 from latentvae.pictures import grid
 from latentvae.rfid import FeatureStatistics, frechet_distance
+from latentvae.training.settings import load_config
 
 TERM = "regularise.equivariance.probability"
 SIDE = 128  # px of the crops that are encoded
@@ -56,12 +57,13 @@ class Latents:
 
 
 def crops(folder: str) -> torch.Tensor:
-    """(N, 3, SIDE, SIDE): two corners of every image."""
+    """(N, 3, SIDE, SIDE): the middle of every image."""
     found = []
-    for path in find_images(folder):
+    for path in tqdm(find_images(folder), desc="decoding", leave=False):
         image = load_image(path)
-        if min(image.shape[-2:]) >= SIDE:
-            found += [image[:, :SIDE, :SIDE], image[:, -SIDE:, -SIDE:]]
+        top, left = ((side - SIDE) // 2 for side in image.shape[-2:])
+        if min(top, left) >= 0:
+            found.append(image[:, top : top + SIDE, left : left + SIDE])
     return torch.stack(found)
 
 
@@ -175,42 +177,64 @@ def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
+def vae_runs(arguments: argparse.Namespace) -> dict[float, Path]:
+    """The run folders of both VAEs by the term's probability, trained unless they are there."""
+    if arguments.existing:
+        found = {folder: load_config(folder / "config.yaml") for folder in arguments.existing}
+        return {config.regularise.equivariance.probability: folder for folder, config in found.items()}
+    runs = {}
+    for probability in (0.0, arguments.probability):
+        name = f"equivariance-{probability:g}"
+        if ablations.run(name, [f"{TERM}={probability}", *arguments.vae], arguments):
+            raise SystemExit(f"the VAE {name} was not trained; the reason is above.")
+        runs[probability] = arguments.runs / name
+    return runs
+
+
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Every row of the table."""
-    lpips = load_lpips("alex", arguments.lpips)
+    runs, lpips = vae_runs(arguments), load_lpips("alex", arguments.lpips)
     train, val = crops(arguments.train), crops(arguments.val)
     wanted = statistics(lpips, train)
     # as many photographs as samples: the distance grows as there are fewer
     some = val[torch.linspace(0, len(val) - 1, min(arguments.samples, len(val))).long()]
     rows = [{"name": "photographs not trained on", "frechet": distance(statistics(lpips, some), wanted)}]
-    for probability in (0, arguments.probability):
-        name = f"equivariance-{probability:g}"
-        variant = [f"{TERM}={probability}", *arguments.vae]
-        if ablations.run(name, variant, arguments):
-            raise SystemExit(f"the VAE {name} was not trained; the reason is above.")
-        figures = ablations.read_run(arguments.runs / name)
-        vae = latentvae.load(arguments.runs / name / "vae", device=DEVICE)
+    for probability, folder in runs.items():
+        figures = ablations.read_run(folder)
+        vae = latentvae.load(folder / "vae", device=DEVICE)
         latents = latents_of(vae, train, val)
         with torch.no_grad():
             rebuilt = torch.cat([reconstruct(vae, part).reconstructions for part in some.split(BATCH)])
-        common = {"probability": probability, "psnr": figures["psnr"], "lpips": figures["lpips"]}
         found = distance(statistics(lpips, rebuilt), wanted)
         rows.append({"name": f"their reconstructions, equivariance {probability:g}", "frechet": found})
         for seed in range(arguments.seeds):
-            unet = diffusion_model(latents.train, arguments.diffusion_steps, seed)
-            images = samples(unet, vae, latents, arguments.samples, arguments.sampling_steps)
-            row = {"name": f"samples, equivariance {probability:g}, seed {seed}", **common}
-            row["loss"] = validation_loss(unet, latents.val)
-            row["frechet"] = distance(statistics(lpips, images), wanted)
-            row["parameters"] = sum(parameter.numel() for parameter in unet.parameters())
-            rows.append(row)
-            print(row)
+            row, images = diffuse(vae, latents, seed, arguments)
+            rows.append(
+                {"probability": probability, "psnr": figures["psnr"], "lpips": figures["lpips"], **row}
+            )
+            rows[-1]["name"] = f"samples, equivariance {probability:g}, seed {seed}"
+            rows[-1]["frechet"] = distance(statistics(lpips, images), wanted)
+            print(rows[-1], flush=True)
             if arguments.pictures:
-                arguments.pictures.mkdir(parents=True, exist_ok=True)
-                shown = images[:12].reshape(2, 6, *images.shape[1:])
-                picture = grid([list(line) for line in shown], [row["name"], *[""] * 5])
-                picture.save(arguments.pictures / f"{name}-{seed}.png")
+                draw(images, rows[-1]["name"], arguments.pictures / f"{folder.name}-{seed}.png")
     return rows
+
+
+def diffuse(
+    vae: AutoencoderKL, latents: Latents, seed: int, arguments: argparse.Namespace
+) -> tuple[Row, torch.Tensor]:
+    """One diffusion model: its loss and size, and decoded samples."""
+    unet = diffusion_model(latents.train, arguments.diffusion_steps, seed)
+    images = samples(unet, vae, latents, arguments.samples, arguments.sampling_steps)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    return {"loss": validation_loss(unet, latents.val), "parameters": parameters}, images
+
+
+def draw(images: torch.Tensor, title: str, path: Path) -> None:
+    """The first dozen samples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = images[:12].reshape(-1, 6, *images.shape[1:])
+    grid([list(line) for line in shown], [title, *[""] * 5]).save(path)
 
 
 def report(rows: list[Row]) -> str:
@@ -247,11 +271,14 @@ def main() -> None:
     )
     parser.add_argument("--config", default="f8c4-small")
     parser.add_argument("--vae", nargs="*", default=VAE, help="settings of both VAEs")
-    parser.add_argument("--steps", type=int, default=300, help="of the VAEs")
+    parser.add_argument("--steps", type=int, default=200, help="of the VAEs")
+    parser.add_argument(
+        "--existing", type=Path, nargs=2, metavar="RUN", help="two runs that are there, instead of training"
+    )
     parser.add_argument("--probability", type=float, default=0.5, help="of the equivariance term")
-    parser.add_argument("--diffusion-steps", type=int, default=500)
+    parser.add_argument("--diffusion-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2, help="of the diffusion model")
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--pictures", type=Path, help="also draw a few samples of each into this folder")
@@ -263,7 +290,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
-VAE = ["model.overrides={block_out_channels: [16, 32, 64, 128]}", "data.crop=64"]
+VAE = ["model.overrides={block_out_channels: [16, 16, 32, 64]}", "data.crop=64", "train.batch_size=8"]
 
 if __name__ == "__main__":
     main()
