@@ -13,7 +13,7 @@ import ablations
 import diffusability
 
 Figures = dict[str, Any]
-SETS = {"kodak": "Kodak-24", "val": "BSDS500 test (200 photographs, 481x321)"}
+SETS = {"kodak": "Kodak, 768x512", "val": "BSDS500 test, 481x321"}
 
 # PSNR of at least, LPIPS-alex of at most, on Kodak-24
 GOALS = {
@@ -49,18 +49,17 @@ def quality(figures: Figures) -> str:
     """Reconstructions on each set, and the images that come out worst."""
     parts = []
     for key, title in SETS.items():
-        rows = []
+        rows, count = [], 0
         for name, model in figures["models"].items():
             if (found := model.get("sets", {}).get(key)) is None:
                 continue
+            count = found["count"]
             cells = [f"{found['psnr']:.2f}", f"{found['ssim']:.3f}", f"{found['lpips']:.4f}"]
             worst = f"{found['worst']['name']}: {found['worst']['psnr']:.1f} dB"
             rows.append([f"`{name}`", *cells, f"{found['rate_bpp']:.2f}", worst])
         if rows:
-            parts.append(
-                f"{title}:\n\n"
-                + table("model | PSNR, dB | SSIM | LPIPS-alex | rate (KL), bpp | worst image", rows)
-            )
+            head = "model | PSNR, dB | SSIM | LPIPS-alex | rate (KL), bpp | worst image"
+            parts.append(f"{title}, {count} images:\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 

@@ -128,6 +128,7 @@ def test_every_variant_is_a_config_that_can_be_run(tmp_path: Path) -> None:
 
 def model(psnr: float, lpips: float) -> dict[str, Any]:
     kodak = {
+        "count": 24,
         "psnr": psnr,
         "ssim": 0.7,
         "lpips": lpips,
