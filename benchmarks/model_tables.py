@@ -45,6 +45,17 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def measured(found: list[Any]) -> list[Any]:
+    """The same, unless there is nothing.
+
+    Raises:
+        KeyError: as a figure that is missing does.
+    """
+    if not found:
+        raise KeyError("not measured yet")
+    return found
+
+
 def quality(figures: Figures) -> str:
     """Reconstructions on each set, and the images that come out worst."""
     parts = []
@@ -60,15 +71,15 @@ def quality(figures: Figures) -> str:
         if rows:
             head = "model | PSNR, dB | SSIM | LPIPS-alex | rate (KL), bpp | worst image"
             parts.append(f"{title}, {count} images:\n\n{table(head, rows)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(measured(parts))
 
 
 def goals(figures: Figures) -> str:
     """What was wanted of each model on Kodak, and by how much it was missed."""
     rows = []
     for (name, device), (psnr, lpips) in GOALS.items():
-        found = figures["models"].get(name, {}).get("sets", {}).get("kodak")
-        if found is None:
+        found = figures["models"].get(name, {}).get("sets", {}).get("kodak", {"count": 0})
+        if found["count"] != 24:
             continue
         short, over = psnr - found["psnr"], found["lpips"] - lpips
         rows.append(
@@ -80,7 +91,7 @@ def goals(figures: Figures) -> str:
                 "met" if over <= 0 else f"missed by {over:.3f}",
             ]
         )
-    return table("goal on Kodak-24 | PSNR, dB | | LPIPS-alex | ", rows)
+    return table("goal on Kodak-24 | PSNR, dB | | LPIPS-alex | ", measured(rows))
 
 
 def sizes(figures: Figures) -> str:
@@ -131,7 +142,13 @@ def halves(figures: Figures) -> str:
             rows.append([f"`{name}`", dtype, psnr, str(found["largest"]), f"{found['changed']:.1%}"])
     image = figures.get("halves_image", "")
     head = "model | against fp32 | PSNR, dB | largest difference, of 255 | values that differ"
-    return f"Kodak image {image}, 768x512:\n\n" + table(head, rows)
+    return f"Kodak image {image}, 768x512:\n\n" + table(head, measured(rows))
+
+
+def curves(figures: Figures) -> str:
+    """The picture of the training runs."""
+    runs = ", ".join(figures["curves"])
+    return f"Validation over the steps, runs {runs}:\n\n![PSNR and LPIPS over the steps](models-curves.png)"
 
 
 def cards(figures: Figures) -> str:
@@ -151,6 +168,7 @@ PARTS: dict[str, Callable[[Figures], str]] = {
     "elsewhere": elsewhere,
     "halves": halves,
     "cards": cards,
+    "curves": curves,
 }
 
 

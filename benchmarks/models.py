@@ -31,7 +31,7 @@ from latentvae.exporting import SIDECAR
 from latentvae.fingerprint import weight_hash
 from latentvae.images import find_images, load_image
 from latentvae.latents import reconstruct
-from latentvae.model import WEIGHTS_DIR, WEIGHTS_NAME, bundled
+from latentvae.model import WEIGHTS_DIR, WEIGHTS_NAME, bundled, cast
 from latentvae.perceptual import load_lpips
 from latentvae.pictures import grid
 
@@ -103,7 +103,7 @@ def sizes(figures: Figures, arguments: argparse.Namespace) -> None:
     times: dict[tuple[str, ...], list[float]] = {}
     for dtype_name, dtype in DTYPES.items():
         for vae in ways.values():
-            vae.to(DEVICE, dtype)
+            cast(vae.to(DEVICE), dtype)
         for _ in tqdm(range(arguments.rounds), desc=f"times in {dtype_name}"):
             for way, vae in ways.items():
                 for verb in ("encode", "decode"):
@@ -155,12 +155,13 @@ def pictures(figures: Figures, arguments: argparse.Namespace) -> None:
         ]
         rows.append([each[:, top : top + CROP, left : left + CROP] for each in whole])
     path = arguments.page.with_name("models-failures.png")
-    grid(rows, ["original", *vaes]).quantize(256).save(path, optimize=True)
+    grid(rows, ["original", *vaes]).save(path, optimize=True)  # no palette: dithering looks like grain
     runs = {}
     for folder in arguments.runs:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         runs[folder.name] = [json.loads(line) for line in lines if line.endswith("}")]
     if runs:
+        figures["curves"] = list(runs)
         optimizers.draw(runs, arguments.page.with_name("models-curves.png"))
 
 

@@ -166,11 +166,12 @@ def test_the_published_page_has_every_marker_and_names_what_was_not_measured(tmp
 def test_the_published_page_says_what_its_figures_say() -> None:
     """After new weights the page has to be written anew, by hand it drifts."""
     page, store = ROOT / "docs" / "models.md", ROOT / "docs" / "models.json"
-    figures = json.loads(store.read_text(encoding="utf-8"))
-    for name, part in model_tables.PARTS.items():
-        assert part(figures) in page.read_text(encoding="utf-8"), (
-            f"{name}: python benchmarks/models.py --parts"
-        )
+    figures, text = json.loads(store.read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
+    parts = model_tables.PARTS.items()
+    written = {name: part for name, part in parts if f"<!-- {name} -->\nNot measured yet." not in text}
+    assert written
+    for name, part in written.items():
+        assert part(figures) in text, f"{name}: run benchmarks/models.py"
 
 
 # --- diffusability -----------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_pieces_go_on_until_all_is_done_and_each_is_exported_and_measured(tmp_pa
     second = piece(photos, run, "10")
     assert second.returncode == 0, second.stderr
     assert "--resume latest" in second.stderr
-    assert second.stdout.startswith("2 steps")
+    assert "\n2 steps of 16 crops" in second.stdout
     assert AutoencoderKL.from_pretrained(run / "fp16", torch_dtype=torch.float16).dtype == torch.float16
     card = json.loads((run / "fp16" / "latentvae.json").read_text(encoding="utf-8"))
     assert card["licence"] == "cc0-1.0"

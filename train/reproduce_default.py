@@ -122,7 +122,7 @@ def finish(arguments: argparse.Namespace, run: Path) -> None:
         f"latentvae {arguments.model}",
     ]
     line += ["--licence", arguments.licence, "--trained-on", arguments.trained_on, "--training", done]
-    print(f"{done}; of {config.train.max_steps:,} steps")
+    print(f"{done}; of {config.train.max_steps:,} steps", flush=True)
     if arguments.test:
         figures = read_json("evaluate", arguments.test, "--model", checkpoint / "ema.safetensors")
         (run / "test.json").write_text(json.dumps(figures), encoding="utf-8")
@@ -133,7 +133,7 @@ def finish(arguments: argparse.Namespace, run: Path) -> None:
             f"{count} images of {arguments.test.name}: PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}, ",
             end="",
         )
-        print(f"LPIPS-alex {lpips}, rate {mean['rate_bpp']:.3f} bpp (KL)")
+        print(f"LPIPS-alex {lpips}, rate {mean['rate_bpp']:.3f} bpp (KL)", flush=True)
     if code := call(*line).returncode:
         raise SystemExit(code)
 
