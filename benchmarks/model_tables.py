@@ -112,7 +112,7 @@ def sizes(figures: Figures) -> str:
             rows.append([f"`{name}`, {way}", f"{model['parameters'] / 1e6:.1f} M", size, *ratios])
     head = "model | parameters | file | encode fp32 | decode fp32 | encode bf16 | decode bf16"
     turns = f"{stock['threads']} threads, medians of {stock['rounds']} turns"
-    return f"512 px, batch 1, {turns}; {figures['machine']}\n\n{table(head, rows)}"
+    return f"{stock['side']} px, batch 1, {turns}; {figures['machine']}\n\n{table(head, rows)}"
 
 
 def codecs(figures: Figures) -> str:

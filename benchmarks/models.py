@@ -115,6 +115,7 @@ def sizes(figures: Figures, arguments: argparse.Namespace) -> None:
         place.setdefault(dtype_name, {})[verb] = statistics.median(found)
     parameters = sum(parameter.numel() for parameter in ways["stock", "as it comes"].parameters())
     figures["stock"] |= {
+        "side": SIDE,
         "parameters": parameters,
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
