@@ -23,6 +23,7 @@ from machine import machine
 
 from latentvae.presets import build
 from latentvae.training.config import Config
+from latentvae.training.record import read_records
 from latentvae.training.settings import load_config
 
 VARIANTS: dict[str, list[str]] = {
@@ -144,8 +145,7 @@ def read_run(folder: Path, base: Config | None = None, step: int | None = None) 
         step: the validation to tabulate, so that runs of different lengths compare; None: the last.
     """
     config = load_config(folder / "config.yaml")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]
+    records = read_records(folder / "metrics.jsonl")
     checks = [r for r in records if r.get("val_psnr") is not None and (step is None or r["step"] == step)]
     if not checks:
         raise SystemExit(f"{folder} has no validation{f' at step {step}' if step else ' yet'}.")

@@ -34,6 +34,7 @@ from latentvae.latents import reconstruct
 from latentvae.model import WEIGHTS_DIR, WEIGHTS_NAME, bundled, cast
 from latentvae.perceptual import load_lpips
 from latentvae.pictures import grid
+from latentvae.training.record import read_records
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODECS = {"JPEG": (10, 20, 50), "WebP": (5, 10, 20, 50)}
@@ -157,10 +158,7 @@ def pictures(figures: Figures, arguments: argparse.Namespace) -> None:
         rows.append([each[:, top : top + CROP, left : left + CROP] for each in whole])
     path = arguments.page.with_name("models-failures.png")
     grid(rows, ["original", *vaes]).save(path, optimize=True)  # no palette: dithering looks like grain
-    runs = {}
-    for folder in arguments.runs:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        runs[folder.name] = [json.loads(line) for line in lines if line.endswith("}")]
+    runs = {folder.name: read_records(folder / "metrics.jsonl") for folder in arguments.runs}
     if runs:
         figures["curves"] = list(runs)
         optimizers.draw(runs, arguments.page.with_name("models-curves.png"))

@@ -34,7 +34,8 @@ def script() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("images", "fit", "wanted"), [(64, 100, 1), (64, 64, 1), (64, 63, 2), (64, 20, 4), (6, 2, 3), (7, 0, 7)]
+    ("images", "fit", "wanted"),
+    [(64, 100, 1), (64, 64, 1), (64, 63, 2), (64, 20, 4), (64, 22, 4), (6, 2, 3), (7, 0, 7)],
 )
 def test_a_step_takes_the_fewest_equal_passes_that_fit(
     script: Any, images: int, fit: int, wanted: int
@@ -71,7 +72,7 @@ def test_pieces_go_on_until_all_is_done_and_each_is_exported_and_measured(tmp_pa
     first = piece(photos, run, "0.00001")
     assert first.returncode == 4, first.stderr
     assert first.stdout.startswith("1 steps of 16 crops of 32 px")
-    assert "8 images of photos: PSNR" in first.stdout
+    assert "photos: 8 images, PSNR" in first.stdout
     second = piece(photos, run, "10")
     assert second.returncode == 0, second.stderr
     assert "--resume latest" in second.stderr

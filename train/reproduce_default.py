@@ -26,6 +26,7 @@ import torch
 from latentvae.errors import LatentVAEError
 from latentvae.training.checkpoint import newest
 from latentvae.training.config import Config
+from latentvae.training.record import read_records
 from latentvae.training.settings import load_config, recipes
 
 STOPPED = 4  # exit code of `latentvae train`: saved, and there is more to do
@@ -93,14 +94,21 @@ def finished(run: Path) -> bool:
 
 def history(run: Path, config: Config, step: int) -> str:
     """What was done up to a step, for the card."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = max((json.loads(line).get("seconds", 0.0) for line in lines), default=0.0)
+    seconds = max((r.get("seconds", 0.0) for r in read_records(run / "metrics.jsonl")), default=0.0)
     device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else device
     images = config.train.batch_size * config.train.accumulation
     return (
         f"{step:,} steps of {images} crops of {config.data.crop} px in {seconds / 60:.1f} minutes on {device}"
     )
+
+
+def summary(figures: Any) -> str:
+    """What `latentvae evaluate --json` printed, in a line."""
+    mean, count = figures["mean"], figures["protocol"]["image_count"]
+    lpips = "not measured" if mean["lpips"] is None else f"{mean['lpips']:.4f}"
+    quality = f"PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}, LPIPS-alex {lpips}"
+    return f"{count} images, {quality}, rate {mean['rate_bpp']:.3f} bpp (KL)"
 
 
 def finish(arguments: argparse.Namespace, run: Path) -> None:
@@ -111,29 +119,15 @@ def finish(arguments: argparse.Namespace, run: Path) -> None:
     config = load_config(run / "config.yaml")
     step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
     done = history(run, config, step)
-    line = [
-        "export",
-        run,
-        "-o",
-        run / "fp16",
-        "--half",
-        "--overwrite",
-        "--name",
-        f"latentvae {arguments.model}",
-    ]
+    name = f"latentvae {arguments.model}"
+    line = ["export", run, "-o", run / "fp16", "--half", "--overwrite", "--name", name]
     line += ["--licence", arguments.licence, "--trained-on", arguments.trained_on, "--training", done]
     print(f"{done}; of {config.train.max_steps:,} steps", flush=True)
     if arguments.test:
         figures = read_json("evaluate", arguments.test, "--model", checkpoint / "ema.safetensors")
         (run / "test.json").write_text(json.dumps(figures), encoding="utf-8")
         line += ["--metrics", run / "test.json"]
-        mean, count = figures["mean"], figures["protocol"]["image_count"]
-        lpips = "not measured" if mean["lpips"] is None else f"{mean['lpips']:.4f}"
-        print(
-            f"{count} images of {arguments.test.name}: PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}, ",
-            end="",
-        )
-        print(f"LPIPS-alex {lpips}, rate {mean['rate_bpp']:.3f} bpp (KL)", flush=True)
+        print(f"{arguments.test.name}: {summary(figures)}", flush=True)
     if code := call(*line).returncode:
         raise SystemExit(code)
 
