@@ -426,6 +426,14 @@ def test_a_run_in_pieces_of_borrowed_time_ends_as_one_run_does_bit_for_bit(photo
     assert records(tmp_path / "whole") == records(tmp_path / "pieces")
 
 
+def test_the_time_of_a_piece_is_counted_though_its_last_step_is_not_logged(photos, tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        train(configure(photos, tmp_path / "run", "train.log_every=5", "train.max_minutes=0.00001"))
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["step"] == 1
+    assert json.loads(line)["seconds"] > 0
+
+
 def test_without_a_limit_the_clock_is_never_over(monkeypatch):
     clocks = [loop.Clock(None), loop.Clock(2)]
     now = loop.time.monotonic()

@@ -86,11 +86,15 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
             terms = optimizer_step(run, take(run, incoming))
             check_finite(run)
             bar.update()
-            last, stop = state.step == config.max_steps, stop_requested(run, clock)
-            if state.step % config.log_every == 0 or last or stop:
+            last = state.step == config.max_steps
+            logged = state.step % config.log_every == 0 or last
+            if logged:
                 bar.set_postfix(run.record.step(state, terms, run.global_batch))
             if (state.step % config.validate_every == 0 or last) and run.is_main:
                 validate(run)
+            stop = stop_requested(run, clock)
+            if stop and not logged:  # or its time would not be counted
+                run.record.step(state, terms, run.global_batch)
             if state.step % config.save_every == 0 or last or stop:
                 saved = save(run)
                 if stop and not last:
