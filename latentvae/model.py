@@ -173,7 +173,7 @@ def _hub_subfolder(name: str) -> str:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> AutoencoderKL:
-    options: dict[str, Any] = {"subfolder": subfolder, "torch_dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"subfolder": subfolder, "use_safetensors": True}
     options["output_loading_info"] = True
     try:
         vae, report = AutoencoderKL.from_pretrained(name, **options)
@@ -187,7 +187,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> Au
         raise ModelError(
             f"{name} is no complete AutoencoderKL: {len(broken)} keys do not fit, first {broken[0]!r}."
         )
-    return vae
+    return vae if dtype is None else cast(vae, dtype)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -264,6 +264,13 @@ def check_keys(
             f"{path} does not fit its config: it {min(problems)} ({len(problems)} of {len(wanted)} keys). "
             f"{hint}"
         )
+
+
+def cast(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+    """Convert the weights as `vae.to(dtype)` does, without diffusers' warning where nothing has to stay."""
+    if getattr(vae, "_keep_in_fp32_modules", None) or getattr(vae, "is_quantized", False):
+        return vae.to(dtype)  # then diffusers has something to say
+    return torch.nn.Module.to(vae, dtype)
 
 
 def spatial_compression_ratio(vae: AutoencoderKL) -> int:

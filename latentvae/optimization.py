@@ -16,6 +16,7 @@ from torch import nn
 
 from latentvae import forwards
 from latentvae.errors import ModelError
+from latentvae.model import cast
 from latentvae.patches import check_autoencoder, on_restore, patch, patched, restore
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def optimize(
         raise ModelError(f"dtype {dtype} came; wanted one of {', '.join(map(str, DTYPES))}.")
     restore(vae, "optimize")
     if dtype is not None:
-        vae.to(dtype=dtype)
+        cast(vae, dtype)
     if channels_last:
         use_channels_last(vae)
     if winograd:

@@ -20,6 +20,7 @@ from latentvae.doctor import diagnosis as doctor
 from latentvae.doctor import rescaling
 from latentvae.doctor.activations import Watch, run_watched, stock_copy
 from latentvae.doctor.diagnosis import FP16_MAX, DtypeReport, diagnose, synthetic_probes
+from latentvae.doctor.halves import compare_halves
 from latentvae.doctor.rescaling import TOLERANCE, UnfixableError, find_knobs
 from latentvae.errors import ImageError, LatentVAEError, ModelError
 from latentvae.exporting import export
@@ -520,3 +521,42 @@ def test_other_models_are_refused():
     with pytest.raises(ModelError, match="AutoencoderTiny came; wanted a diffusers AutoencoderKL"):
         diagnose(AutoencoderTiny(), PROBES)
     assert issubclass(UnfixableError, LatentVAEError)
+
+
+# --- the same picture --------------------------------------------------------------------------------------
+
+
+def test_halves_are_compared_from_pixels_to_pixels():
+    image = PROBES["noise"]
+    found = compare_halves(tiny(), {"noise": image, "black": PROBES["black"]})
+    assert list(found) == ["bf16", "fp16"]
+    by_hand = [run_watched(stock_copy(tiny(), dtype), PROBES) for dtype in (torch.float32, torch.bfloat16)]
+    pictures = [
+        torch.cat([((one.images.float() * 127.5 + 127.5).round().clamp(0, 255)) for one in each.values()])
+        for each in by_hand
+    ]
+    difference = (pictures[0] - pictures[1]).abs()
+    assert found["bf16"].largest == difference.max() > 0
+    assert found["bf16"].changed == pytest.approx((difference > 0).float().mean())
+    assert found["fp16"].psnr > found["bf16"].psnr > 20
+    assert found["fp16"].changed < found["bf16"].changed
+
+
+def test_a_precision_that_overflows_gives_no_picture():
+    with pytest.raises(LatentVAEError, match=r"'black' is not finite in torch.float16.*overflows first"):
+        compare_halves(broken_norm(), {"black": PROBES["black"]})
+    with pytest.raises(LatentVAEError, match="no images came"):
+        compare_halves(tiny(), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", latentvae.bundled())
+def test_a_bundled_model_gives_the_same_picture_in_every_precision(name, shared):
+    """Of one Kodak image: fp16 within what is seen, bf16 within its 8 bits of mantissa; no overflow."""
+    image = latentvae.load_image(shared / "photos" / "kodak" / "23.png")[None]
+    vae = latentvae.load(name)
+    found = compare_halves(vae, {"23": image})
+    assert found["fp16"].psnr > 50
+    assert found["fp16"].largest <= 8
+    assert found["bf16"].psnr > 35
+    assert diagnose(vae, {"23": image[..., :256, :256]}).fp16_works

@@ -1,8 +1,11 @@
 """Presets have the documented shapes, and loading accounts for every weight or says what is wrong."""
 
+import copy
 import json
+import logging
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -467,3 +470,39 @@ def test_describe_counts_every_parameter_once_and_is_json():
 def test_describe_works_without_quant_convs():
     figures = model.describe(latentvae.build("tiny", use_quant_conv=False, use_post_quant_conv=False))
     assert figures["parameters"] == figures["encoder_parameters"] + figures["decoder_parameters"]
+
+
+# --- casting -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diffusers_says() -> Iterator[list[str]]:
+    """What diffusers logs of its models."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+
+
+def test_a_cast_is_silent_and_the_same_as_stock(tiny_vae, diffusers_says):
+    wanted = copy.deepcopy(tiny_vae).to(torch.bfloat16)
+    assert "kept in float32: []" in diffusers_says.pop()  # what users need not read
+    assert model.cast(tiny_vae, torch.bfloat16) is tiny_vae
+    assert tiny_vae.dtype == torch.bfloat16
+    assert_same(tiny_vae, wanted)
+    assert not diffusers_says
+
+
+def test_an_export_and_an_optimized_copy_are_silent(tiny_vae, diffusers_says, tmp_path):
+    latentvae.export(tiny_vae, tmp_path / "vae")
+    latentvae.optimize(tiny_vae, dtype=torch.bfloat16)
+    assert not [message for message in diffusers_says if "float32: []" in message]
+
+
+def test_a_cast_that_diffusers_warns_of_with_reason_is_left_to_it(tiny_vae, diffusers_says, monkeypatch):
+    monkeypatch.setattr(type(tiny_vae), "_keep_in_fp32_modules", ["conv_out"])
+    model.cast(tiny_vae, torch.bfloat16)
+    assert "['conv_out']" in diffusers_says[0]

@@ -610,3 +610,11 @@ def test_killed_runs_end_as_a_clean_one(tmp_path: Path) -> None:
         assert content(store) == content(clean)
         assert verify(store) == []
     assert unfinished > 5, "hardly a run was killed in the middle"
+
+
+@pytest.mark.parametrize("place", ["missing", "empty"])
+def test_without_images_nothing_is_made(tiny_vae: Any, tmp_path: Path, place: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError):
+        encode(tiny_vae, tmp_path / place, tmp_path / "new" / "store")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty"]

@@ -398,7 +398,7 @@ def test_the_first_signal_asks_to_stop_and_the_second_acts_as_usual(number):
 
 def test_a_request_to_stop_saves_after_the_step_and_keeps_the_earlier_figures(photos, tmp_path, monkeypatch):
     config = configure(photos, tmp_path / "run")
-    monkeypatch.setattr(loop, "stop_requested", lambda run: run.state.step == 2)
+    monkeypatch.setattr(loop, "stop_requested", lambda run, clock: run.state.step == 2)
     with pytest.raises(TrainingInterrupted, match="--resume latest") as stop:
         train(config)
     assert stop.value.checkpoint == tmp_path / "run/checkpoints/step-00000002"
@@ -406,8 +406,45 @@ def test_a_request_to_stop_saves_after_the_step_and_keeps_the_earlier_figures(ph
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
 
 
+def test_a_run_in_pieces_of_borrowed_time_ends_as_one_run_does_bit_for_bit(photos, tmp_path):
+    """The time is over after each step: two stops, then the export."""
+    length = ("train.max_steps=3", "optim.decay_steps=1")
+    train(configure(photos, tmp_path / "whole", *length))
+    pieces = configure(photos, tmp_path / "pieces", *length, "train.max_minutes=0.00001")
+    for step, resume in ((1, None), (2, "latest")):
+        forget_accelerate()
+        with pytest.raises(
+            TrainingInterrupted, match=r"train.max_minutes=1e-05 are over.*--resume latest"
+        ) as stop:
+            train(pieces, resume)
+        assert stop.value.checkpoint.name == f"step-{step:08d}"
+        assert json.loads((tmp_path / "pieces/status.json").read_text())["state"] == "interrupted"
+    forget_accelerate()
+    assert train(pieces, "latest").is_dir()
+    last = "checkpoints/step-00000003"
+    assert_same_checkpoint(tmp_path / "whole" / last, tmp_path / "pieces" / last)
+    assert records(tmp_path / "whole") == records(tmp_path / "pieces")
+
+
+def test_the_time_of_a_piece_is_counted_though_its_last_step_is_not_logged(photos, tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        train(configure(photos, tmp_path / "run", "train.log_every=5", "train.max_minutes=0.00001"))
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["step"] == 1
+    assert json.loads(line)["seconds"] > 0
+
+
+def test_without_a_limit_the_clock_is_never_over(monkeypatch):
+    clocks = [loop.Clock(None), loop.Clock(2)]
+    now = loop.time.monotonic()
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now + 119)
+    assert [clock.over for clock in clocks] == [False, False]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now + 121)
+    assert [clock.over for clock in clocks] == [False, True]
+
+
 def test_a_stop_at_the_last_step_is_no_stop(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "stop_requested", lambda run: run.state.step == 2)
+    monkeypatch.setattr(loop, "stop_requested", lambda run, clock: run.state.step == 2)
     assert train(configure(photos, tmp_path / "run", "train.max_steps=2")).is_dir()
 
 

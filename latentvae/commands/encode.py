@@ -26,38 +26,53 @@ EXIT_INTERRUPTED = 130  # as shells have it
 SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
 
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
+Photos = Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)]
+StoreFolder = Annotated[
+    Path, typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE")
+]
+Stored = Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
+    ),
+]
+Crop = Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")]
+Flips = Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
+]
+ShardSize = Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")]
+Prune = Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
+]
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows."),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads that load images.")]
 
 
 def encode(
-    photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
-    store: Annotated[Path, typer.Argument(help="Folder of the latents: new, or to be brought up to date.")],
+    photos: Photos,
+    store: StoreFolder,
     model: Model = None,
-    dtype: Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")] = "bf16",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
-        ),
-    ] = None,
-    crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
-    flips: Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")] = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
-    ] = None,
-    shard_size: Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
-    ] = False,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows."),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that load images.")] = None,
+    dtype: Stored = "bf16",
+    size: Size = None,
+    crop: Crop = False,
+    flips: Flips = False,
+    batch_size: BatchSize = None,
+    shard_size: ShardSize = None,
+    prune: Prune = False,
+    retry_failed: RetryFailed = False,
+    preview: Preview = False,
+    threads: Threads = None,
+    workers: Workers = None,
     device: Device = None,
     precision: Precision = "fp32",
     json: Json = False,
@@ -67,17 +82,12 @@ def encode(
     Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
     A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
     """
-    from latentvae.fingerprint import weight_hash
     from latentvae.store.encoding import encode_folder
     from latentvae.store.preview import PREVIEW
     from latentvae.store.preview import preview as draw
     from latentvae.store.working import Workload
 
-    vae = load_model(model, own_device(device), "fp32")
-    weights = weight_hash(vae)
-    if vae.dtype != dtypes()[precision]:
-        vae.to(dtype=dtypes()[precision])
-    tile_large(vae)
+    vae, weights = prepare(model, device, precision)
     threads = threads or cores(vae, batch_size or 8)
     try:
         report = encode_folder(
@@ -103,6 +113,19 @@ def encode(
     if preview and report.images:
         draw(store, vae).save(store / PREVIEW)
     tell(report, store, json)
+
+
+def prepare(model: str | None, device: str | None, precision: str) -> tuple["AutoencoderKL", str]:
+    """The model, its weights rounded to a precision, and their hash from before."""
+    from latentvae.fingerprint import weight_hash
+    from latentvae.model import cast
+
+    vae = load_model(model, own_device(device), "fp32")
+    weights = weight_hash(vae)
+    if vae.dtype != dtypes()[precision]:
+        cast(vae, dtypes()[precision])
+    tile_large(vae)
+    return vae, weights
 
 
 def dtypes() -> dict[str, "torch.dtype"]:

@@ -1,5 +1,6 @@
 """`latentvae export`: from a training checkpoint, or any model, to a folder that stock diffusers loads."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,57 +12,63 @@ from latentvae.errors import LatentVAEError
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
 
+Source = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Run folder, checkpoint folder, or any model.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; becomes the model.")]
+Images = Annotated[
+    Path | None, typer.Option(help="Images for the latent statistics of a model trained from scratch.")
+]
+Averaged = Annotated[bool, typer.Option(help="Averaged weights rather than the last ones.")]
+Name = Annotated[str, typer.Option(help="For the model card.")]
+Licence = Annotated[str, typer.Option(help="Of the weights, for the model card.")]
+TrainedOn = Annotated[str, typer.Option(help="The data and its terms, for the model card.")]
+Training = Annotated[str | None, typer.Option(help="How it was trained, for the model card.")]
+Measured = Annotated[
+    Path | None, typer.Option(help="Output of `latentvae evaluate --json`, for the model card.")
+]
+Half = Annotated[bool, typer.Option("--half", help="One file of fp16 weights: half the size.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an earlier export.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Hub id of the parent, for the card. Default: the run's model.init.")
+]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository. Default: nowhere."),
+]
+Subfolder = Annotated[str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the hub repository private.")]
+
+
 def export(
-    source: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Run folder, checkpoint folder, or any model.")
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; becomes the model.")
-    ] = Path("vae"),
-    images: Annotated[
-        Path | None, typer.Option(help="Images for the latent statistics of a model trained from scratch.")
-    ] = None,
-    ema: Annotated[bool, typer.Option(help="Averaged weights rather than the last ones.")] = True,
-    name: Annotated[str, typer.Option(help="For the model card.")] = "latentvae model",
-    licence: Annotated[str, typer.Option(help="Of the weights, for the model card.")] = "unknown",
-    trained_on: Annotated[
-        str, typer.Option(help="The data and its terms, for the model card.")
-    ] = "not stated",
-    training: Annotated[str | None, typer.Option(help="How it was trained, for the model card.")] = None,
-    metrics: Annotated[
-        Path | None, typer.Option(help="Output of `latentvae evaluate --json`, for the model card.")
-    ] = None,
-    half: Annotated[bool, typer.Option("--half", help="One file of fp16 weights: half the size.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the parent, for the card. Default: the run's model.init.")
-    ] = None,
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
-    ] = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository. Default: nowhere."),
-    ] = None,
-    subfolder: Annotated[
-        str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")
-    ] = "",
-    private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    source: Source,
+    output: Output = Path("vae"),
+    images: Images = None,
+    ema: Averaged = True,
+    name: Name = "latentvae model",
+    licence: Licence = "unknown",
+    trained_on: TrainedOn = "not stated",
+    training: Training = None,
+    metrics: Measured = None,
+    half: Half = False,
+    overwrite: Overwrite = False,
+    base_model: BaseModel = None,
+    max_shard_size: MaxShardSize = None,
+    push_to_hub: PushToHub = None,
+    subfolder: Subfolder = "",
+    private: Private = False,
     json: Json = False,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     from latentvae.card import Provenance
     from latentvae.exporting import export as run
     from latentvae.formats.programs import program_notes
-    from latentvae.model import load
     from latentvae.publishing import check_publishable, publish
 
-    checkpoint = find_checkpoint(Path(source))
-    state: dict[str, Any] = {}
-    if checkpoint is None:
-        vae = load(source)
-    else:
-        vae, state = load_checkpoint(checkpoint, ema)
+    vae, state = load_any(source, ema)
     provenance = Provenance(
         name=name,
         licence=licence,
@@ -75,15 +82,8 @@ def export(
         check_publishable(push_to_hub, provenance)
     skipped: list[dict[str, str]] = []
     statistics = measure(vae, images, state, skipped)
-    folder = run(
-        vae,
-        output,
-        statistics=statistics,
-        provenance=provenance,
-        half=half,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-    )
+    write = partial(run, vae, output, statistics=statistics, provenance=provenance)
+    folder = write(half=half, overwrite=overwrite, max_shard_size=max_shard_size)
     url = publish(folder, push_to_hub, subfolder=subfolder, private=private) if push_to_hub else None
     if json:
         figures = statistics.as_dict() if statistics else None
@@ -121,6 +121,14 @@ def find_checkpoint(source: Path) -> Path | None:
     if (source / "checkpoints").is_dir():
         return resolve("latest", source / "checkpoints")
     return None
+
+
+def load_any(source: str, ema: bool) -> tuple[Any, dict[str, Any]]:
+    """The model of a checkpoint and its state.json; of anything else the model, and nothing."""
+    from latentvae.model import load
+
+    checkpoint = find_checkpoint(Path(source))
+    return (load(source), {}) if checkpoint is None else load_checkpoint(checkpoint, ema)
 
 
 def load_checkpoint(checkpoint: Path, ema: bool) -> tuple[Any, dict[str, Any]]:

@@ -119,7 +119,7 @@ def run_watched(
         title: of the progress bar.
     """
     outputs = {}
-    for name, images in tqdm(probes.items(), desc=title, unit="probe", leave=False, disable=None):
+    for name, images in tqdm(probes.items(), desc=title, unit="probe", leave=False, delay=2):
         with Watch(vae) as encoding:
             posterior, padding = encode(vae, images)
         with Watch(vae) as decoding:

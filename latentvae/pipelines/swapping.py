@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 
-from latentvae.model import spatial_compression_ratio
+from latentvae.model import cast, spatial_compression_ratio
 from latentvae.patches import check_autoencoder
 from latentvae.pipelines.checks import check_fit, check_latent_space
 from latentvae.pipelines.structure import SwapError, find_denoiser, find_vae, names_read
@@ -93,8 +93,8 @@ def _put_in(pipe: Any, name: str, vae: AutoencoderKL, old: Any) -> None:
     """Everything that may fail first; then the pipeline's attributes, which cannot."""
     beside = old if old is not None else find_denoiser(pipe)[1]
     vae.to(beside.device).eval()
-    if vae.dtype != beside.dtype:  # diffusers warns of every conversion
-        vae.to(beside.dtype)
+    if vae.dtype != beside.dtype:
+        cast(vae, beside.dtype)
     derived = derived_attributes(pipe, vae, old)
     if "shift_factor" in names_read(type(pipe)) and vae.config["shift_factor"] is None:
         vae.register_to_config(shift_factor=0.0)

@@ -1,9 +1,10 @@
 """Encoding folders of images to a store, as far as that is not done yet."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from latentvae.fingerprint import weight_hash
 from latentvae.images import PathLike
 from latentvae.store.journal import Journal
 from latentvae.store.locking import joined, locked
-from latentvae.store.manifest import DtypeName, Manifest
+from latentvae.store.manifest import DtypeName, Manifest, Preprocessing
 from latentvae.store.planning import Plan, plan_shards
 from latentvae.store.processes import Processes
 from latentvae.store.salvage import Loss, refusal
@@ -26,7 +27,7 @@ from latentvae.store.settings import (
     preprocessing,
 )
 from latentvae.store.shard import Failure, read_failures
-from latentvae.store.sources import find_sources
+from latentvae.store.sources import Source, find_sources
 from latentvae.store.working import Worker, Workload
 
 
@@ -106,52 +107,89 @@ def encode_folder(
             encoded again, and `prune` was not given; the disk is full; a process is gone.
         ImageError: no image.
     """
-    processes = Processes()
-    work = workload or Workload()
-    folder, journal = Path(store), Journal(Path(store))
-    policy = preprocessing(vae, size, crop)
-    weights = weights_sha256 or weight_hash(vae)
-
-    def settings() -> Manifest:
-        old = journal.settings()
-        batch = batch_size or (old.batch_size if old else BATCH_SIZE)
-        shard = shard_size or (old.shard_size if old else SHARD_SIZE)
-        new = new_settings(vae, dtype, policy, flips, batch, shard, weights)
-        if old is not None:
-            check_same(folder, old, new)
-        return new
-
+    processes, folder = Processes(), Path(store)
+    policy, weights = preprocessing(vae, size, crop), weights_sha256 or weight_hash(vae)
+    journal = Journal(folder)
+    settings = partial(_settings, journal, vae, dtype, policy, flips, batch_size, shard_size, weights)
     try:
+        files = find_sources(sources, folder)  # first: where there are none, nothing is made
         with ExitStack() as held:
-            start = time.perf_counter()
-            if processes.is_main:
-                check_folder(folder)
-                held.enter_context(locked(folder))
-                journal.begin(settings())
-            processes.share("begun", None)
-            if not processes.is_main:
-                held.enter_context(joined(folder))
-            run = Worker(vae, journal, settings(), find_sources(sources, folder), work, processes)
-            plan = plan_shards(folder, journal.records(), list(run.sources), run.settings.shard_size, prune)
-            processes.share_same("files", repr(plan))
-            found = processes.share("checked", run.check(plan.shards))
-            losses = [*plan.losses, *(Loss(*loss) for part in found for loss in part)]
-            if losses and not prune:
-                if processes.is_main:
-                    journal.withdraw()
-                _leave(processes, held)
-                raise refusal(folder, losses)
-            mine = run.encode(plan.shards, retry_failed)
-            report = _report(journal, plan, processes.share("done", mine))
-            processes.share("reported", None)  # finishing deletes what the reports are made from
-            if processes.is_main:
-                journal.finish(run.settings, [shard.name for shard in plan.shards])
-            report.seconds = time.perf_counter() - start
-            _leave(processes, held)
-            return report
+            run = _begin(vae, journal, settings, files, workload or Workload(), processes, held)
+            return _encode(run, prune, retry_failed, held)
     except BaseException as error:
         processes.fail(error)
         raise
+
+
+def _settings(
+    journal: Journal,
+    vae: AutoencoderKL,
+    dtype: DtypeName,
+    policy: Preprocessing,
+    flips: bool,
+    batch_size: int | None,
+    shard_size: int | None,
+    weights: str,
+) -> Manifest:
+    """What the store is to be like; sizes that were not asked for are those that it has.
+
+    Raises:
+        StoreError: it is there and made otherwise.
+    """
+    old = journal.settings()
+    batch = batch_size or (old.batch_size if old else BATCH_SIZE)
+    shard = shard_size or (old.shard_size if old else SHARD_SIZE)
+    new = new_settings(vae, dtype, policy, flips, batch, shard, weights)
+    if old is not None:
+        check_same(journal.store, old, new)
+    return new
+
+
+def _begin(
+    vae: AutoencoderKL,
+    journal: Journal,
+    settings: Callable[[], Manifest],
+    files: dict[str, Source],
+    work: Workload,
+    processes: Processes,
+    held: ExitStack,
+) -> Worker:
+    """Take hold of the store: the first process locks it and writes down what the run is about."""
+    folder = journal.store
+    if processes.is_main:
+        check_folder(folder)
+        held.enter_context(locked(folder))
+        journal.begin(settings())
+    processes.share("begun", None)
+    if not processes.is_main:
+        held.enter_context(joined(folder))
+    return Worker(vae, journal, settings(), files, work, processes)
+
+
+def _encode(run: Worker, prune: bool, retry_failed: bool, held: ExitStack) -> EncodeReport:
+    """Plan, examine what is there, encode the rest, and put the reports together.
+
+    Raises:
+        StoreError: images would be lost, and `prune` was not given.
+    """
+    start, journal, processes = time.perf_counter(), run.journal, run.processes
+    plan = plan_shards(journal.store, journal.records(), list(run.sources), run.settings.shard_size, prune)
+    processes.share_same("files", repr(plan))
+    found = processes.share("checked", run.check(plan.shards))
+    losses = [*plan.losses, *(Loss(*loss) for part in found for loss in part)]
+    if losses and not prune:
+        if processes.is_main:
+            journal.withdraw()
+        _leave(processes, held)
+        raise refusal(journal.store, losses)
+    mine = run.encode(plan.shards, retry_failed)
+    report = _report(journal, plan, processes.share("done", mine))
+    processes.share("reported", None)  # finishing deletes what the reports are made from
+    if processes.is_main:
+        journal.finish(run.settings, [shard.name for shard in plan.shards])
+    report.seconds = time.perf_counter() - start
+    _leave(processes, held)
+    return report
 
 
 def _leave(processes: Processes, held: ExitStack) -> None:

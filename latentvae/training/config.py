@@ -119,6 +119,8 @@ class TrainConfig(Section):
     """The loop."""
 
     max_steps: int = Field(10_000, ge=1)  # optimizer steps
+    # of the clock, from the start: then save and stop with exit code 4, to be resumed; for borrowed time
+    max_minutes: float | None = Field(None, gt=0)
     batch_size: int = Field(32, ge=1)  # images per process and forward pass
     accumulation: int = Field(1, ge=1)  # forward passes per optimizer step
     # bf16: of autocast, with fp32 master weights; fp64: to prove what rounding would hide; auto: bf16 where

@@ -1,10 +1,11 @@
 """One picture of a run's curves."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from latentvae.training.record import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def draw_curves(metrics: Path, picture: Path) -> Path | None:
     except ImportError:
         logger.warning("matplotlib is not installed: no picture of the curves. Extra: [train].")
         return None
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_records(metrics)
     panels = [(title, found) for title, names in PANELS if (found := series(records, names))]
     rows = -(-len(panels) // 3)
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")

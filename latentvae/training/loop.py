@@ -24,10 +24,10 @@ from latentvae.training.step import optimizer_step
 
 
 class TrainingInterrupted(Exception):
-    """A signal asked the run to stop; its state is in `checkpoint`."""
+    """A signal or the clock asked the run to stop; its state is in `checkpoint`."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"stopped by a signal; saved {checkpoint}. Continue with --resume latest.")
+    def __init__(self, checkpoint: Path, reason: str) -> None:
+        super().__init__(f"stopped {reason}; saved {checkpoint}. Continue with --resume latest.")
         self.checkpoint = checkpoint
 
 
@@ -40,14 +40,15 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Raises:
         LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
-        TrainingInterrupted: SIGTERM or SIGINT came; the state is saved.
+        TrainingInterrupted: SIGTERM or SIGINT came, or train.max_minutes are over; the state is saved.
     """
+    clock = Clock(config.train.max_minutes)
     run = set_up(config, resume)
     batches = training_batches(
         config, run.sequence, run.state.step, run.accelerator.process_index, run.accelerator.num_processes
     )
     with status(run), stop_on_signal(run.stop), advice_on_memory(run):
-        loop(run, batches)
+        loop(run, batches, clock)
         if run.is_main:
             run.validation.export(run.state, run.folder, run.record.seconds)
             draw_curves(run.record.path, run.folder / "curves.png")
@@ -56,7 +57,25 @@ def train(config: Config, resume: str | None = None) -> Path:
     return run.folder / "vae"
 
 
-def loop(run: Run, batches: DataLoader) -> None:
+class Clock:
+    """Runs from its making; with no limit it is never over."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.start = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is used up."""
+        return self.minutes is not None and time.monotonic() - self.start >= 60 * self.minutes
+
+    def reason(self, stop: threading.Event) -> str:
+        """Why the run stops: this process's signal, else the time, which another process may see first."""
+        by_signal = stop.is_set() or self.minutes is None
+        return "by a signal" if by_signal else f"as train.max_minutes={self.minutes:g} are over"
+
+
+def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
     """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
     config, state = run.config.train, run.state
     incoming = iter(batches)
@@ -68,15 +87,18 @@ def loop(run: Run, batches: DataLoader) -> None:
             check_finite(run)
             bar.update()
             last = state.step == config.max_steps
-            if state.step % config.log_every == 0 or last:
+            logged = state.step % config.log_every == 0 or last
+            if logged:
                 bar.set_postfix(run.record.step(state, terms, run.global_batch))
             if (state.step % config.validate_every == 0 or last) and run.is_main:
                 validate(run)
-            stop = stop_requested(run)
+            stop = stop_requested(run, clock)
+            if stop and not logged:  # or its time would not be counted
+                run.record.step(state, terms, run.global_batch)
             if state.step % config.save_every == 0 or last or stop:
                 saved = save(run)
                 if stop and not last:
-                    raise TrainingInterrupted(saved)
+                    raise TrainingInterrupted(saved, clock.reason(run.stop))
 
 
 def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:
@@ -183,10 +205,11 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_requested(run: Run) -> bool:
-    """Whether any process was asked to stop; all processes agree."""
+def stop_requested(run: Run, clock: Clock) -> bool:
+    """Whether any process was asked to stop, or is out of time; all processes agree."""
+    stop = run.stop.is_set() or clock.over
     if run.accelerator.num_processes == 1:
-        return run.stop.is_set()
-    if run.stop.is_set():
+        return stop
+    if stop:
         run.accelerator.set_trigger()
     return run.accelerator.check_trigger()

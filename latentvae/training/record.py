@@ -121,6 +121,12 @@ class Record:
                 file.write(json.dumps(record) + "\n")
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, less one that a kill has cut."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def peak_memory() -> int:
     """The most bytes in use so far: of the GPU if there is one, else of this process; 0 if nobody tells."""
     if torch.cuda.is_available():

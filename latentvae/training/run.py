@@ -14,7 +14,7 @@ from torch import nn
 
 from latentvae.errors import ConfigError
 from latentvae.losses import VAELoss
-from latentvae.model import load, spatial_compression_ratio
+from latentvae.model import cast, load, spatial_compression_ratio
 from latentvae.perceptual import load_lpips
 from latentvae.presets import build, nearest
 from latentvae.training import checkpoint
@@ -151,7 +151,7 @@ def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Autoenc
     torch.manual_seed(config.seed)  # the only draw from torch's own generator: the first weights
     model = config.model
     vae = load(model.init) if model.init else build(model.preset, **model.overrides)
-    vae.to(device, config.train.dtype).to(memory_format=config.train.memory_format)
+    cast(vae.to(device), config.train.dtype).to(memory_format=config.train.memory_format)
     teacher = None
     if model.teacher is not None:
         teacher = load(model.teacher, dtype=config.train.dtype, device=device).requires_grad_(False)
