@@ -1,0 +1,52 @@
+"""The page: a head with the model picker, and a tab for each capability."""
+
+from typing import Any
+
+import gradio as gr
+
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import Limits, LocalBlocks
+from latentvae.demo.models import Models
+from latentvae.demo.reconstruct import Reconstruct
+
+HEAD = """<div class="lv-head"><h1>latent<i>vae</i></h1>
+<p>What an image autoencoder keeps of a picture, and what it loses.</p></div>"""
+
+TABS: tuple[tuple[str, str, Any], ...] = (("Reconstruct", "reconstruct", Reconstruct),)
+
+
+def build(models: Models, limits: Limits) -> LocalBlocks:
+    """Lay the page out; `theme.make_theme` and `theme.CSS` belong to its launch."""
+    desk = Desk(models, limits)
+    page = LocalBlocks(
+        title="latentvae",
+        analytics_enabled=False,
+        delete_cache=(limits.sweep_seconds, limits.keep_seconds),
+    )
+    page.limits = limits
+    with page:
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=3, min_width=300):
+                gr.HTML(HEAD)
+            with gr.Column(scale=2, min_width=280):
+                model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="lv-model")
+                about = gr.HTML(describe(models, models.names[0]))
+        with gr.Tabs():
+            for title, name, tab in TABS:
+                with gr.Tab(title, id=name):
+                    tab(desk).build(model)
+        model.change(
+            lambda name: describe(models, name),
+            model,
+            about,
+            api_name="describe_model",
+            api_visibility="undocumented",
+            queue=False,
+        )
+    page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    return page
+
+
+def describe(models: Models, name: str) -> str:
+    """The line below the picker."""
+    return f'<div class="lv-model-line">{models.summary(name)}</div>'

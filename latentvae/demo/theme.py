@@ -1,0 +1,88 @@
+"""How the page looks: paper, ink, one accent, system fonts (nothing is fetched), light and dark."""
+
+import gradio as gr
+
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
+MONO = ("ui-monospace", "SF Mono", "Cascadia Mono", "Menlo", "Liberation Mono", "monospace")
+
+ACCENT = gr.themes.Color(
+    *("#eef7f4", "#d5ece5", "#aedacd", "#7fc2b0", "#50a590", "#2f8874"),
+    *("#216e5e", "#1c584c", "#19473e", "#163b34", "#0b211d"),
+    name="accent",
+)
+PAPER = gr.themes.Color(
+    *("#faf9f7", "#f3f1ed", "#e6e3dd", "#d2cec6", "#a39e94", "#767167"),
+    *("#5a564e", "#44413b", "#2b2925", "#1d1c19", "#131210"),
+    name="paper",
+)
+
+CSS = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.lv-head { padding: 10px 2px 2px; }
+.lv-head h1 { font-size: 30px; letter-spacing: -0.03em; font-weight: 650; margin: 0; line-height: 1.15; }
+.lv-head h1 i { font-style: normal; color: var(--color-accent); }
+.lv-head p { margin: 4px 0 0; color: var(--body-text-color-subdued); font-size: 15px; }
+.lv-model-line { color: var(--body-text-color-subdued); font-size: 13px; padding: 2px; }
+.lv-side { gap: 12px !important; }
+.lv-quiet { box-shadow: none !important; }
+.lv-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(116px, 1fr)); gap: 1px;
+  background: var(--border-color-primary); border: 1px solid var(--border-color-primary);
+  border-radius: 12px; overflow: hidden; }
+.lv-figure { background: var(--block-background-fill); padding: 12px 14px; display: flex;
+  flex-direction: column; min-width: 0; }
+.lv-figure b { font-size: 21px; font-weight: 600; letter-spacing: -0.02em; line-height: 1.2;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+.lv-figure span { font-size: 13px; font-weight: 550; margin-top: 2px; }
+.lv-figure small { font-size: 12px; line-height: 1.35; color: var(--body-text-color-subdued); }
+.lv-note { color: var(--body-text-color-subdued); font-size: 13px; line-height: 1.5; margin: 6px 2px 0; }
+.lv-gallery .grid-wrap { max-height: none !important; }
+footer { opacity: 0.7; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .lv-head h1 { font-size: 25px; }
+  .lv-figures { grid-template-columns: repeat(2, 1fr); }
+  .lv-downloads { gap: 8px !important; }
+}
+"""
+
+
+def make_theme() -> gr.themes.Base:
+    """The theme; what is said once holds in light and dark, where gradio's own dark value is not better."""
+    return gr.themes.Base(
+        primary_hue=ACCENT,
+        secondary_hue=ACCENT,
+        neutral_hue=PAPER,
+        radius_size=gr.themes.sizes.radius_lg,
+        font=SANS,
+        font_mono=MONO,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_background_fill="white",
+        block_background_fill_dark="*neutral_900",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_800",
+        border_color_primary="*neutral_200",
+        border_color_primary_dark="*neutral_800",
+        block_shadow="none",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        block_label_text_color="*neutral_600",
+        block_label_text_weight="500",
+        block_title_text_color="*neutral_700",
+        block_title_text_weight="500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_text_color="white",
+        button_secondary_background_fill="white",
+        button_secondary_background_fill_dark="*neutral_800",
+        button_secondary_border_color="*neutral_200",
+        button_border_width="1px",
+        input_background_fill="white",
+        input_background_fill_dark="*neutral_800",
+        slider_color="*primary_500",
+        color_accent="*primary_600",
+    )
