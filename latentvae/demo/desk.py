@@ -1,18 +1,21 @@
 """What the tabs share: models, limits, the example, and components that look and behave alike."""
 
-import functools
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 
 from latentvae.demo import views
 from latentvae.demo.limits import Limits, guarded
 from latentvae.demo.models import Models
+from latentvae.images import load_image
 
 EXAMPLE = Path(__file__).parents[1] / "assets" / "chelsea.png"
+PART = 160  # pixels of a side of the odd example's parts
 HEAVY = "heavy"  # the queue of all that computes: one job at a time
 
 
@@ -24,7 +27,8 @@ class Desk:
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
 
-    def photo(self, label: str = "Picture", value: str | None = str(EXAMPLE)) -> gr.Image:
+    @staticmethod
+    def photo(label: str = "Picture", value: str = str(EXAMPLE), offer_example: bool = True) -> gr.Image:
         """An input for one picture: drop, paste, take, or the example. Handlers get its path, unread."""
         photo = gr.Image(
             value,
@@ -37,11 +41,29 @@ class Desk:
             height=260,
             elem_classes="lv-photo",
         )
-        button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
-        button.click(
-            take_example, None, photo, api_name="example", api_visibility="undocumented", queue=False
-        )
+        if offer_example:
+            button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
+            button.click(
+                take_example, None, photo, api_name="example", api_visibility="undocumented", queue=False
+            )
         return photo
+
+    @staticmethod
+    def second_example() -> torch.Tensor:
+        """The example (C, H, W) in its mirror, for a way from one to the other."""
+        return load_image(EXAMPLE).flip(2)
+
+    @staticmethod
+    def odd_example() -> list[tuple[str, torch.Tensor]]:
+        """Nine parts of the example, one of them painted over."""
+        image = load_image(EXAMPLE)
+        parts = [
+            image[:, top : top + PART, left : left + PART].clone()
+            for top in (0, 70, 140)
+            for left in (20, 110, 200)
+        ]
+        parts[4][:, 60:84, 40:120] = torch.tensor([-0.9, 0.2, 0.9])[:, None, None]
+        return [(f"part {number}.png", part) for number, part in enumerate(parts, 1)]
 
     @staticmethod
     def picture(label: str, value: Any = None, elem_id: str | None = None) -> gr.Image:
@@ -88,19 +110,18 @@ class Desk:
     ) -> None:
         """Have a button, and the endpoint /API_NAME, call a handler; `live` events too, once there is input.
 
-        All of them wait in one queue, in which one job runs at a time.
+        All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
+        the one before change nothing: browsers report a picture as changed when its tab is first drawn.
         """
-        common: dict[str, Any] = {
-            "inputs": list(inputs),
-            "outputs": list(outputs),
-            "concurrency_id": HEAVY,
-            "concurrency_limit": 1,
-        }
-        button.click(guarded(run), api_name=api_name, **common)
+        common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
+        button.click(guarded(run), list(inputs), list(outputs), api_name=api_name, **common)
         if live:
+            seen = gr.State(None)
             gr.on(
                 list(live),
-                guarded(unless_empty(run)),
+                guarded(when_new(run, len(inputs), len(outputs))),
+                [seen, *inputs],
+                [seen, *outputs],
                 api_name=f"{api_name}_live",
                 api_visibility="undocumented",
                 trigger_mode="always_last",
@@ -108,14 +129,21 @@ class Desk:
             )
 
 
-def unless_empty(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler that leaves the page as it is while its first input is empty: clearing is no request."""
+def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[..., Any]:
+    """A handler that leaves the page as it is where an input is empty, or nothing is new.
 
-    @functools.wraps(run)
-    def live(first: Any, *others: Any, **options: Any) -> Any:
-        return run(first, *others, **options) if first else gr.skip()
+    It takes what it saw last, then `run`'s arguments, and gives what it saw, then `run`'s results.
+    """
 
-    live.__signature__ = inspect.signature(run)  # type: ignore[attr-defined]
+    def live(seen: str | None, *values: Any) -> Any:
+        shown = json.dumps(values[:inputs])
+        if shown == seen or any(value in (None, "", []) for value in values[:inputs]):
+            return tuple(gr.skip() for _ in range(outputs + 1))
+        return (shown, *run(*values))
+
+    names = inspect.signature(run).parameters.values()
+    last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    live.__signature__ = inspect.Signature([last, *names])  # type: ignore[attr-defined]
     return live
 
 

@@ -32,7 +32,9 @@ class Gate:
                 await JSONResponse({"detail": MESSAGE}, 403)(scope, receive, send)
                 return
             if self._length(scope) > self.max_body:
-                await JSONResponse({"detail": "This is too large for this server."}, 413)(scope, receive, send)
+                await JSONResponse({"detail": "This is too large for this server."}, 413)(
+                    scope, receive, send
+                )
                 return
         await self.app(scope, receive, send)
 

@@ -1,5 +1,7 @@
 """Latents as one file that a visitor takes home, and that the demo or any program decodes again."""
 
+import json
+import struct
 from dataclasses import astuple, dataclass
 
 import torch
@@ -12,6 +14,7 @@ from latentvae.images import Padding
 from latentvae.latents import Posterior
 from latentvae.model import spatial_compression_ratio
 
+MAX_HEADER = 1 << 20  # bytes that are searched for the hash
 AGAIN = "Download the latents again in the tab Reconstruct."
 
 
@@ -72,6 +75,17 @@ def read(data: bytes, name: str, model: Model, max_pixels: int) -> LatentsFile:
     if not bool(latents.float().isfinite().all()):
         raise LatentVAEError(f"{name} holds values that are NaN or infinite. {AGAIN}")
     return LatentsFile(latents.float(), _padding(tensors, name, height * ratio, width * ratio))
+
+
+def weights_of(data: bytes) -> str | None:
+    """The hash of the weights that a file says it was made with; None where it says none, or is none."""
+    try:
+        (length,) = struct.unpack_from("<Q", data)
+        header = json.loads(data[8 : 8 + min(length, MAX_HEADER)])
+        found = header["__metadata__"]["weights_sha256"]
+    except (struct.error, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) and found else None
 
 
 def _padding(tensors: dict[str, torch.Tensor], name: str, height: int, width: int) -> Padding:

@@ -25,6 +25,7 @@ class Limits:
     pixels: int = 1 << 24  # of an image; also the most that a compressed file may claim
     frames: int = 100  # of an animation whose first frame is used
     images: int = 24  # in the tabs that take several
+    explore_side: int = 384  # pixels to which tabs that decode many pictures shrink them
     tile_above: int = 1024  # pixels of a side: larger images go in exact tiles
     waiting: int = 24  # requests in the queue; more are refused
     keep_seconds: int = 1800  # how long uploads and results stay on the disk

@@ -89,13 +89,19 @@ class Models:
         with self._lock:
             yield self._models[name]
 
+    def with_weights(self, start: str) -> str | None:
+        """The name of the model whose weight hash begins so, or None."""
+        return next(
+            (name for name, each in self._models.items() if each.weights_sha256.startswith(start)), None
+        )
+
     def summary(self, name: str) -> str:
         """What a model is, in a line."""
         model = self._models[name]
         facts = describe(model.exact)
         ratio = facts["spatial_compression_ratio"]
         return (
-            f"{facts['parameters'] / 1e6:.1f} M parameters · {ratio} × {ratio} pixels become one position of "
+            f"{facts['parameters'] / 1e6:.1f} M parameters · {ratio} x {ratio} pixels become one position of "
             f"{model.exact.config['latent_channels']} channels · pictures in {model.precision}"
         )
 

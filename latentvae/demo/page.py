@@ -4,15 +4,29 @@ from typing import Any
 
 import gradio as gr
 
+from latentvae.demo.compare import Compare
+from latentvae.demo.compress import Compress
 from latentvae.demo.desk import Desk
+from latentvae.demo.fill import FillIn
+from latentvae.demo.interpolate import Interpolate
 from latentvae.demo.limits import Limits, LocalBlocks
 from latentvae.demo.models import Models
+from latentvae.demo.odd import FindOdd
 from latentvae.demo.reconstruct import Reconstruct
+from latentvae.demo.vary import Vary
 
 HEAD = """<div class="lv-head"><h1>latent<i>vae</i></h1>
 <p>What an image autoencoder keeps of a picture, and what it loses.</p></div>"""
 
-TABS: tuple[tuple[str, str, Any], ...] = (("Reconstruct", "reconstruct", Reconstruct),)
+TABS: tuple[tuple[str, str, Any], ...] = (
+    ("Reconstruct", "reconstruct", Reconstruct),
+    ("Compare", "compare", Compare),
+    ("Compress", "compress", Compress),
+    ("Interpolate", "interpolate", Interpolate),
+    ("Vary", "vary", Vary),
+    ("Find the odd one", "odd", FindOdd),
+    ("Fill in", "fill", FillIn),
+)
 
 
 def build(models: Models, limits: Limits) -> LocalBlocks:
@@ -33,8 +47,8 @@ def build(models: Models, limits: Limits) -> LocalBlocks:
                 about = gr.HTML(describe(models, models.names[0]))
         with gr.Tabs():
             for title, name, tab in TABS:
-                with gr.Tab(title, id=name):
-                    tab(desk).build(model)
+                with gr.Tab(title, id=name) as place:
+                    tab(desk).build(model, place)
         model.change(
             lambda name: describe(models, name),
             model,

@@ -52,7 +52,7 @@ class Reconstruct:
             images, start = read.image[None], time.perf_counter()
             progress(0.1, "Encoding")
             posterior, padding = encode(chosen.exact, images)
-            generator = torch.Generator().manual_seed(int(seed))
+            generator = torch.Generator().manual_seed(int(seed or 0))
             drawn = posterior.sample(generator) if latents == "sample" else posterior.mode()
             progress(0.4, "Decoding")
             rebuilt = decode(chosen.swift, drawn, padding)
@@ -66,17 +66,17 @@ class Reconstruct:
             (views.view(original), views.view(result)),
             views.error_view(original, result),
             views.channel_views(drawn),
-            views.tiles(figures(row, seconds), notes(read.info.notes, metrics.summary())),
+            views.tiles(figures(row, seconds), views.sentence([*read.info.notes, *metrics.summary().notes])),
             details(metrics.summary(), chosen.name, chosen.precision, seconds),
             views.keep_png(result, f"{read.stem}.reconstruction.png"),
             views.keep(file, f"{read.stem}.latents.safetensors"),
         )
 
-    def build(self, model: gr.Dropdown) -> None:
-        """Lay the tab out and connect it; the example's reconstruction is there already."""
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it, the example's result in it already."""
         desk = self.desk
         slider, error, channels, shown, protocol, picture, tensors = self.run(
-            str(desk.example), desk.models.names[0], progress=lambda *_: None
+            str(desk.example), desk.models.names[0]
         )
         with gr.Row(elem_classes="lv-split"):
             with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
@@ -88,7 +88,7 @@ class Reconstruct:
                 button = gr.Button("Reconstruct", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 slider_view = desk.slider("Original | reconstruction", slider, "lv-slider")
-                shown_view = gr.HTML(shown, elem_id="lv-figures")
+                shown_view = gr.HTML(shown, elem_id="lv-figures", padding=False)
                 with gr.Row(elem_classes="lv-downloads"):
                     picture_file = gr.DownloadButton("Picture, PNG", picture, size="md")
                     tensors_file = gr.DownloadButton(
@@ -120,21 +120,11 @@ def show_seed(latents: str) -> gr.Number:
 
 def figures(row: ImageMetrics, seconds: float) -> list[views.Figure]:
     """The figures of one reconstruction for the page."""
-    shown = [
-        (views.number(row.psnr, 2, " dB"), "PSNR", "pixel by pixel; higher is closer"),
-        (views.number(row.ssim, 3), "SSIM", "structure; 1 is the same"),
+    return [
+        *views.distances(row),
+        (views.number(row.rate_bpp, 2), "bits per pixel", "KL of the latents: a bound, no file size"),
+        (views.number(seconds, 2, " s"), "time", "encoding and decoding"),
     ]
-    if row.lpips is not None:
-        shown.append((views.number(row.lpips, 3), "LPIPS", "how different it looks; 0 is the same"))
-    shown.append((views.number(row.rate_bpp, 2), "bits per pixel", "KL of the latents: a bound, no file size"))
-    shown.append((views.number(seconds, 2, " s"), "time", "encoding and decoding"))
-    return shown
-
-
-def notes(of_file: list[str], summary: MetricsSummary) -> str:
-    """What reading and measuring want to have said, in one line."""
-    found = [*of_file, *summary.notes]
-    return " · ".join(note[:1].upper() + note[1:] for note in found)
 
 
 def details(summary: MetricsSummary, model: str, precision: str, seconds: float) -> dict[str, Any]:

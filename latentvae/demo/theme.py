@@ -35,12 +35,17 @@ CSS = """
 .lv-figure span { font-size: 13px; font-weight: 550; margin-top: 2px; }
 .lv-figure small { font-size: 12px; line-height: 1.35; color: var(--body-text-color-subdued); }
 .lv-note { color: var(--body-text-color-subdued); font-size: 13px; line-height: 1.5; margin: 6px 2px 0; }
+.lv-part { font-size: 17px; font-weight: 600; margin: 22px 2px 0 !important; }
+.lv-figures:empty, .lv-strip { min-width: 0; }
+.block > label[data-testid="block-label"], .block label.float { background: var(--block-background-fill) !important;
+  border-radius: 0 0 8px 0 !important; padding: 3px 9px !important; opacity: 0.94; z-index: 2; }
 .lv-gallery .grid-wrap { max-height: none !important; }
 footer { opacity: 0.7; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   .lv-head h1 { font-size: 25px; }
   .lv-figures { grid-template-columns: repeat(2, 1fr); }
+  .lv-figure:last-child:nth-child(odd) { grid-column: span 2; }
   .lv-downloads { gap: 8px !important; }
 }
 """

@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentvae.explore.interpolation import save_animation, thumbnail
 from latentvae.images import save_image, to_pil
+from latentvae.metrics import ImageMetrics
 from latentvae.pictures import colour_error, error_map
 
 VIEW_SIDE = 1600  # pixels that a screen shows of a picture's longer side; downloads are whole
@@ -59,16 +60,38 @@ def tiles(figures: Sequence[Figure], note: str = "") -> str:
     return f'<div class="lv-figures">{cells}</div>{below}'
 
 
+def distances(row: ImageMetrics) -> list[Figure]:
+    """How far a picture is from its original."""
+    found = [
+        (number(row.psnr, 2, " dB"), "PSNR", "pixel by pixel; higher is closer"),
+        (number(row.ssim, 3), "SSIM", "structure; 1 is the same"),
+    ]
+    if row.lpips is not None:
+        found.append((number(row.lpips, 3), "LPIPS", "how different it looks; 0 is the same"))
+    return found
+
+
+def sentence(notes: Sequence[str]) -> str:
+    """Notes in one line."""
+    return " · ".join(note[:1].upper() + note[1:] for note in notes)
+
+
 def number(value: float | None, digits: int, unit: str = "") -> str:
     """A figure for people; a dash where there is none."""
     if value is None or math.isnan(value):
-        return "–"
+        return "-"
     return "∞" if math.isinf(value) else f"{value:.{digits}f}{unit}"
 
 
 def size(count: int) -> str:
     """Bytes for people."""
-    return f"{count} bytes" if count < 1000 else f"{count / 1000:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+    return (
+        f"{count} bytes"
+        if count < 1000
+        else f"{count / 1000:.1f} kB"
+        if count < 1e6
+        else f"{count / 1e6:.2f} MB"
+    )
 
 
 def keep(data: bytes, name: str) -> str:
