@@ -31,7 +31,7 @@ class Model:
 
     Attributes:
         name: what visitors call it.
-        exact: in float32: encodes, and makes everything that is downloaded.
+        exact: in float32: encodes, so that latents and files are the same on every machine.
         swift: the same weights, or those in bfloat16 where this machine is faster at it: draws pictures.
         weights_sha256: of `exact`.
     """
