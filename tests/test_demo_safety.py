@@ -143,14 +143,11 @@ def test_latents_that_lie_are_refused(client: Client, tmp_path: Path) -> None:
         "none": (save({"other": torch.zeros(2)}), "no latents"),
         "channels": (save({"latents": torch.zeros(1, 9, 2, 2)}), "choose the model"),
         "nan": (save({"latents": torch.full((1, 4, 2, 2), float("nan"))}), "NaN"),
-        "huge": (save({"latents": torch.zeros(1, 4, 1, 300_000, dtype=torch.bfloat16)[..., :1]}), None),
         "padding": (save({**good, "padding": torch.tensor([0, 0, 0, 0, 999, 16])}), "padding"),
         "negative": (save({**good, "padding": torch.tensor([-8, 0, 8, 0, 16, 16])}), "padding"),
         "header": (struct.pack("<Q", 2**62) + b"{}", "no whole safetensors"),
     }
     for name, (content, words) in lies.items():
-        if words is None:
-            continue
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         message = refused(client, tmp_path / f"{name}.safetensors", "/decode")
         assert words in message, (name, message)

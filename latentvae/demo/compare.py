@@ -111,11 +111,9 @@ class Compare:
                     side = gr.Radio(SIDES, value=128, label="Side of the crop, pixels")
                 button = gr.Button("Compare", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                view = gr.HTML(
-                    css_template=panes.CSS, js_on_load=panes.SCRIPT, padding=False, elem_id="lv-compare"
-                )
+                view = gr.HTML(css_template=panes.CSS, js_on_load=panes.SCRIPT, elem_id="lv-compare")
                 gr.HTML(
-                    '<p class="lv-note">The figures are those of the whole picture, the crop is its pixels.</p>'
+                    '<p class="lv-note">Figures are those of the whole picture.</p>'
                 )
                 with gr.Accordion("Figures as JSON", open=False):
                     rows = gr.JSON(show_label=False)

@@ -118,8 +118,8 @@ class Compress:
         found = self.desk.models.with_weights(weights)
         if found is None:
             raise CodecError(
-                f"{name} was made with a model whose weight hash begins with {weights[:12]}, which is not on this "
-                f"server (it has {', '.join(self.desk.models.names)}): start the demo with that --model."
+                f"{name} was made with a model whose weight hash begins with {weights[:12]}, which is not on "
+                f"this server (it has {', '.join(self.desk.models.names)}): start the demo with that --model."
             )
         return found
 
@@ -135,11 +135,11 @@ class Compress:
                 button = gr.Button("Compress", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 pair = desk.slider("Original | decoded from the file", elem_id="lv-compress-slider")
-                shown = gr.HTML(padding=False)
+                shown = gr.HTML()
                 made = gr.DownloadButton("The file, .lvae", size="md", elem_id="lv-lvae-file")
                 with gr.Accordion("Figures as JSON", open=False):
                     facts = gr.JSON(show_label=False)
-        gr.HTML('<h3 class="lv-part">Open a file</h3>', padding=False)
+        gr.HTML('<h3 class="lv-part">Open a file</h3>')
         with gr.Row(elem_classes="lv-split"):
             with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
                 file = gr.File(
@@ -151,7 +151,7 @@ class Compress:
                 opening = gr.Button("Decode", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 picture = desk.picture("Decoded", elem_id="lv-opened")
-                about = gr.HTML(padding=False, elem_id="lv-opened-about")
+                about = gr.HTML(elem_id="lv-opened-about")
                 saved = gr.DownloadButton("Picture, PNG", size="md")
         outputs = [pair, shown, facts, made]
         live = [tab.select, photo.change, quality.release]

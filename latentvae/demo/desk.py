@@ -66,11 +66,21 @@ class Desk:
         return [(f"part {number}.png", part) for number, part in enumerate(parts, 1)]
 
     @staticmethod
-    def picture(label: str, value: Any = None, elem_id: str | None = None) -> gr.Image:
-        """An output for one picture, never re-encoded with a loss."""
+    def picture(
+        label: str,
+        value: Any = None,
+        elem_id: str | None = None,
+        *,
+        height: int | None = None,
+        bare: bool = False,
+    ) -> gr.Image:
+        """An output for one picture, never re-encoded with a loss; `bare` leaves its label to the page."""
         return gr.Image(
             value,
             label=label,
+            show_label=not bare,
+            height=height,
+            elem_classes="lv-strip" if bare else None,
             format="png",
             interactive=False,
             elem_id=elem_id,

@@ -104,14 +104,13 @@ class FillIn:
                     painter.draw(small),
                     css_template=painter.CSS,
                     js_on_load=painter.SCRIPT,
-                    padding=False,
                     elem_id="lv-painter",
                 )
                 mask = gr.Textbox(
                     scratches(*small.size), label="Mask", visible="hidden", elem_id=painter.MASK_ID
                 )
                 pair = desk.slider("With its hole | filled in", elem_id="lv-filled")
-                shown = gr.HTML(padding=False)
+                shown = gr.HTML()
                 saved = gr.DownloadButton("Picture, PNG", size="md")
         photo.change(
             self.show, photo, brush, api_name="brush", api_visibility="undocumented", show_progress="hidden"
@@ -139,7 +138,7 @@ def read_mask(mask: str, height: int, width: int) -> torch.Tensor:
     high, wide = white.shape
     if abs(wide / high * height / width - 1) > SHAPE_SLACK:
         raise ImageError(
-            f"The mask is {wide} x {high} pixels and the picture {width} x {height}: paint it on this picture."
+            f"The mask is {wide} x {high} pixels and the picture {width} x {height}: paint on this one."
         )
     rows = (torch.arange(height) * high) // height
     columns = (torch.arange(width) * wide) // width

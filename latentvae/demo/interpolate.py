@@ -72,13 +72,12 @@ class Interpolate:
                 )
                 button = gr.Button("Interpolate", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                animation = desk.picture("There and back", elem_id="lv-animation")
-                frames_view = desk.picture("Every frame, and how far it looks from the one before")
-                frames_view.elem_classes = ["lv-strip"]
+                animation = desk.picture("There and back", elem_id="lv-animation", height=420)
+                gr.HTML('<p class="lv-caption">Every frame, and how far it looks from the one before</p>')
+                frames_view = desk.picture("Frames", bare=True)
                 gr.HTML(
-                    '<p class="lv-note">Between two photographs the way is a cross-fade: this autoencoder keeps '
-                    "pictures, it does not understand them.</p>",
-                    padding=False,
+                    '<p class="lv-note">Between two photographs the way is a cross-fade: this '
+                    "autoencoder keeps pictures, it does not understand them.</p>",
                 )
                 with gr.Accordion("Steps as JSON", open=False):
                     facts = gr.JSON(show_label=False)

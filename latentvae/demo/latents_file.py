@@ -69,8 +69,8 @@ def read(data: bytes, name: str, model: Model, max_pixels: int) -> LatentsFile:
         )
     if height * width * ratio**2 > max_pixels:
         raise LatentVAEError(
-            f"{name} holds latents of {width * ratio} x {height * ratio} pixels; up to {max_pixels} pixels are "
-            "decoded here: decode it with latentvae on your own machine."
+            f"{name} holds latents of {width * ratio} x {height * ratio} pixels; up to {max_pixels} pixels "
+            "are decoded here: decode it with latentvae on your own machine."
         )
     if not bool(latents.float().isfinite().all()):
         raise LatentVAEError(f"{name} holds values that are NaN or infinite. {AGAIN}")

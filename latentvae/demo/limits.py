@@ -108,7 +108,7 @@ def refusal(message: str) -> gr.Error:
 
 
 class LocalBlocks(gr.Blocks):
-    """A page that takes uploaded files only: no URLs, which gradio would fetch, and no paths of the server."""
+    """A page that takes uploaded files only: no URLs, which gradio would fetch, no paths of the server."""
 
     limits = Limits()
 

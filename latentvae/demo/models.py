@@ -120,7 +120,7 @@ class Models:
         self._models[name] = Model(name, exact, swift, weight_hash(exact))
 
     def _free_name(self, source: str | Path) -> str:
-        """The end of a path: a folder called vae or a checkpoint's file name says little without its parent."""
+        """The end of a path; a folder called vae, or a file, says little without its parent."""
         path = Path(source)
         if str(source) in bundled():
             name = str(source)

@@ -110,13 +110,12 @@ class FindOdd:
                 )
                 button = gr.Button("Find the odd one", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                shown = gr.HTML(padding=False)
+                shown = gr.HTML()
                 maps = desk.gallery("Where each is unlike the others, the oddest first", columns=4)
                 gr.HTML(
-                    '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in their '
-                    "worst place. With so few pictures a score is a hint; calibrate on hundreds with "
+                    '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in '
+                    "their worst place. With so few pictures a score is a hint; calibrate on hundreds with "
                     "<code>latentvae anomaly</code>.</p>",
-                    padding=False,
                 )
                 with gr.Accordion("Ranking as JSON", open=False):
                     facts = gr.JSON(show_label=False)

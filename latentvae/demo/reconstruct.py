@@ -88,7 +88,7 @@ class Reconstruct:
                 button = gr.Button("Reconstruct", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 slider_view = desk.slider("Original | reconstruction", slider, "lv-slider")
-                shown_view = gr.HTML(shown, elem_id="lv-figures", padding=False)
+                shown_view = gr.HTML(shown, elem_id="lv-figures")
                 with gr.Row(elem_classes="lv-downloads"):
                     picture_file = gr.DownloadButton("Picture, PNG", picture, size="md")
                     tensors_file = gr.DownloadButton(

@@ -58,8 +58,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except (OSError, OverflowError) as error:
         raise LatentVAEError(
-            f"{host}:{port} cannot be served ({getattr(error, 'strerror', None) or error}): another program may "
-            "use it. Choose another one with --port, or end that program."
+            f"{host}:{port} cannot be served ({getattr(error, 'strerror', None) or error}): another program "
+            "may use it. Choose another one with --port, or end that program."
         ) from error
 
 

@@ -17,8 +17,9 @@ PAPER = gr.themes.Color(
 )
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-.lv-head { padding: 10px 2px 2px; }
+.gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important; }
+.html-container { padding: 0 !important; }
+.lv-head { padding: 14px 2px 2px; }
 .lv-head h1 { font-size: 30px; letter-spacing: -0.03em; font-weight: 650; margin: 0; line-height: 1.15; }
 .lv-head h1 i { font-style: normal; color: var(--color-accent); }
 .lv-head p { margin: 4px 0 0; color: var(--body-text-color-subdued); font-size: 15px; }
@@ -36,14 +37,23 @@ CSS = """
 .lv-figure small { font-size: 12px; line-height: 1.35; color: var(--body-text-color-subdued); }
 .lv-note { color: var(--body-text-color-subdued); font-size: 13px; line-height: 1.5; margin: 6px 2px 0; }
 .lv-part { font-size: 17px; font-weight: 600; margin: 22px 2px 0 !important; }
-.lv-figures:empty, .lv-strip { min-width: 0; }
-.block > label[data-testid="block-label"], .block label.float { background: var(--block-background-fill) !important;
+.lv-caption { font-size: 14px; font-weight: 550; margin: 8px 2px -6px; }
+.block > label[data-testid="block-label"] { background: var(--block-background-fill) !important;
   border-radius: 0 0 8px 0 !important; padding: 3px 9px !important; opacity: 0.94; z-index: 2; }
-.lv-gallery .grid-wrap { max-height: none !important; }
+.lv-gallery .grid-wrap { max-height: none !important; min-height: 0 !important; height: auto !important; }
+.lv-gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+  height: auto !important; }
+.lv-gallery .gallery-item, .lv-gallery .thumbnail-item { width: 100% !important; height: auto !important;
+  aspect-ratio: auto !important; min-width: 0; }
+.lv-gallery .thumbnail-item img { height: auto !important; width: 100% !important; }
+.lv-gallery .caption-label { font-size: 12px; max-width: 100%; }
+.lv-strip img { object-fit: contain; }
 footer { opacity: 0.7; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   .lv-head h1 { font-size: 25px; }
+  .lv-strip .image-container, .lv-strip .image-frame { overflow-x: auto; justify-content: flex-start; }
+  .lv-strip img { width: 1100px !important; max-width: none !important; }
   .lv-figures { grid-template-columns: repeat(2, 1fr); }
   .lv-figure:last-child:nth-child(odd) { grid-column: span 2; }
   .lv-downloads { gap: 8px !important; }

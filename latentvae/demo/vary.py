@@ -97,8 +97,10 @@ class Vary:
                 button = gr.Button("Vary", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 pictures = desk.gallery("Copies")
-                shown = gr.HTML(padding=False)
-                animation = desk.picture("The reconstruction, then every copy", elem_id="lv-copies")
+                shown = gr.HTML()
+                animation = desk.picture(
+                    "The reconstruction, then every copy", elem_id="lv-copies", height=420
+                )
                 with gr.Accordion("Figures as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [photo, model, temperature, copies, seed], [pictures, animation, shown, facts]
