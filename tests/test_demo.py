@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ ENDPOINTS = {
     "/vary",
     "/odd",
     "/fill",
-}
+} | ({"/sample"} if find_spec("latentvae.explore.sampling") else set())
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +286,24 @@ def test_large_images_are_tiled_with_the_same_result(
     difference = np.abs(as_array(whole[5]).astype(int) - as_array(tiled[5]))
     assert difference.max() <= 1
     assert whole[4]["psnr"] == pytest.approx(tiled[4]["psnr"], abs=1e-3)
+
+
+def test_sample_draws_by_seed(client: Client, tmp_path: Path) -> None:
+    pytest.importorskip("latentvae.explore.sampling")
+    for seed in range(5):
+        Image.fromarray(textured(70, 64, seed)).save(tmp_path / f"{seed}.png")
+    files = [{"image": handle_file(tmp_path / f"{seed}.png"), "caption": None} for seed in range(5)]
+
+    def draws(prior: str, seed: int, photos: Any = files) -> list[np.ndarray]:
+        pictures, facts = client.predict(photos, "tiny-model", prior, 64, 3, seed, api_name="/sample")
+        assert facts["learned_from"] == (10 if prior == "gaussian" else 0)
+        return [as_array(each["image"]) for each in pictures]
+
+    for prior in ("gaussian", "standard"):
+        first = draws(prior, 1)
+        assert [each.shape for each in first] == [(64, 64, 3)] * 3
+        assert all(np.array_equal(*pair) for pair in zip(first, draws(prior, 1), strict=True))
+        assert not np.array_equal(first[0], draws(prior, 2)[0])
+    assert len(draws("standard", 0, None)) == 3
+    with pytest.raises(Exception, match="2 pictures came"):
+        draws("gaussian", 0, files[:2])

@@ -112,9 +112,7 @@ class Compare:
                 button = gr.Button("Compare", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(css_template=panes.CSS, js_on_load=panes.SCRIPT, elem_id="lv-compare")
-                gr.HTML(
-                    '<p class="lv-note">Figures are those of the whole picture.</p>'
-                )
+                gr.HTML('<p class="lv-note">Figures are those of the whole picture.</p>')
                 with gr.Accordion("Figures as JSON", open=False):
                     rows = gr.JSON(show_label=False)
         inputs, outputs = [photo, model, against, quality, across, down, side], [view, rows]

@@ -134,7 +134,7 @@ class Compress:
                 )
                 button = gr.Button("Compress", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                pair = desk.slider("Original | decoded from the file", elem_id="lv-compress-slider")
+                pair = desk.slider("lv-compress-slider")
                 shown = gr.HTML()
                 made = gr.DownloadButton("The file, .lvae", size="md", elem_id="lv-lvae-file")
                 with gr.Accordion("Figures as JSON", open=False):

@@ -12,6 +12,7 @@ import torch
 from latentvae.demo import views
 from latentvae.demo.limits import Limits, guarded
 from latentvae.demo.models import Models
+from latentvae.demo.theme import SIDES
 from latentvae.images import load_image
 
 EXAMPLE = Path(__file__).parents[1] / "assets" / "chelsea.png"
@@ -54,16 +55,31 @@ class Desk:
         return load_image(EXAMPLE).flip(2)
 
     @staticmethod
-    def odd_example() -> list[tuple[str, torch.Tensor]]:
-        """Nine parts of the example, one of them painted over."""
+    def photos(label: str, images: Sequence[torch.Tensor]) -> gr.Gallery:
+        """An input for several pictures, those given in it already. Handlers get their paths, unread."""
+        return gr.Gallery(
+            [views.keep_png(image, f"part {number}.png") for number, image in enumerate(images, 1)],
+            label=label,
+            type="filepath",
+            format="png",
+            columns=3,
+            height="auto",
+            interactive=True,
+            file_types=["image"],
+            object_fit="cover",
+            elem_classes="lv-gallery",
+            buttons=[],
+        )
+
+    @staticmethod
+    def parts(painted: int | None = None) -> list[torch.Tensor]:
+        """Nine parts (C, H, W) of the example, one of them painted over if its number is given."""
         image = load_image(EXAMPLE)
-        parts = [
-            image[:, top : top + PART, left : left + PART].clone()
-            for top in (0, 70, 140)
-            for left in (20, 110, 200)
-        ]
-        parts[4][:, 60:84, 40:120] = torch.tensor([-0.9, 0.2, 0.9])[:, None, None]
-        return [(f"part {number}.png", part) for number, part in enumerate(parts, 1)]
+        places = [(top, left) for top in (0, 70, 140) for left in (20, 110, 200)]
+        parts = [image[:, top : top + PART, left : left + PART].clone() for top, left in places]
+        if painted is not None:
+            parts[painted][:, 60:84, 40:120] = torch.tensor([-0.9, 0.2, 0.9])[:, None, None]
+        return parts
 
     @staticmethod
     def picture(
@@ -88,10 +104,17 @@ class Desk:
         )
 
     @staticmethod
-    def slider(label: str, value: Any = None, elem_id: str | None = None) -> gr.ImageSlider:
-        """Two pictures of one size under a divider that is dragged."""
+    def slider(elem_id: str, value: Any = None) -> gr.ImageSlider:
+        """Two pictures of one size under a divider that is dragged; `theme.SIDES` names them."""
         return gr.ImageSlider(
-            value, label=label, format="png", max_height=560, interactive=False, elem_id=elem_id
+            value,
+            label=" and ".join(SIDES[elem_id]),
+            show_label=False,
+            format="png",
+            max_height=560,
+            interactive=False,
+            elem_id=elem_id,
+            elem_classes="lv-pair",
         )
 
     @staticmethod
@@ -105,7 +128,7 @@ class Desk:
             height="auto",
             interactive=False,
             object_fit="contain",
-            elem_classes="lv-gallery",
+            elem_classes=["lv-gallery", "lv-shown"],
         )
 
     @staticmethod

@@ -109,7 +109,7 @@ class FillIn:
                 mask = gr.Textbox(
                     scratches(*small.size), label="Mask", visible="hidden", elem_id=painter.MASK_ID
                 )
-                pair = desk.slider("With its hole | filled in", elem_id="lv-filled")
+                pair = desk.slider("lv-filled")
                 shown = gr.HTML()
                 saved = gr.DownloadButton("Picture, PNG", size="md")
         photo.change(

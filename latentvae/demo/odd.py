@@ -95,19 +95,7 @@ class FindOdd:
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
             with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
-                photos = gr.Gallery(
-                    [views.keep_png(image, name) for name, image in desk.odd_example()],
-                    label="Pictures that are alike, and an odd one",
-                    type="filepath",
-                    format="png",
-                    columns=3,
-                    height="auto",
-                    interactive=True,
-                    file_types=["image"],
-                    object_fit="cover",
-                    elem_classes="lv-gallery",
-                    buttons=[],
-                )
+                photos = desk.photos("Pictures that are alike, and an odd one", desk.parts(painted=4))
                 button = gr.Button("Find the odd one", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 shown = gr.HTML()

@@ -1,5 +1,6 @@
 """The page: a head with the model picker, and a tab for each capability."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
@@ -13,6 +14,7 @@ from latentvae.demo.limits import Limits, LocalBlocks
 from latentvae.demo.models import Models
 from latentvae.demo.odd import FindOdd
 from latentvae.demo.reconstruct import Reconstruct
+from latentvae.demo.sample import Sample
 from latentvae.demo.vary import Vary
 
 HEAD = """<div class="lv-head"><h1>latent<i>vae</i></h1>
@@ -24,6 +26,7 @@ TABS: tuple[tuple[str, str, Any], ...] = (
     ("Compress", "compress", Compress),
     ("Interpolate", "interpolate", Interpolate),
     ("Vary", "vary", Vary),
+    *((("Sample", "sample", Sample),) if find_spec("latentvae.explore.sampling") else ()),
     ("Find the odd one", "odd", FindOdd),
     ("Fill in", "fill", FillIn),
 )

@@ -87,7 +87,7 @@ class Reconstruct:
                 seed = gr.Number(0, label="Seed of the sample", precision=0, minimum=0, visible=False)
                 button = gr.Button("Reconstruct", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                slider_view = desk.slider("Original | reconstruction", slider, "lv-slider")
+                slider_view = desk.slider("lv-slider", slider)
                 shown_view = gr.HTML(shown, elem_id="lv-figures")
                 with gr.Row(elem_classes="lv-downloads"):
                     picture_file = gr.DownloadButton("Picture, PNG", picture, size="md")

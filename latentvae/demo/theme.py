@@ -16,6 +16,13 @@ PAPER = gr.themes.Color(
     name="paper",
 )
 
+# What the sides of a page's sliders show, by their element's id.
+SIDES = {
+    "lv-slider": ("Original", "Reconstruction"),
+    "lv-compress-slider": ("Original", "From the file"),
+    "lv-filled": ("With its hole", "Filled in"),
+}
+
 CSS = """
 .gradio-container { max-width: 1240px !important; width: 100% !important; margin: 0 auto !important; }
 .html-container { padding: 0 !important; }
@@ -42,16 +49,24 @@ CSS = """
   border-radius: 0 0 8px 0 !important; padding: 3px 9px !important; opacity: 0.94; z-index: 2; }
 .lv-gallery .grid-wrap { max-height: none !important; min-height: 0 !important; height: auto !important; }
 .lv-gallery .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
-  height: auto !important; }
+  height: auto !important; align-content: start; grid-auto-rows: auto !important;
+  grid-template-rows: none !important; padding-top: 24px !important; }
 .lv-gallery .gallery-item, .lv-gallery .thumbnail-item { width: 100% !important; height: auto !important;
   aspect-ratio: auto !important; min-width: 0; }
 .lv-gallery .thumbnail-item img { height: auto !important; width: 100% !important; }
 .lv-gallery .caption-label { font-size: 12px; max-width: 100%; }
 .lv-strip img { object-fit: contain; }
+#lv-animation img, #lv-copies img { width: 100%; height: 100%; object-fit: contain; }
+.lv-pair::before, .lv-pair::after { position: absolute; bottom: 12px; z-index: 3; padding: 3px 10px;
+  border-radius: 99px; font-size: 13px; color: white; background: rgb(20 20 18 / 62%); pointer-events: none; }
+.lv-pair::before { left: 12px; }
+.lv-pair::after { right: 12px; }
 footer { opacity: 0.7; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
   .lv-head h1 { font-size: 25px; }
+  .lv-gallery.lv-shown .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+  #lv-animation, #lv-copies { height: auto !important; }
   .lv-strip .image-container, .lv-strip .image-frame { overflow-x: auto; justify-content: flex-start; }
   .lv-strip img { width: 1100px !important; max-width: none !important; }
   .lv-figures { grid-template-columns: repeat(2, 1fr); }
@@ -59,6 +74,10 @@ footer { opacity: 0.7; }
   .lv-downloads { gap: 8px !important; }
 }
 """
+CSS += "".join(
+    f'#{name}::before {{ content: "{left}"; }} #{name}::after {{ content: "{right}"; }}\n'
+    for name, (left, right) in SIDES.items()
+)
 
 
 def make_theme() -> gr.themes.Base:
