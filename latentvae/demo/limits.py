@@ -16,6 +16,8 @@ from latentvae.images import ImageInfo, load_image_with_info
 
 logger = logging.getLogger(__name__)
 
+EXPIRED = "This upload is no longer on the server, which deletes files after a while: upload it again."
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -55,13 +57,16 @@ def read_bytes(path: str | None, what: str, limits: Limits) -> tuple[bytes, str]
     if not path:
         raise LatentVAEError(f"There is no {what} yet: upload one, or take the example.")
     file = Path(path)
-    size = file.stat().st_size
-    if size > limits.upload_bytes:
+    try:
+        data = file.read_bytes() if file.stat().st_size <= limits.upload_bytes else None
+    except FileNotFoundError as error:  # deleted while its request waited
+        raise LatentVAEError(EXPIRED) from error
+    if data is None:
         raise LatentVAEError(
-            f"{file.name} has {size / 2**20:.0f} MB; files of up to {limits.upload_bytes / 2**20:.0f} MB are "
+            f"{file.name} is too large; files of up to {limits.upload_bytes / 2**20:.0f} MB are "
             "taken: make it smaller, or run latentvae on your own machine."
         )
-    return file.read_bytes(), file.name
+    return data, file.name
 
 
 def read_photo(path: str | None, limits: Limits, channels: int = 3) -> Photo:
@@ -104,7 +109,10 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def refusal(message: str) -> gr.Error:
     """What the page shows, and what a client is told."""
-    return gr.Error(message[:1].upper() + message[1:], title="This did not work", print_exception=False)
+    first, space, rest = message.partition(" ")
+    if first.isalpha():  # no file's name
+        first = first.capitalize()
+    return gr.Error(f"{first}{space}{rest}", title="This did not work", print_exception=False)
 
 
 class LocalBlocks(gr.Blocks):
@@ -117,11 +125,7 @@ class LocalBlocks(gr.Blocks):
     ) -> Any:
         """Refuse what was not uploaded before gradio looks at it, and say what is wrong with what was."""
         for path in files_in(inputs):
-            if not self._uploaded(path):
-                raise refusal(
-                    "Only uploaded files are taken, no addresses and no files of this server: upload the "
-                    "picture itself."
-                )
+            check_uploaded(path)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error as error:
@@ -130,16 +134,6 @@ class LocalBlocks(gr.Blocks):
         except Exception as error:  # gradio opens images with Pillow, and reports nothing of what that says
             raise refusal(self._explain(inputs)) from error
 
-    def _uploaded(self, path: str) -> bool:
-        """Whether a path is a file below gradio's folder of uploads and results."""
-        from gradio.utils import get_upload_folder
-
-        try:
-            file = Path(path).resolve(strict=True)
-        except (OSError, ValueError):  # not there, too long, or with a zero byte
-            return False
-        return file.is_file() and file.is_relative_to(Path(get_upload_folder()).resolve())
-
     def _explain(self, inputs: list[Any]) -> str:
         for path in files_in(inputs):
             try:
@@ -147,6 +141,25 @@ class LocalBlocks(gr.Blocks):
             except LatentVAEError as error:
                 return str(error)
         return "These inputs cannot be used: look at the API page for what each of them must be."
+
+
+def check_uploaded(path: str) -> None:
+    """Raise gr.Error unless a path is a file below gradio's folder of uploads and results."""
+    from gradio.utils import get_upload_folder
+
+    folder = Path(get_upload_folder()).resolve()
+    try:
+        file = Path(path).resolve()
+        inside, there = file.is_relative_to(folder), file.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        inside = there = False
+    if not inside:
+        raise refusal(
+            "Only uploaded files are taken, no addresses and no files of this server: upload the picture "
+            "itself."
+        )
+    if not there:
+        raise refusal(EXPIRED)
 
 
 def files_in(value: Any) -> Iterator[str]:

@@ -17,7 +17,8 @@ CSS = """
   margin: 0 auto 10px; max-width: 720px; }
 .lv-brush label { display: flex; gap: 8px; align-items: center; }
 .lv-brush input { accent-color: var(--color-accent); }
-.lv-brush button { height: 36px; padding: 0 14px; border-radius: 8px; cursor: pointer;
+.lv-brush button { height: 36px; padding: 0 14px; font-size: 14px !important; font-weight: 500 !important;
+  border-radius: 8px; cursor: pointer;
   border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
   color: var(--body-text-color); }
 """
