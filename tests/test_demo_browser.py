@@ -105,14 +105,20 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
     )
     print(f"first picture after {time.perf_counter() - start:.2f} s")
 
-    # the slider moves
-    handle = page.locator("#lv-slider .inner, #lv-slider [role=slider], #lv-slider .outer").first
-    box, frame = handle.bounding_box(), page.locator("#lv-slider").bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    # the slider moves, and shows more of the reconstruction
+    covered = "document.querySelector('#lv-slider img.fixed').style.clipPath"
+    assert "50%" in page.evaluate(covered)
+    page.wait_for_timeout(500)
+    handle = page.locator("#lv-slider [data-testid=slider]").bounding_box()
+    frame = page.locator("#lv-slider").bounding_box()
+    middle = frame["y"] + frame["height"] / 2
+    page.mouse.move(handle["x"] + handle["width"] / 2, middle)
     page.mouse.down()
-    page.mouse.move(frame["x"] + frame["width"] / 4, box["y"] + box["height"] / 2, steps=8)
+    page.mouse.move(frame["x"] + frame["width"] / 4, middle, steps=8)
     page.mouse.up()
-    assert handle.bounding_box()["x"] < box["x"] - 100
+    cut = re.search(r"([\d.]+)%\)", page.evaluate(covered))
+    assert cut is not None
+    assert float(cut[1]) < 40
 
     # latents are taken home, and come back as the same picture
     with page.expect_download() as waiting:

@@ -98,7 +98,7 @@ def test_32_clients_with_10_requests_each(server: Server, tmp_path: Path) -> Non
     place = tmp_path / "photo.png"
     Image.fromarray(textured(64, 48, 1)).save(place)
     photo = place.read_bytes()
-    files = set(stored(server.folder))  # those of the page itself
+    files = set(server.folder.rglob("*"))  # those of the page itself, and their folders
     assert ask(server.url, photo, 0) == "answered"
     before = server.memory()
 
@@ -112,7 +112,7 @@ def test_32_clients_with_10_requests_each(server: Server, tmp_path: Path) -> Non
     assert ask(server.url, photo, 1) == "answered"
 
     time.sleep(KEEP + 3 * SWEEP)
-    left = set(stored(server.folder)) - files
+    left = set(server.folder.rglob("*")) - files
     assert not left, sorted(left)[:5]
     grown = server.memory() - before
     print(f"{dict(found)}, memory {grown / 1e6:+.0f} MB")

@@ -35,11 +35,7 @@ TABS: tuple[tuple[str, str, Any], ...] = (
 def build(models: Models, limits: Limits) -> LocalBlocks:
     """Lay the page out; `theme.make_theme` and `theme.CSS` belong to its launch."""
     desk = Desk(models, limits)
-    page = LocalBlocks(
-        title="latentvae",
-        analytics_enabled=False,
-        delete_cache=(limits.sweep_seconds, limits.keep_seconds),
-    )
+    page = LocalBlocks(title="latentvae", analytics_enabled=False)
     page.limits = limits
     with page:
         with gr.Row(equal_height=True):

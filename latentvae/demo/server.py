@@ -86,6 +86,7 @@ def start(
     from latentvae.demo.gate import Gate
     from latentvae.demo.models import Models
     from latentvae.demo.page import build
+    from latentvae.demo.sweeping import Sweeper
     from latentvae.demo.theme import CSS, make_theme
 
     limits = limits or Limits()
@@ -110,6 +111,7 @@ def start(
         css=CSS,
         app_kwargs={"middleware": [Middleware(Gate, max_body=limits.upload_bytes + 2**20)]},
     )
+    Sweeper(Path(os.environ["GRADIO_TEMP_DIR"]), limits.keep_seconds, limits.sweep_seconds).start()
     return page
 
 
