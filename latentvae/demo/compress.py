@@ -15,6 +15,10 @@ from latentvae.latents import decode
 from latentvae.metrics import Metrics
 
 MAGIC = b"LVAE"
+INVITATION = (
+    "An .lvae file, or latents that were downloaded in the tab Reconstruct (or any safetensors file with "
+    "<code>latents</code> of this model), becomes a picture again here."
+)
 
 
 class Compress:
@@ -136,25 +140,30 @@ class Compress:
             with gr.Column(scale=3, min_width=320):
                 pair = desk.slider("lv-compress-slider")
                 shown = gr.HTML()
-                made = gr.DownloadButton("The file, .lvae", size="md", elem_id="lv-lvae-file")
+                made = gr.DownloadButton("Download the file (.lvae)", size="md", elem_id="lv-lvae-file")
                 with gr.Accordion("Figures as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         gr.HTML('<h3 class="lv-part">Open a file</h3>')
         with gr.Row(elem_classes="lv-split"):
             with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
                 file = gr.File(
-                    label="An .lvae file, or latents from the tab Reconstruct",
-                    file_types=[".lvae", ".safetensors"],
-                    height=150,
-                    elem_id="lv-open",
+                    label="A file", file_types=[".lvae", ".safetensors"], height=150, elem_id="lv-open"
                 )
                 opening = gr.Button("Decode", variant="primary")
             with gr.Column(scale=3, min_width=320):
-                picture = desk.picture("Decoded", elem_id="lv-opened")
-                about = gr.HTML(elem_id="lv-opened-about")
-                saved = gr.DownloadButton("Picture, PNG", size="md")
+                about = gr.HTML(f'<p class="lv-note">{INVITATION}</p>', elem_id="lv-opened-about")
+                with gr.Column(visible=False) as result:
+                    picture = desk.picture("Decoded", elem_id="lv-opened")
+                    saved = gr.DownloadButton("Download the picture (PNG)", size="md")
         outputs = [pair, shown, facts, made]
         live = [tab.select, photo.change, quality.release]
         desk.connect(self.run, [photo, model, quality], outputs, "compress", button=button, live=live)
         opened = [picture, about, saved]
-        desk.connect(self.open, [file, model], opened, "decode", button=opening, live=[file.upload])
+        done = desk.connect(self.open, [file, model], opened, "decode", button=opening, live=[file.upload])
+        for each in done:
+            each.success(show, None, result, api_name="show", api_visibility="undocumented", queue=False)
+
+
+def show() -> gr.Column:
+    """Until a file is opened there is nothing to see."""
+    return gr.Column(visible=True)

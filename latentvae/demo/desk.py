@@ -140,17 +140,20 @@ class Desk:
         *,
         button: gr.Button,
         live: Sequence[Any] = (),
-    ) -> None:
+    ) -> list[Any]:
         """Have a button, and the endpoint /API_NAME, call a handler; `live` events too, once there is input.
 
         All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
         the one before change nothing: browsers report a picture as changed when its tab is first drawn.
+
+        Returns:
+            The events, for what follows them.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
-        button.click(guarded(run), list(inputs), list(outputs), api_name=api_name, **common)
+        events = [button.click(guarded(run), list(inputs), list(outputs), api_name=api_name, **common)]
         if live:
             seen = gr.State(None)
-            gr.on(
+            changed = gr.on(
                 list(live),
                 guarded(when_new(run, len(inputs), len(outputs))),
                 [seen, *inputs],
@@ -160,6 +163,8 @@ class Desk:
                 trigger_mode="always_last",
                 **common,
             )
+            events.append(changed)
+        return events
 
 
 def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[..., Any]:

@@ -111,7 +111,7 @@ class FillIn:
                 )
                 pair = desk.slider("lv-filled")
                 shown = gr.HTML()
-                saved = gr.DownloadButton("Picture, PNG", size="md")
+                saved = gr.DownloadButton("Download the picture (PNG)", size="md")
         photo.change(
             self.show, photo, brush, api_name="brush", api_visibility="undocumented", show_progress="hidden"
         )

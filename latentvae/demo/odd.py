@@ -75,7 +75,7 @@ class FindOdd:
     @staticmethod
     def _show(ranked: Sequence[tuple[Photo, Verdict]], model: str) -> tuple[Any, ...]:
         maps = [
-            (heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:.1f}")
+            (heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")
             for rank, (photo, verdict) in enumerate(ranked, 1)
         ]
         first, second = ranked[0][1].score, ranked[1][1].score
@@ -99,7 +99,7 @@ class FindOdd:
                 button = gr.Button("Find the odd one", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 shown = gr.HTML()
-                maps = desk.gallery("Where each is unlike the others, the oddest first", columns=4)
+                maps = desk.gallery("The oddest first", columns=4)
                 gr.HTML(
                     '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in '
                     "their worst place. With so few pictures a score is a hint; calibrate on hundreds with "

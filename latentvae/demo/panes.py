@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from PIL import Image
 
 CSS = """
-.lv-panes { display: grid; gap: 10px; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
-.lv-pane figcaption { font-size: 13px; line-height: 1.4; margin: 0 2px 6px; min-height: 3.9em; }
+.lv-panes { display: grid; gap: 0 10px; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
+.lv-pane figcaption { font-size: 13px; line-height: 1.4; margin: 0 2px; }
 .lv-pane figcaption b { display: block; font-size: 15px; font-weight: 600; }
 .lv-pane figcaption span { color: var(--body-text-color-subdued); }
-.lv-pane { margin: 0; min-width: 0; }
+.lv-pane { margin: 0 0 10px; min-width: 0; display: grid; grid-template-rows: subgrid; grid-row: span 2;
+  gap: 6px; }
 .lv-window { overflow: hidden; aspect-ratio: 1; border-radius: 10px; cursor: grab; touch-action: pan-y;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
 .lv-window.lv-deep { touch-action: none; }
 .lv-window:active { cursor: grabbing; }
 .lv-window img { width: 100%; height: 100%; display: block; transform-origin: 0 0; margin: 0 !important;
   object-fit: fill; max-width: none; user-select: none; image-rendering: pixelated; pointer-events: none; }
-.lv-zoom { display: flex; gap: 8px; align-items: center; margin: 10px 0 0; font-size: 13px;
+.lv-zoom { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 4px 0 0; font-size: 13px;
   color: var(--body-text-color-subdued); }
-.lv-zoom button { min-width: 40px; height: 36px; border-radius: 8px; cursor: pointer; font-size: 16px;
+.lv-zoom button { min-width: 40px; height: 36px; border-radius: 8px; cursor: pointer;
+  font-size: 15px !important;
   border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
   color: var(--body-text-color); }
 @media (max-width: 640px) { .lv-panes { grid-template-columns: repeat(2, 1fr); } }

@@ -90,9 +90,9 @@ class Reconstruct:
                 slider_view = desk.slider("lv-slider", slider)
                 shown_view = gr.HTML(shown, elem_id="lv-figures")
                 with gr.Row(elem_classes="lv-downloads"):
-                    picture_file = gr.DownloadButton("Picture, PNG", picture, size="md")
+                    picture_file = gr.DownloadButton("Download the picture (PNG)", picture, size="md")
                     tensors_file = gr.DownloadButton(
-                        "Latents, safetensors", tensors, size="md", elem_id="lv-latents-file"
+                        "Download the latents (safetensors)", tensors, size="md", elem_id="lv-latents-file"
                     )
                 with gr.Row():
                     error_view = desk.picture("Error map", error, "lv-error")

@@ -57,7 +57,7 @@ CSS = """
 .lv-gallery .caption-label { font-size: 12px; max-width: 100%; }
 .lv-strip img { object-fit: contain; }
 #lv-animation img, #lv-copies img { width: 100%; height: 100%; object-fit: contain; }
-.lv-pair::before, .lv-pair::after { position: absolute; bottom: 12px; z-index: 3; padding: 3px 10px;
+.lv-pair::before, .lv-pair::after { position: absolute; bottom: 12px; z-index: 60; padding: 3px 10px;
   border-radius: 99px; font-size: 13px; color: white; background: rgb(20 20 18 / 62%); pointer-events: none; }
 .lv-pair::before { left: 12px; }
 .lv-pair::after { right: 12px; }
