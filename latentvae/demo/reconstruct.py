@@ -61,14 +61,14 @@ class Reconstruct:
             metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
             (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
             file = latents_file.write(chosen, posterior, drawn, padding)
-        original, result = read.image, rebuilt[0]
+        before, after = views.view(read.image), views.view(rebuilt[0])
         return (
-            (views.view(original), views.view(result)),
-            views.error_view(original, result),
+            (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png")),
+            views.keep_view(views.error_view(before, after), "error.png"),
             views.channel_views(drawn),
             views.tiles(figures(row, seconds), views.sentence([*read.info.notes, *metrics.summary().notes])),
             details(metrics.summary(), chosen.name, chosen.precision, seconds),
-            views.keep_png(result, f"{read.stem}.reconstruction.png"),
+            views.keep_png(rebuilt[0], f"{read.stem}.reconstruction.png"),
             views.keep(file, f"{read.stem}.latents.safetensors"),
         )
 
