@@ -61,6 +61,7 @@ CSS = """
   border-radius: 99px; font-size: 13px; color: white; background: rgb(20 20 18 / 62%); pointer-events: none; }
 .lv-pair::before { left: 12px; }
 .lv-pair::after { right: 12px; }
+.dark .lv-head h1 i { color: var(--primary-400); }
 footer { opacity: 0.7; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
