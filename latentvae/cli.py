@@ -15,6 +15,7 @@ from latentvae.commands.anomaly import anomaly
 from latentvae.commands.compress import compress, decompress
 from latentvae.commands.convert import convert
 from latentvae.commands.decode import decode
+from latentvae.commands.demo import demo
 from latentvae.commands.doctor import doctor
 from latentvae.commands.encode import encode
 from latentvae.commands.evaluate import evaluate
@@ -51,6 +52,7 @@ VERBS = (
     *(sample, interpolate, vary, fill),
     *(project, features),
     *(train, export, convert, doctor, agree),
+    demo,
 )
 for verb in VERBS:
     app.command()(verb)

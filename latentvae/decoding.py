@@ -36,6 +36,7 @@ class Decoded:
     mode: str = ""
     format: str = ""
     notes: list[str] = field(default_factory=list)
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def decode(path: Path | Encoded, max_pixels: int) -> Decoded:
         decoded.alpha = None if decoded.alpha is None else _upright(decoded.alpha, orientation)
         if 2 <= max(turned, orientation) <= 8:
             decoded.notes.append(f"rotated by EXIF orientation {max(turned, orientation)}")
-        frames = _count_frames(image)
-        if frames > 1:
-            decoded.notes.append(f"first of {frames} frames")
+        decoded.frames = _count_frames(image)
+        if decoded.frames > 1:
+            decoded.notes.append(f"first of {decoded.frames} frames")
     for note in decoded.notes:
         if note.startswith(UNUSABLE):
             logger.warning("%s: %s; its colours are read as sRGB", path, note)

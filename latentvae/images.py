@@ -39,6 +39,7 @@ class ImageInfo:
     mode: str
     format: str
     notes: list[str] = field(default_factory=list)
+    frames: int = 1  # of an animation or a file of several pages; the first is loaded
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def load_image_with_info(
         )
     decoded = decode(Encoded(source, name) if isinstance(source, bytes) else Path(source), max_pixels)
     images = _with_channels(_composite(decoded, background), channels)
-    info = ImageInfo(images.shape[2], images.shape[1], decoded.mode, decoded.format, decoded.notes)
+    size = (images.shape[2], images.shape[1])
+    info = ImageInfo(*size, decoded.mode, decoded.format, decoded.notes, decoded.frames)
     return images, info
 
 

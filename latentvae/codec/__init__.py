@@ -12,7 +12,7 @@ from latentvae.fingerprint import weight_hash
 from latentvae.latents import decode, encode
 from latentvae.model import bundled, load, spatial_compression_ratio
 
-__all__ = ["check_model", "compress", "decode_payload", "decompress", "read"]
+__all__ = ["check_model", "compress", "decode_payload", "decompress", "read", "unpack"]
 
 DEFAULT_QUALITY = 50
 RATE_WEIGHT = 0.05  # measured: more saves bits at equal PSNR, and costs some at equal LPIPS

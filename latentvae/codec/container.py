@@ -79,9 +79,9 @@ def pack(header: Header, payload: bytes) -> bytes:
     return body + CHECKSUM.pack(zlib.crc32(body))
 
 
-def unpack(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
-    """Header and payload of a file's bytes; see `read`."""
-    return _read(io.BytesIO(data), len(data), "these bytes", max_pixels)
+def unpack(data: bytes, *, name: str = "these bytes", max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
+    """Header and payload of a file's bytes, which messages call `name`; see `read`."""
+    return _read(io.BytesIO(data), len(data), name, max_pixels)
 
 
 def read(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:

@@ -1,0 +1,156 @@
+"""The tab Compare: models, and JPEG and WebP at equal bytes, side by side on one crop."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+import torch
+
+from latentvae import codec
+from latentvae.demo import equal_bytes, panes, views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import Photo, read_photo
+from latentvae.errors import LatentVAEError
+from latentvae.images import to_pil
+from latentvae.latents import reconstruct
+from latentvae.metrics import Metrics
+
+MOST = 3
+SIDES = [64, 128, 256, 512]
+LVAE, JPEG, WEBP = ".lvae", "JPEG", "WebP"
+
+Entry = tuple[str, torch.Tensor, str, int | None]  # title, image, what it took, bytes
+
+
+class Compare:
+    """Handler and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        photo: str | None,
+        model: str,
+        against: Sequence[str] = (LVAE, JPEG, WEBP),
+        quality: float = 40,
+        across: float = 0.35,
+        down: float = 0.4,
+        side: float = 128,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Show one crop of a picture after several treatments, and measure the whole picture.
+
+        Args:
+            photo: any image file, of any size.
+            model: writes the .lvae file whose bytes JPEG and WebP get too.
+            against: one to three of ".lvae", "JPEG", "WebP" and the models' names (whose latents are not
+                quantised: no file).
+            quality: of the .lvae file, 1 to 100.
+            across, down: the crop's middle, as shares of width and height, 0 to 1.
+            side: of the crop in pixels.
+
+        Returns:
+            The crops as HTML; a row of figures for each treatment as JSON.
+        """
+        if not 1 <= len(against) <= MOST:
+            raise LatentVAEError(f"{len(against)} choices came; compare one to {MOST} with the original.")
+        with self.desk.models.use(model) as chosen:
+            read = read_photo(photo, self.desk.limits, chosen.channels)
+            budget, entries = None, []
+            if {LVAE, JPEG, WEBP} & set(against):
+                progress(0.1, "Compressing")
+                budget = codec.compress(chosen.exact, read.image[None], quality=int(quality))
+        for number, name in enumerate(against):
+            progress((number + 1) / (MOST + 1), name)
+            entries.append(self._treat(name, read, model, budget))
+        box = crop_box(read, across, down, side)
+        rows, shown = [], [panes.Pane("Original", size_of(read, box), _cut(read.image, box))]
+        for title, image, how, size in entries:
+            row = self._measure(title, read, image, how, size)
+            rows.append(row)
+            shown.append(panes.Pane(title, _caption(row), _cut(image, box)))
+        return panes.draw(shown), rows
+
+    def _treat(self, name: str, read: Photo, model: str, data: bytes | None) -> Entry:
+        if name in (JPEG, WEBP) and data is not None:
+            coded = equal_bytes.code(read.image, name, len(data))  # type: ignore[arg-type]
+            how = f"quality {coded.quality}" + ("" if coded.fits else ", its smallest")
+            return name, coded.image, how, coded.size
+        with self.desk.models.use(model if name == LVAE else name) as used:
+            if name == LVAE and data is not None:
+                decoded = codec.decode_payload(used.swift, *codec.unpack(data))[0]
+                return f".lvae, {used.name}", decoded, "latents, quantised", len(data)
+            rebuilt = reconstruct(used.swift, _as_channels(read.image, used.channels)[None])
+            image = _as_channels(rebuilt.reconstructions[0], read.image.shape[0])
+            return used.name, image, "no file: latents not quantised", None
+
+    def _measure(
+        self, title: str, read: Photo, image: torch.Tensor, how: str, size: int | None
+    ) -> dict[str, Any]:
+        (row,) = Metrics(self.desk.models.lpips).add(title, read.image[None], image[None])
+        figures = {"psnr": row.psnr, "ssim": row.ssim, "lpips": row.lpips}
+        return {"name": title, "how": how, "bytes": size, **figures}
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photo = desk.photo()
+                against = gr.CheckboxGroup(
+                    [LVAE, JPEG, WEBP, *desk.models.names],
+                    value=[LVAE, JPEG, WEBP],
+                    label="Compare",
+                    info="Up to three. JPEG and WebP get the bytes of the .lvae file.",
+                )
+                quality = gr.Slider(1, 100, 40, step=1, label="Quality of the .lvae file")
+                with gr.Accordion("Where to look", open=False):
+                    across = gr.Slider(0, 1, 0.35, step=0.01, label="Across")
+                    down = gr.Slider(0, 1, 0.4, step=0.01, label="Down")
+                    side = gr.Radio(SIDES, value=128, label="Side of the crop, pixels")
+                button = gr.Button("Compare", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                view = gr.HTML(css_template=panes.CSS, js_on_load=panes.SCRIPT, elem_id="lv-compare")
+                gr.HTML('<p class="lv-note">Figures are those of the whole picture.</p>')
+                with gr.Accordion("Figures as JSON", open=False):
+                    rows = gr.JSON(show_label=False)
+        inputs, outputs = [photo, model, against, quality, across, down, side], [view, rows]
+        live = [tab.select, photo.change, quality.release, across.release, down.release, side.input]
+        desk.connect(self.run, inputs, outputs, "compare", button=button, live=live)
+
+
+def crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int, int, int]:
+    """Left, top and side of a square crop, moved and shrunk until it lies in the picture."""
+    width, height = read.info.width, read.info.height
+    length = max(1, min(int(side), width, height))
+    left, top = (
+        round(min(max(share * total - length / 2, 0), total - length))
+        for share, total in ((across, width), (down, height))
+    )
+    return left, top, length
+
+
+def size_of(read: Photo, box: tuple[int, int, int]) -> str:
+    """What the crop shows of the picture."""
+    return f"{box[2]} x {box[2]} of {read.info.width} x {read.info.height} pixels"
+
+
+def _cut(image: torch.Tensor, box: tuple[int, int, int]) -> Any:
+    left, top, side = box
+    return to_pil(image[:, top : top + side, left : left + side]).convert("RGB")
+
+
+def _as_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
+    """Grey for a model of grey images, and grey shown as RGB."""
+    if image.shape[0] == channels:
+        return image
+    return image.mean(0, keepdim=True) if channels == 1 else image.expand(3, -1, -1)
+
+
+def _caption(row: dict[str, Any]) -> str:
+    parts = [] if row["bytes"] is None else [views.size(row["bytes"])]
+    parts += [row["how"], views.number(row["psnr"], 2, " dB")]
+    if row["lpips"] is not None:
+        parts.append(f"LPIPS {row['lpips']:.3f}")
+    return " · ".join(parts)

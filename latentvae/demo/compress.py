@@ -1,0 +1,169 @@
+"""The tab Compress: an image as a small file and back, and files of latents opened again."""
+
+from typing import Any
+
+import gradio as gr
+import torch
+
+from latentvae import codec
+from latentvae.demo import latents_file, views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import read_bytes, read_photo
+from latentvae.demo.models import Model
+from latentvae.errors import CodecError, LatentVAEError
+from latentvae.latents import decode
+from latentvae.metrics import Metrics
+
+MAGIC = b"LVAE"
+INVITATION = (
+    "An .lvae file, or latents that were downloaded in the tab Reconstruct (or any safetensors file with "
+    "<code>latents</code> of this model), becomes a picture again here."
+)
+
+
+class Compress:
+    """Handlers and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        photo: str | None,
+        model: str,
+        quality: float = 50,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Compress a picture to an .lvae file and decode that again.
+
+        Args:
+            photo: any image file, of any size.
+            model: one of the names that the picker offers.
+            quality: 1 (smallest) to 100 (best); 14 more halve the quantisation steps.
+
+        Returns:
+            Original and decoded picture; figures as HTML; the same as JSON; the .lvae file.
+        """
+        with self.desk.models.use(model) as chosen:
+            read = read_photo(photo, self.desk.limits, chosen.channels)
+            images = read.image[None]
+            progress(0.1, "Encoding")
+            data = codec.compress(chosen.exact, images, quality=int(quality))
+            progress(0.5, "Decoding")
+            header, payload = codec.unpack(data)
+            decoded = codec.decode_payload(chosen.swift, header, payload)
+            metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason)
+            (row,) = metrics.add(read.name, images, decoded)
+        bpp = 8 * len(data) / (read.info.width * read.info.height)
+        raw = read.image.numel()  # bytes at 8 bits
+        shown = [
+            (views.size(len(data)), "the whole file", f"{raw / len(data):.0f} times smaller than its pixels"),
+            (f"{bpp:.3f}", "bits per pixel", "of the file, header and all"),
+            *views.distances(row),
+        ]
+        facts: dict[str, Any] = {
+            "bytes": len(data),
+            "bpp": bpp,
+            "psnr": row.psnr,
+            "ssim": row.ssim,
+            "lpips": row.lpips,
+        }
+        facts |= {"model": chosen.name, "quality": int(quality), "width": row.width, "height": row.height}
+        return (
+            (views.view(read.image), views.view(decoded[0])),
+            views.tiles(shown, views.sentence(read.info.notes)),
+            facts,
+            views.keep(data, f"{read.stem}.lvae"),
+        )
+
+    def open(self, file: str | None, model: str) -> tuple[Any, ...]:
+        """Decode a file: .lvae, or latents that the tab Reconstruct gave (safetensors).
+
+        Args:
+            file: that file. The model is the one that it names, if it is here.
+            model: used for latents that name no weights.
+
+        Returns:
+            The picture; figures as HTML; the picture as PNG.
+        """
+        data, name = read_bytes(file, "file", self.desk.limits)
+        if data.startswith(MAGIC):
+            image, used = self._open_lvae(data, name)
+        else:
+            image, used = self._open_latents(data, name, model)
+        stem = name.split(".", maxsplit=1)[0] or "image"
+        bpp = 8 * len(data) / (image.shape[-1] * image.shape[-2])
+        shown = [
+            (f"{image.shape[-1]} x {image.shape[-2]}", "pixels", f"decoded by {used}"),
+            (views.size(len(data)), "the file", f"{bpp:.3f} bits per pixel"),
+        ]
+        return views.view(image), views.tiles(shown), views.keep_png(image, f"{stem}.png")
+
+    def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
+        header, payload = codec.unpack(data, name=name, max_pixels=self.desk.limits.pixels)
+        with self.desk.models.use(self._model_of(header.weights.hex(), name)) as chosen:
+            codec.check_model(chosen.exact, header)
+            return codec.decode_payload(chosen.swift, header, payload)[0], chosen.name
+
+    def _open_latents(self, data: bytes, name: str, model: str) -> tuple[torch.Tensor, str]:
+        weights = latents_file.weights_of(data)
+        with self.desk.models.use(self._model_of(weights, name) if weights else model) as chosen:
+            return self._decode(chosen, data, name), chosen.name
+
+    @torch.no_grad()
+    def _decode(self, model: Model, data: bytes, name: str) -> torch.Tensor:
+        found = latents_file.read(data, name, model, self.desk.limits.pixels)
+        image = decode(model.swift, found.latents, found.padding)[0]
+        if not bool(image.isfinite().all()):
+            raise LatentVAEError(f"{name} decodes to values that are no numbers: its latents are far off.")
+        return image
+
+    def _model_of(self, weights: str, name: str) -> str:
+        found = self.desk.models.with_weights(weights)
+        if found is None:
+            raise CodecError(
+                f"{name} was made with a model whose weight hash begins with {weights[:12]}, which is not on "
+                f"this server (it has {', '.join(self.desk.models.names)}): start the demo with that --model."
+            )
+        return found
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photo = desk.photo()
+                quality = gr.Slider(
+                    1, 100, 50, step=1, label="Quality", info="14 more: steps half as long, a larger file."
+                )
+                button = gr.Button("Compress", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                pair = desk.slider("lv-compress-slider")
+                shown = gr.HTML()
+                made = gr.DownloadButton("Download the file (.lvae)", size="md", elem_id="lv-lvae-file")
+                with gr.Accordion("Figures as JSON", open=False):
+                    facts = gr.JSON(show_label=False)
+        gr.HTML('<h3 class="lv-part">Open a file</h3>')
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                file = gr.File(
+                    label="A file", file_types=[".lvae", ".safetensors"], height=150, elem_id="lv-open"
+                )
+                opening = gr.Button("Decode", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                about = gr.HTML(f'<p class="lv-note">{INVITATION}</p>', elem_id="lv-opened-about")
+                with gr.Column(visible=False) as result:
+                    picture = desk.picture("Decoded", elem_id="lv-opened")
+                    saved = gr.DownloadButton("Download the picture (PNG)", size="md")
+        outputs = [pair, shown, facts, made]
+        live = [tab.select, photo.change, quality.release]
+        desk.connect(self.run, [photo, model, quality], outputs, "compress", button=button, live=live)
+        opened = [picture, about, saved]
+        done = desk.connect(self.open, [file, model], opened, "decode", button=opening, live=[file.upload])
+        for each in done:
+            each.success(show, None, result, api_name="show", api_visibility="undocumented", queue=False)
+
+
+def show() -> gr.Column:
+    """Until a file is opened there is nothing to see."""
+    return gr.Column(visible=True)

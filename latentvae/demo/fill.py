@@ -1,0 +1,158 @@
+"""The tab Fill in: paint over what is missing, and have it completed."""
+
+import base64
+import binascii
+import io
+from typing import Any, Literal
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from latentvae.demo import painter, views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import read_photo
+from latentvae.errors import ImageError
+from latentvae.explore.imputation import STEPS, fill
+from latentvae.explore.interpolation import thumbnail
+from latentvae.images import load_image, to_pil
+
+MASK_BYTES = 4 << 20
+SHAPE_SLACK = 0.03  # of the ratio of width to height, in which mask and picture may differ
+
+
+class FillIn:
+    """Handlers and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        photo: str | None,
+        mask: str,
+        model: str,
+        method: Literal["project", "optimise"] = "project",
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Complete a picture where a mask is white; all other pixels stay as they are.
+
+        Args:
+            photo: any image file; large ones are shrunk.
+            mask: a PNG as a data URL ("data:image/png;base64,..."), of the picture's proportions.
+            model: one of the names that the picker offers.
+            method: "project" encodes and decodes three times; "optimise" fits the latents to the known
+                pixels, which takes about a minute.
+
+        Returns:
+            The picture with its hole, and completed; figures as HTML; the completed picture as PNG.
+        """
+        with self.desk.models.use(model) as chosen:
+            read = read_photo(photo, self.desk.limits, chosen.channels)
+            image = thumbnail(read.image, self.desk.limits.explore_side)
+            missing = read_mask(mask, *image.shape[-2:])
+            if not bool(missing.any()):
+                raise ImageError("Nothing is painted yet: paint over what should be filled in.")
+            vae, total = (chosen.exact, 2 * STEPS[method]) if method == "optimise" else (chosen.swift, 6)
+            done = iter(range(total + 1))
+            result = fill(
+                vae,
+                image[None],
+                missing,
+                method=method,
+                progress=lambda: progress((next(done, total), total), "Filling in"),
+            )
+        hole = image.masked_fill(missing, 0.0)
+        share = float(missing.float().mean())
+        shown = [
+            (f"{100 * share:.1f} %", "was missing", f"of {image.shape[-1]} x {image.shape[-2]} pixels"),
+            (f"{100 * result.detail:.0f} %", "of the model's detail", "helped on pixels hidden as a test"),
+            (f"{result.plate:.2f}", "thin plate", "the rest is a smooth continuation"),
+        ]
+        picture = views.keep_png(result.images[0], f"{read.stem}.filled.png")
+        return (views.view(hole), views.view(result.images[0])), views.tiles(shown), picture
+
+    def show(self, photo: str | None) -> Any:
+        """The picture under the brush.
+
+        Args:
+            photo: any image file; None takes it away.
+        """
+        return painter.draw(None if photo is None else self._small(photo))
+
+    def _small(self, photo: str) -> Image.Image:
+        read = read_photo(photo, self.desk.limits)
+        return to_pil(thumbnail(read.image, self.desk.limits.explore_side))
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        small = self._small(str(desk.example))
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photo = desk.photo()
+                method = gr.Radio(
+                    ["project", "optimise"],
+                    value="project",
+                    label="Method",
+                    info="Seconds, or about a minute for a closer fit.",
+                )
+                button = gr.Button("Fill in", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                brush = gr.HTML(
+                    painter.draw(small),
+                    css_template=painter.CSS,
+                    js_on_load=painter.SCRIPT,
+                    elem_id="lv-painter",
+                )
+                mask = gr.Textbox(
+                    scratches(*small.size), label="Mask", visible="hidden", elem_id=painter.MASK_ID
+                )
+                pair = desk.slider("lv-filled")
+                shown = gr.HTML()
+                saved = gr.DownloadButton("Download the picture (PNG)", size="md")
+        photo.change(
+            self.show, photo, brush, api_name="brush", api_visibility="undocumented", show_progress="hidden"
+        )
+        inputs, outputs = [photo, mask, model, method], [pair, shown, saved]
+        desk.connect(self.run, inputs, outputs, "fill", button=button, live=[tab.select])
+
+
+def read_mask(mask: str, height: int, width: int) -> torch.Tensor:
+    """Which pixels (height, width) a mask covers with white, from a data URL of a PNG of any size.
+
+    Raises:
+        ImageError: no data URL of a picture, too large, or of other proportions than the picture's.
+    """
+    kind, _, text = (mask or "").partition(",")
+    if not text:
+        raise ImageError("Nothing is painted yet: paint over what should be filled in.")
+    if kind != "data:image/png;base64" or len(text) > MASK_BYTES:
+        raise ImageError("The mask must be a PNG as a data URL, data:image/png;base64,... of up to 4 MB.")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"The mask is no base64 ({error}): encode the PNG again.") from error
+    white = load_image(data, name="the mask", background=(0, 0, 0), max_pixels=1 << 22, channels=1)[0] > 0
+    high, wide = white.shape
+    if abs(wide / high * height / width - 1) > SHAPE_SLACK:
+        raise ImageError(
+            f"The mask is {wide} x {high} pixels and the picture {width} x {height}: paint on this one."
+        )
+    rows = (torch.arange(height) * high) // height
+    columns = (torch.arange(width) * wide) // width
+    return white[rows][:, columns]
+
+
+def scratches(width: int, height: int) -> str:
+    """A mask with a few strokes, to begin with."""
+    picture = Image.new("L", (width, height))
+    pen, random = ImageDraw.Draw(picture), np.random.default_rng(4)
+    for _ in range(5):
+        steps = np.cumsum(random.normal(0, 0.04, (9, 2)) + random.normal(0, 0.06, 2), 0)
+        points = (random.uniform(0.15, 0.85, 2) + steps) * (width, height)
+        pen.line([tuple(point) for point in points], fill=255, width=max(3, width // 60), joint="curve")
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

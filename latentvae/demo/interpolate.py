@@ -1,0 +1,86 @@
+"""The tab Interpolate: the way from one image to another through the latents."""
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+import gradio as gr
+
+from latentvae.demo import views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import read_photo
+from latentvae.explore.interpolation import interpolate, match_size, step_sizes, strip, thumbnail
+
+FPS = 8.0
+
+
+class Interpolate:
+    """Handler and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        first: str | None,
+        second: str | None,
+        model: str,
+        frames: float = 9,
+        route: Literal["spherical", "linear"] = "spherical",
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Walk from one picture to another through the latents.
+
+        Args:
+            first, second: any image files. Large ones are shrunk, the second is cropped to the first's size.
+            model: one of the names that the picker offers.
+            frames: 2 to 17, both ends counted.
+            route: "spherical" keeps contrast on the way, "linear" is the straight line.
+
+        Returns:
+            The frames there and back as an animated WebP; the frames as a strip; every step's size as JSON.
+        """
+        with self.desk.models.use(model) as chosen:
+            one, other = (read_photo(each, self.desk.limits, chosen.channels) for each in (first, second))
+            start = thumbnail(one.image, self.desk.limits.explore_side)
+            end = match_size(other.image, *start.shape[-2:])
+            progress(0.1, "Encoding both")
+            count = max(2, min(int(frames), 17))
+            found = interpolate(chosen.swift, [start, end], count, route, progress=True)
+            steps = step_sizes(found.frames, self.desk.models.lpips)
+        turned = [*range(len(found.frames)), *range(len(found.frames) - 2, 0, -1)]
+        name = f"{one.stem}-{other.stem}.webp"
+        facts = {"model": chosen.name, "route": route, "positions": found.positions}
+        return (
+            views.keep_animation(found.frames[turned], name, FPS),
+            strip(found, steps),
+            {**facts, "steps": [asdict(step) for step in steps]},
+        )
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                first = desk.photo("From")
+                second = desk.photo("To", views.keep_png(desk.second_example(), "chelsea-turned.png"), False)
+                frames = gr.Slider(3, 17, 9, step=1, label="Frames")
+                route = gr.Radio(
+                    ["spherical", "linear"],
+                    value="spherical",
+                    label="Route",
+                    info="An arc keeps the contrast.",
+                )
+                button = gr.Button("Interpolate", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                animation = desk.picture("There and back", elem_id="lv-animation", height=420)
+                gr.HTML('<p class="lv-caption">Every frame, and how far it looks from the one before</p>')
+                frames_view = desk.picture("Frames", bare=True)
+                gr.HTML(
+                    '<p class="lv-note">Between two photographs the way is a cross-fade: this '
+                    "autoencoder keeps pictures, it does not understand them.</p>",
+                )
+                with gr.Accordion("Steps as JSON", open=False):
+                    facts = gr.JSON(show_label=False)
+        inputs, outputs = [first, second, model, frames, route], [animation, frames_view, facts]
+        live = [tab.select, first.change, second.change, frames.release, route.input]
+        desk.connect(self.run, inputs, outputs, "interpolate", button=button, live=live)

@@ -1,0 +1,169 @@
+"""The models that visitors choose from, loaded once, used by one request at a time."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.errors import LatentVAEError, MissingWeightsError, ModelError
+from latentvae.fingerprint import weight_hash
+from latentvae.model import DEFAULT_MODEL, bundled, describe, load
+from latentvae.optimization import optimize
+from latentvae.perceptual import LPIPS, load_lpips
+from latentvae.tiling import enable_exact_tiling
+
+logger = logging.getLogger(__name__)
+
+TRIAL_SIDE = 256  # pixels of the image that precisions are timed on
+FASTER = 0.85  # of float32's time that bfloat16 must stay below to be worth its rounding
+
+
+@dataclass(frozen=True)
+class Model:
+    """One choice of the picker.
+
+    Attributes:
+        name: what visitors call it.
+        exact: in float32: encodes, so that latents and files are the same on every machine.
+        swift: the same weights, or those in bfloat16 where this machine is faster at it: draws pictures.
+        weights_sha256: of `exact`.
+    """
+
+    name: str
+    exact: AutoencoderKL
+    swift: AutoencoderKL
+    weights_sha256: str
+
+    @property
+    def channels(self) -> int:
+        """Of its images: 1 or 3."""
+        return int(self.exact.config["in_channels"])
+
+    @property
+    def precision(self) -> str:
+        """What pictures are decoded in, for people."""
+        return "bf16" if self.swift.dtype == torch.bfloat16 else "fp32"
+
+
+class Models:
+    """All models of a server: the bundled ones and those named at its start.
+
+    Args:
+        sources: folders or files, as `latentvae.load` takes them.
+        tile_above: pixels of a side above which images go in exact tiles.
+
+    Raises:
+        ModelError: one that cannot be loaded, or whose images are neither grey nor RGB.
+    """
+
+    def __init__(self, sources: Sequence[str | Path] = (), tile_above: int = 1024) -> None:
+        self._lock = threading.Lock()
+        self._models: dict[str, Model] = {}
+        for source in (*_default_first(bundled()), *sources):
+            self._add(source, tile_above)
+        if not self._models:
+            raise ModelError("no model is bundled and none was named: give one with --model.")
+        self.lpips, self.lpips_missing_reason = _find_lpips()
+
+    @property
+    def names(self) -> list[str]:
+        """What the picker offers, the first being its choice."""
+        return list(self._models)
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[Model]:
+        """Lend a model; others wait, because exact tiling and the CPU's kernels keep buffers with it.
+
+        Raises:
+            ModelError: no such model here.
+        """
+        if name not in self._models:
+            raise ModelError(f"there is no model {name!r} here: choose one of {', '.join(self.names)}.")
+        with self._lock:
+            yield self._models[name]
+
+    def with_weights(self, start: str) -> str | None:
+        """The name of the model whose weight hash begins so, or None."""
+        return next(
+            (name for name, each in self._models.items() if each.weights_sha256.startswith(start)), None
+        )
+
+    def summary(self, name: str) -> str:
+        """What a model is, in a line."""
+        model = self._models[name]
+        facts = describe(model.exact)
+        ratio = facts["spatial_compression_ratio"]
+        return (
+            f"{facts['parameters'] / 1e6:.1f} M parameters · {ratio} x {ratio} pixels become one position of "
+            f"{model.exact.config['latent_channels']} channels · pictures in {model.precision}"
+        )
+
+    def _add(self, source: str | Path, tile_above: int) -> None:
+        exact = optimize(load(source))
+        if exact.config["in_channels"] not in (1, 3):
+            raise ModelError(
+                f"{source} takes {exact.config['in_channels']} channels; pictures have 1 or 3. Leave it out."
+            )
+        swift = optimize(load(source, dtype=torch.bfloat16))
+        if not _is_faster(swift, exact):
+            swift = exact
+        for vae in (exact, swift):
+            _tile(vae, tile_above)
+        name = self._free_name(source)
+        self._models[name] = Model(name, exact, swift, weight_hash(exact))
+
+    def _free_name(self, source: str | Path) -> str:
+        """The end of a path; a folder called vae, or a file, says little without its parent."""
+        path = Path(source)
+        if str(source) in bundled():
+            name = str(source)
+        elif path.name == "vae" or path.suffix:
+            name = "/".join(path.resolve().parts[-2:])
+        else:
+            name = path.resolve().name
+        taken = sum(each == name or each.startswith(f"{name} (") for each in self._models)
+        return f"{name} ({taken + 1})" if taken else name
+
+
+def _default_first(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name != DEFAULT_MODEL, name))
+
+
+def _find_lpips() -> tuple[LPIPS | None, str | None]:
+    try:
+        return load_lpips("alex"), None
+    except MissingWeightsError as error:
+        logger.info("LPIPS is left out: %s", error)
+        return None, "the weights of its network are not installed on this server"
+
+
+def _tile(vae: AutoencoderKL, tile_above: int) -> None:
+    """Tile large images exactly; a model with blocks that cannot be tiled takes them whole."""
+    try:
+        enable_exact_tiling(vae, tile_above, progress=True)
+    except LatentVAEError as error:
+        logger.warning("large images are not tiled: %s", error)
+
+
+def _is_faster(swift: AutoencoderKL, exact: AutoencoderKL) -> bool:
+    """Whether bfloat16 pays, measured, after a first turn that warms both up."""
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(3):
+        for which, vae in enumerate((swift, exact)):
+            start = time.perf_counter()
+            _round_trip(vae)
+            times[which].append(time.perf_counter() - start)
+    return min(times[0][1:]) < FASTER * min(times[1][1:])
+
+
+@torch.no_grad()
+def _round_trip(vae: Any) -> None:
+    images = torch.zeros(1, vae.config["in_channels"], TRIAL_SIDE, TRIAL_SIDE, dtype=vae.dtype)
+    vae.decode(vae.encode(images).latent_dist.mode())

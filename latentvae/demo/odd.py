@@ -1,0 +1,120 @@
+"""The tab Find the odd one: several images, each judged by all the others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from latentvae.demo import views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import Photo, read_photo
+from latentvae.errors import LatentVAEError
+from latentvae.explore.anomaly import LEAST, TERMS, Look, Verdict, calibrate, look
+from latentvae.explore.interpolation import thumbnail
+from latentvae.images import from_uint8
+from latentvae.pictures import colour_error
+
+HEAT_MIDDLE = 16.0  # what `colour_error` draws half-way: the other images' worst place
+SHADE = 0.55  # how much of a heat map covers its picture
+
+
+class FindOdd:
+    """Handler and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        photos: list[tuple[str, str | None]] | None,
+        model: str,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Rank pictures from odd to usual, each compared with all the others.
+
+        Args:
+            photos: six or more image files; large ones are shrunk.
+            model: one of the names that the picker offers.
+
+        Returns:
+            Heat maps, the oddest first; figures of the oddest as HTML; all as JSON, ranked.
+        """
+        files = [path for path, _ in photos or []]
+        most = self.desk.limits.images
+        if not LEAST < len(files) <= most:
+            raise LatentVAEError(
+                f"{len(files)} pictures came: each is compared with the others, so {LEAST + 1} to {most} are "
+                "needed. Add some that are alike, and the one you wonder about."
+            )
+        with self.desk.models.use(model) as chosen:
+            read: list[Photo] = []
+            looks: list[Look] = []
+            for number, file in enumerate(files):
+                progress((number, len(files)), "Looking")
+                read.append(read_photo(file, self.desk.limits, chosen.channels))
+                image = thumbnail(read[-1].image, self.desk.limits.explore_side)[None]
+                looks.append(look(chosen.swift, image, self._network(image)))
+            if any("lpips" not in one.terms for one in looks):  # pictures that are too small for it
+                for one in looks:
+                    one.terms.pop("lpips", None)
+            net = "alex" if "lpips" in looks[0].terms else None
+            verdicts = []
+            for number, one in enumerate(looks):
+                progress((number, len(looks)), "Comparing")
+                others = looks[:number] + looks[number + 1 :]
+                verdicts.append(calibrate(chosen.swift, others, net).judge(one))
+        order = sorted(range(len(read)), key=lambda number: -verdicts[number].score)
+        return self._show([(read[number], verdicts[number]) for number in order], chosen.name)
+
+    def _network(self, image: torch.Tensor) -> Any:
+        network = self.desk.models.lpips
+        return network if network and min(image.shape[-2:]) >= network.min_size else None
+
+    @staticmethod
+    def _show(ranked: Sequence[tuple[Photo, Verdict]], model: str) -> tuple[Any, ...]:
+        maps = [
+            (heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")
+            for rank, (photo, verdict) in enumerate(ranked, 1)
+        ]
+        first, second = ranked[0][1].score, ranked[1][1].score
+        shown = [
+            (ranked[0][0].name, "the oddest", "of these pictures"),
+            (f"{first:.1f}", "its score", "0 is usual, above 1 is rare"),
+            (f"{second:.1f}", "the next one's", "how clear it is"),
+        ]
+        rows = [
+            {"rank": rank, "name": photo.name, "score": verdict.score, "terms": verdict.terms}
+            for rank, (photo, verdict) in enumerate(ranked, 1)
+        ]
+        return maps, views.tiles(shown), {"model": model, "terms": TERMS, "images": rows}
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photos = desk.photos("Pictures that are alike, and an odd one", desk.parts(painted=4))
+                button = gr.Button("Find the odd one", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                shown = gr.HTML()
+                maps = desk.gallery("The oddest first", columns=4)
+                gr.HTML(
+                    '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in '
+                    "their worst place. With so few pictures a score is a hint; calibrate on hundreds with "
+                    "<code>latentvae anomaly</code>.</p>",
+                )
+                with gr.Accordion("Ranking as JSON", open=False):
+                    facts = gr.JSON(show_label=False)
+        inputs, outputs = [photos, model], [maps, shown, facts]
+        desk.connect(self.run, inputs, outputs, "odd", button=button, live=[tab.select])
+
+
+def heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
+    """A picture, darkened and greyed, with its heat over it."""
+    # the root of a squared error is as large as the error itself looks
+    heat = from_uint8(colour_error(HEAT_MIDDLE * verdict.heat.sqrt().numpy()))
+    small = thumbnail(photo.image, max(verdict.heat.shape))
+    grey = small.mean(0, keepdim=True).expand(3, -1, -1)
+    return views.view(torch.lerp(grey, heat, SHADE))

@@ -1,0 +1,65 @@
+"""The page: a head with the model picker, and a tab for each capability."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import gradio as gr
+
+from latentvae.demo.compare import Compare
+from latentvae.demo.compress import Compress
+from latentvae.demo.desk import Desk
+from latentvae.demo.fill import FillIn
+from latentvae.demo.interpolate import Interpolate
+from latentvae.demo.limits import Limits, LocalBlocks
+from latentvae.demo.models import Models
+from latentvae.demo.odd import FindOdd
+from latentvae.demo.reconstruct import Reconstruct
+from latentvae.demo.sample import Sample
+from latentvae.demo.vary import Vary
+
+HEAD = """<div class="lv-head"><h1>latent<i>vae</i></h1>
+<p>What an image autoencoder keeps of a picture, and what it loses.</p></div>"""
+
+TABS: tuple[tuple[str, str, Any], ...] = (
+    ("Reconstruct", "reconstruct", Reconstruct),
+    ("Compare", "compare", Compare),
+    ("Compress", "compress", Compress),
+    ("Interpolate", "interpolate", Interpolate),
+    ("Vary", "vary", Vary),
+    *((("Sample", "sample", Sample),) if find_spec("latentvae.explore.sampling") else ()),
+    ("Find the odd one", "odd", FindOdd),
+    ("Fill in", "fill", FillIn),
+)
+
+
+def build(models: Models, limits: Limits) -> LocalBlocks:
+    """Lay the page out; `theme.make_theme` and `theme.CSS` belong to its launch."""
+    desk = Desk(models, limits)
+    page = LocalBlocks(title="latentvae", analytics_enabled=False)
+    page.limits = limits
+    with page:
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=3, min_width=300):
+                gr.HTML(HEAD)
+            with gr.Column(scale=2, min_width=280):
+                model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="lv-model")
+                about = gr.HTML(describe(models, models.names[0]))
+        with gr.Tabs():
+            for title, name, tab in TABS:
+                with gr.Tab(title, id=name) as place:
+                    tab(desk).build(model, place)
+        model.change(
+            lambda name: describe(models, name),
+            model,
+            about,
+            api_name="describe_model",
+            api_visibility="undocumented",
+            queue=False,
+        )
+    page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    return page
+
+
+def describe(models: Models, name: str) -> str:
+    """The line below the picker."""
+    return f'<div class="lv-model-line">{models.summary(name)}</div>'

@@ -1,0 +1,134 @@
+"""The tab Reconstruct: an image through the model and back."""
+
+import time
+from dataclasses import asdict
+from typing import Any, Literal
+
+import gradio as gr
+import torch
+
+from latentvae.demo import latents_file, views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import read_photo
+from latentvae.errors import LatentVAEError
+from latentvae.latents import decode, encode
+from latentvae.metrics import ImageMetrics, Metrics, MetricsSummary
+from latentvae.pictures import ERROR_WHITE
+
+SCALE = f"Error: black is none, white is {ERROR_WHITE} of 255 levels or more."
+
+
+class Reconstruct:
+    """Handler and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    @torch.no_grad()
+    def run(
+        self,
+        photo: str | None,
+        model: str,
+        latents: Literal["mode", "sample"] = "mode",
+        seed: float = 0,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Encode a picture and decode it again, and measure what was lost.
+
+        Args:
+            photo: any image file, of any size.
+            model: one of the names that the picker offers.
+            latents: "mode" takes the most likely latents, "sample" draws them from the posterior.
+            seed: of the sample.
+
+        Returns:
+            Original and reconstruction; the error map; the latent channels; figures as HTML; figures with
+            their protocol as JSON; the reconstruction as PNG; moments, latents and padding as safetensors.
+        """
+        if latents not in ("mode", "sample"):
+            raise LatentVAEError(f"latents {latents!r} came; choose mode or sample.")
+        with self.desk.models.use(model) as chosen:
+            read = read_photo(photo, self.desk.limits, chosen.channels)
+            images, start = read.image[None], time.perf_counter()
+            progress(0.1, "Encoding")
+            posterior, padding = encode(chosen.exact, images)
+            generator = torch.Generator().manual_seed(int(seed or 0))
+            drawn = posterior.sample(generator) if latents == "sample" else posterior.mode()
+            progress(0.4, "Decoding")
+            rebuilt = decode(chosen.swift, drawn, padding)
+            seconds = time.perf_counter() - start
+            progress(0.8, "Measuring")
+            metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
+            (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
+            file = latents_file.write(chosen, posterior, drawn, padding)
+        before, after = views.view(read.image), views.view(rebuilt[0])
+        return (
+            (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png")),
+            views.keep_view(views.error_view(before, after), "error.png"),
+            views.channel_views(drawn),
+            views.tiles(figures(row, seconds), views.sentence([*read.info.notes, *metrics.summary().notes])),
+            details(metrics.summary(), chosen.name, chosen.precision, seconds),
+            views.keep_png(rebuilt[0], f"{read.stem}.reconstruction.png"),
+            views.keep(file, f"{read.stem}.latents.safetensors"),
+        )
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it, the example's result in it already."""
+        desk = self.desk
+        slider, error, channels, shown, protocol, picture, tensors = self.run(
+            str(desk.example), desk.models.names[0]
+        )
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photo = desk.photo()
+                latents = gr.Radio(
+                    ["mode", "sample"], value="mode", label="Latents", info="The most likely ones, or drawn."
+                )
+                seed = gr.Number(0, label="Seed of the sample", precision=0, minimum=0, visible=False)
+                button = gr.Button("Reconstruct", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                slider_view = desk.slider("lv-slider", slider)
+                shown_view = gr.HTML(shown, elem_id="lv-figures")
+                with gr.Row(elem_classes="lv-downloads"):
+                    picture_file = gr.DownloadButton("Download the picture (PNG)", picture, size="md")
+                    tensors_file = gr.DownloadButton(
+                        "Download the latents (safetensors)", tensors, size="md", elem_id="lv-latents-file"
+                    )
+                with gr.Row():
+                    error_view = desk.picture("Error map", error, "lv-error")
+                    channels_view = desk.gallery("Latent channels", channels)
+                gr.HTML(f'<p class="lv-note">{SCALE}</p>')
+                with gr.Accordion("Figures with their protocol", open=False):
+                    protocol_view = gr.JSON(protocol, show_label=False)
+        latents.change(
+            show_seed, latents, seed, api_name="show_seed", api_visibility="undocumented", queue=False
+        )
+        desk.connect(
+            self.run,
+            [photo, model, latents, seed],
+            [slider_view, error_view, channels_view, shown_view, protocol_view, picture_file, tensors_file],
+            "reconstruct",
+            button=button,
+            live=[photo.change, latents.input, seed.input, model.change],
+        )
+
+
+def show_seed(latents: str) -> gr.Number:
+    """A seed matters to samples only."""
+    return gr.Number(visible=latents == "sample")
+
+
+def figures(row: ImageMetrics, seconds: float) -> list[views.Figure]:
+    """The figures of one reconstruction for the page."""
+    return [
+        *views.distances(row),
+        (views.number(row.rate_bpp, 2), "bits per pixel", "KL of the latents: a bound, no file size"),
+        (views.number(seconds, 2, " s"), "time", "encoding and decoding"),
+    ]
+
+
+def details(summary: MetricsSummary, model: str, precision: str, seconds: float) -> dict[str, Any]:
+    """The figures as JSON, with all that is needed to compare them with others."""
+    (row,) = summary.as_dict()["images"]
+    about = {"model": model, "seconds": round(seconds, 3), "decoded_in": precision}
+    return {**row, **about, "protocol": asdict(summary.protocol), "notes": list(summary.notes)}

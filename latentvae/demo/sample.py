@@ -1,0 +1,121 @@
+"""The tab Sample: new images from a prior over latents."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import gradio as gr
+
+from latentvae.demo import views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import read_photo
+from latentvae.demo.models import Model
+from latentvae.errors import LatentVAEError
+from latentvae.explore.interpolation import match_size
+from latentvae.images import save_image
+
+if TYPE_CHECKING:
+    from latentvae.explore.prior import Prior
+
+MOST = 12
+SIDES = [64, 128, 256]
+LEAST_LEARNED = 4
+
+
+class Sample:
+    """Handler and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        photos: list[tuple[str, str | None]] | None,
+        model: str,
+        prior: Literal["gaussian", "standard"] = "gaussian",
+        side: float = 128,
+        count: float = 8,
+        seed: float = 0,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Draw latents from a prior and decode them.
+
+        Args:
+            photos: what the Gaussian is fitted to, four or more; the standard normal prior needs none.
+            model: one of the names that the picker offers.
+            prior: "gaussian" is fitted to the pictures' latents; "standard" is the normal distribution that
+                the KL term pulls towards.
+            side: of the new pictures in pixels: 64, 128 or 256.
+            count: 1 to 12.
+            seed: other seeds, other pictures.
+
+        Returns:
+            The new pictures; what was drawn from, as JSON.
+        """
+        from latentvae.explore.prior import StandardNormal
+        from latentvae.explore.sampling import sample
+
+        if prior not in ("gaussian", "standard") or int(side) not in SIDES:
+            raise LatentVAEError(f"prior {prior!r} and side {side} came; choose from those that are offered.")
+        wanted = max(1, min(int(count), MOST))
+        with self.desk.models.use(model) as chosen:
+            if prior == "standard":
+                drawn_from: Prior = StandardNormal(chosen.exact, int(side), int(side))
+            else:
+                progress(0.1, "Encoding the pictures")
+                drawn_from = self._fit([path for path, _ in photos or []], chosen, int(side))
+            progress(0.6, "Drawing")
+            images = sample(chosen.exact, drawn_from, wanted, int(seed or 0))
+        pictures = [(views.view(image), f"draw {number}") for number, image in enumerate(images, 1)]
+        facts = {"model": chosen.name, "prior": prior, "learned_from": drawn_from.card.images, "seed": seed}
+        return pictures, {**facts, "fit": drawn_from.card.fit}
+
+    def _fit(self, files: list[str], model: Model, side: int) -> "Prior":
+        """A Gaussian fitted to squares of the pictures and their mirror images."""
+        from latentvae.explore.latent_set import LatentSet
+        from latentvae.explore.mixture import fit_mixture
+        from latentvae.store.encoding import encode_folder
+
+        most = self.desk.limits.images
+        if not LEAST_LEARNED <= len(files) <= most:
+            raise LatentVAEError(
+                f"{len(files)} pictures came to learn from; give {LEAST_LEARNED} to {most}, or draw from the "
+                "standard normal prior, which needs none."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            pictures, store = Path(folder, "pictures"), Path(folder, "store")
+            pictures.mkdir()
+            for number, file in enumerate(files):
+                image = match_size(read_photo(file, self.desk.limits, model.channels).image, side, side)
+                for name, each in (("a", image), ("b", image.flip(2))):
+                    save_image(each, pictures / f"{number:02d}{name}.png")
+            encode_folder(model.exact, pictures, store, dtype="fp32", weights_sha256=model.weights_sha256)
+            return fit_mixture(LatentSet(store))
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photos = desk.photos("Pictures to learn from", desk.parts())
+                prior = gr.Radio(
+                    [("Gaussian of the pictures", "gaussian"), ("standard normal", "standard")],
+                    value="gaussian",
+                    label="Prior",
+                )
+                side = gr.Radio(SIDES, value=128, label="Side, pixels")
+                count = gr.Slider(1, MOST, 8, step=1, label="Pictures")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                button = gr.Button("Sample", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                pictures = desk.gallery("New pictures", columns=4)
+                gr.HTML(
+                    '<p class="lv-note">With a small KL weight latents are far from standard normal, and '
+                    "draws from that are noise. A Gaussian has the pictures' colours and shapes at "
+                    "best. <code>latentvae prior fit</code> trains a diffusion prior on a store.</p>"
+                )
+                with gr.Accordion("What was drawn from", open=False):
+                    facts = gr.JSON(show_label=False)
+        inputs, outputs = [photos, model, prior, side, count, seed], [pictures, facts]
+        live = [tab.select, prior.input, side.input, count.release, seed.input]
+        desk.connect(self.run, inputs, outputs, "sample", button=button, live=live)

@@ -1,0 +1,129 @@
+"""Serving the page on one machine, with a folder of its own that goes when the server does."""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from latentvae.demo.limits import Limits
+from latentvae.errors import LatentVAEError
+
+HOST, PORT = "127.0.0.1", 7860
+# What gradio reads when it is imported or launched: no telemetry, no sharing, no second server for rendering.
+SETTINGS = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_SHARE": "False",
+    "GRADIO_SSR_MODE": "False",
+    "GRADIO_NODE_SERVER_NAME": "",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """An empty folder for uploads and results, as gradio's and the process's own, removed at the end."""
+    before, here = dict(os.environ), Path.cwd()
+    folder = Path(tempfile.mkdtemp(prefix="latentvae-demo-"))
+    files = folder / "files"
+    files.mkdir()
+    empty = folder / "empty"
+    empty.mkdir()
+    os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(files), GRADIO_EXAMPLES_CACHE=str(empty))
+    os.chdir(empty)  # gradio serves files of the working directory to its own handlers
+    try:
+        yield files
+    finally:
+        os.chdir(here)
+        for name in (*SETTINGS, "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be served.
+
+    Raises:
+        LatentVAEError: the port is taken or not allowed, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        raise LatentVAEError(
+            f"{host}:{port} cannot be served ({getattr(error, 'strerror', None) or error}): another program "
+            "may use it. Choose another one with --port, or end that program."
+        ) from error
+
+
+def start(
+    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
+) -> Any:
+    """Load the models, lay the page out and serve it in a thread; call it inside `workplace`.
+
+    Args:
+        sources: models beside the bundled ones: folders or files.
+        host: address to listen on; 0.0.0.0 opens the page to the network.
+        port: of it.
+        limits: what visitors may ask.
+
+    Returns:
+        The page; `page.local_url` is its address, `page.close()` ends it.
+
+    Raises:
+        LatentVAEError: a model that cannot be loaded, or an address that cannot be served.
+    """
+    check_port(host, port)
+    from starlette.middleware import Middleware
+
+    from latentvae.demo.gate import Gate
+    from latentvae.demo.models import Models
+    from latentvae.demo.page import build
+    from latentvae.demo.sweeping import Sweeper
+    from latentvae.demo.theme import CSS, make_theme
+
+    limits = limits or Limits()
+    page = build(Models(sources, limits.tile_above), limits)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        allowed_paths=[],
+        blocked_paths=[str(Path(__file__).parents[1])],
+        max_file_size=limits.upload_bytes,
+        strict_cors=True,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        footer_links=["api"],
+        theme=make_theme(),
+        css=CSS,
+        app_kwargs={"middleware": [Middleware(Gate, max_body=limits.upload_bytes + 2**20)]},
+    )
+    Sweeper(Path(os.environ["GRADIO_TEMP_DIR"]), limits.keep_seconds, limits.sweep_seconds).start()
+    return page
+
+
+def serve(
+    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
+) -> None:
+    """Serve the page until Ctrl-C."""
+    resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
+    with workplace():
+        page = start(resolved, host, port, limits)
+        print(f"latentvae demo on {page.local_url} (Ctrl-C ends it)", flush=True)
+        try:
+            page.block_thread()
+        finally:
+            page.close()

@@ -1,0 +1,108 @@
+"""The tab Vary: samples of an image's posterior, spread by a temperature."""
+
+from typing import Any
+
+import gradio as gr
+import torch
+
+from latentvae.demo import views
+from latentvae.demo.desk import Desk
+from latentvae.demo.limits import read_photo
+from latentvae.explore.interpolation import thumbnail
+from latentvae.explore.variation import Reference, Variations
+
+FPS = 3.0
+MOST = 9
+
+
+class Vary:
+    """Handler and layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def run(
+        self,
+        photo: str | None,
+        model: str,
+        temperature: float = 100,
+        copies: float = 4,
+        seed: float = 0,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
+    ) -> tuple[Any, ...]:
+        """Decode samples around a picture's latents.
+
+        Args:
+            photo: any image file; large ones are shrunk.
+            model: one of the names that the picker offers.
+            temperature: 0 gives the reconstruction, 1 a sample of the posterior, more is no longer what the
+                encoder said.
+            copies: 1 to 9.
+            seed: other seeds, other copies.
+
+        Returns:
+            The copies; the same as an animated WebP; figures as HTML; the same as JSON.
+        """
+        count = max(1, min(int(copies), MOST))
+        with self.desk.models.use(model) as chosen:
+            read = read_photo(photo, self.desk.limits, chosen.channels)
+            image = thumbnail(read.image, self.desk.limits.explore_side)
+            found = Variations(chosen.swift, image, seed=int(seed or 0))
+            made = []
+            for copy in range(count):
+                progress((copy, count), "Decoding")
+                made.append(found.image(float(temperature), copy))
+            original = Reference(image, self.desk.models.lpips)
+            rebuilt = found.reconstruction
+            plain = Reference(rebuilt, self.desk.models.lpips)
+            near = [(original.distance(each), plain.distance(each)) for each in made]
+        spread = found.spread
+        pictures = [
+            (views.view(each), f"copy {number}: {views.number(distance.psnr, 1, ' dB')}")
+            for number, (each, (distance, _)) in enumerate(zip(made, near, strict=True), 1)
+        ]
+        mean_psnr = sum(min(each.psnr, 99.0) for each, _ in near) / count
+        shown = [
+            (views.number(mean_psnr, 2, " dB"), "PSNR to the picture", "mean of the copies"),
+            (
+                f"{100 * spread.ratio * temperature:.2g} %",
+                "of the latents' own spread",
+                "what is added to them",
+            ),
+            (f"{100 * spread.ratio:.2g} %", "at temperature 1", "what the encoder itself leaves open"),
+        ]
+        facts = {
+            "model": chosen.name,
+            "temperature": temperature,
+            "posterior_std": spread.posterior_std,
+            "latents_std": spread.latents_std,
+            "lpips_to_original": [each.lpips for each, _ in near],
+            "lpips_to_reconstruction": [each.lpips for _, each in near],
+        }
+        frames = torch.stack([rebuilt, *made]).cpu()
+        animation = views.keep_animation(frames, f"{read.stem}.copies.webp", FPS)
+        return pictures, animation, views.tiles(shown), facts
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it; opening it shows the example's result."""
+        desk = self.desk
+        with gr.Row(elem_classes="lv-split"):
+            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+                photo = desk.photo()
+                temperature = gr.Slider(
+                    0, 400, 150, step=1, label="Temperature", info="1 is a sample of the posterior."
+                )
+                copies = gr.Slider(1, MOST, 4, step=1, label="Copies")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                button = gr.Button("Vary", variant="primary")
+            with gr.Column(scale=3, min_width=320):
+                pictures = desk.gallery("Copies")
+                shown = gr.HTML()
+                animation = desk.picture(
+                    "The reconstruction, then every copy", elem_id="lv-copies", height=420
+                )
+                with gr.Accordion("Figures as JSON", open=False):
+                    facts = gr.JSON(show_label=False)
+        inputs, outputs = [photo, model, temperature, copies, seed], [pictures, animation, shown, facts]
+        live = [tab.select, photo.change, temperature.release, copies.release, seed.input]
+        desk.connect(self.run, inputs, outputs, "vary", button=button, live=live)

@@ -1,0 +1,124 @@
+"""Pictures and figures as the page shows them."""
+
+import html
+import io
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from latentvae.explore.interpolation import save_animation, thumbnail
+from latentvae.images import save_image, to_pil
+from latentvae.metrics import ImageMetrics
+from latentvae.pictures import colour_error, error_map
+
+VIEW_SIDE = 1600  # pixels that a screen shows of a picture's longer side; downloads are whole
+CHANNEL_SIDE = 256  # pixels to which channels of latents are enlarged
+SPREAD = 3.0  # standard deviations that reach black and white in a picture of a latent channel
+
+Figure = tuple[str, str, str]  # value, name, what it means
+
+
+def view(image: torch.Tensor) -> Image.Image:
+    """One image (C, H, W) near [-1, 1] for the screen."""
+    return to_pil(thumbnail(image, VIEW_SIDE)).convert("RGB")
+
+
+def keep_view(picture: Image.Image, name: str) -> str:
+    """A picture as a PNG file of the page; packed less, in a third of the time gradio would take."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=1)
+    return keep(buffer.getvalue(), name)
+
+
+def error_view(original: Image.Image, other: Image.Image) -> Image.Image:
+    """The error map of two pictures, black where they are equal."""
+    return Image.fromarray(colour_error(error_map(original, other)))
+
+
+def channel_views(latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
+    """Each channel of latents (1, C, h, w) in grey, enlarged by a whole number, with its range."""
+    pictures = []
+    for number, plane in enumerate(latents[0].float().cpu(), 1):
+        spread = SPREAD * float(plane.std(correction=0)) or 1.0
+        level = ((plane - plane.mean()) / spread).clamp(-1, 1)
+        grey = Image.fromarray((level.numpy() * 127.5 + 127.5).round().astype(np.uint8))
+        factor = max(1, round(CHANNEL_SIDE / max(grey.size)))
+        large = grey.resize((grey.width * factor, grey.height * factor), Image.Resampling.NEAREST)
+        low, high = float(plane.min()), float(plane.max())
+        pictures.append((large, f"channel {number}: {low:.1f} to {high:.1f}"))
+    return pictures
+
+
+def tiles(figures: Sequence[Figure], note: str = "") -> str:
+    """Figures as a row of large numbers, each with its name and what it means."""
+    cells = "".join(
+        f'<div class="lv-figure" title="{html.escape(hint)}"><b>{html.escape(value)}</b>'
+        f"<span>{html.escape(name)}</span><small>{html.escape(hint)}</small></div>"
+        for value, name, hint in figures
+    )
+    below = f'<p class="lv-note">{html.escape(note)}</p>' if note else ""
+    return f'<div class="lv-figures">{cells}</div>{below}'
+
+
+def distances(row: ImageMetrics) -> list[Figure]:
+    """How far a picture is from its original."""
+    found = [
+        (number(row.psnr, 2, " dB"), "PSNR", "pixel by pixel; higher is closer"),
+        (number(row.ssim, 3), "SSIM", "structure; 1 is the same"),
+    ]
+    if row.lpips is not None:
+        found.append((number(row.lpips, 3), "LPIPS", "how different it looks; 0 is the same"))
+    return found
+
+
+def sentence(notes: Sequence[str]) -> str:
+    """Notes in one line."""
+    return " · ".join(note[:1].upper() + note[1:] for note in notes)
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    """A figure for people; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return "∞" if math.isinf(value) else f"{value:.{digits}f}{unit}"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return (
+        f"{count} bytes"
+        if count < 1000
+        else f"{count / 1000:.1f} kB"
+        if count < 1e6
+        else f"{count / 1e6:.2f} MB"
+    )
+
+
+def keep(data: bytes, name: str) -> str:
+    """Put a file where the page offers it for download, and deletes it later."""
+    return save_bytes_to_cache(data, name, get_upload_folder())
+
+
+def keep_png(image: torch.Tensor, name: str) -> str:
+    """The same for an image (C, H, W), whole, as PNG."""
+    return _keep_written(lambda path: save_image(image, path), name)
+
+
+def keep_animation(frames: torch.Tensor, name: str, fps: float) -> str:
+    """The same for frames (F, C, H, W) as an endless WebP."""
+    return _keep_written(lambda path: save_animation(frames, path, fps), name)
+
+
+def _keep_written(write: Any, name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        write(path)
+        return keep(path.read_bytes(), name)

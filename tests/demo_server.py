@@ -1,0 +1,51 @@
+"""A demo on a tiny model, in this process, for tests: server, client, and files as uploads."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import latentvae
+from latentvae.exporting import export
+
+
+def free_port() -> int:
+    """One that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tiny_export(folder: Path) -> Path:
+    """An untrained tiny model, exported."""
+    torch.manual_seed(0)
+    return export(latentvae.build("tiny"), folder / "tiny-model")
+
+
+@contextmanager
+def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[Any]:
+    """A page that is served, with the tiny model alone, and without LPIPS."""
+    from latentvae.demo import models, server
+    from latentvae.demo.limits import Limits
+
+    patch.setattr(models, "bundled", list)
+    patch.setattr(models, "_is_faster", lambda swift, exact: False)  # as measured: not the same on every run
+    patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
+    patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
+    with server.workplace() as files:
+        page = server.start([model], port=free_port(), limits=Limits(**options))
+        page.files = files
+        try:
+            yield page
+        finally:
+            page.close()
+
+
+def stored(folder: Path) -> list[Path]:
+    """Every file below a folder."""
+    return [Path(place, name) for place, _, names in os.walk(folder) for name in names]

@@ -1,0 +1,188 @@
+"""The page in headless Chromium, as a visitor uses it."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import textured
+from demo_server import free_port
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+TABS = ("Reconstruct", "Compare", "Compress", "Interpolate", "Vary", "Find the odd one", "Fill in")
+PATIENCE = 90_000  # milliseconds: a busy machine is no failure
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The demo as it is shipped, with its bundled model."""
+    from latentvae.demo import server
+
+    with server.workplace():
+        page = server.start(port=free_port())
+        yield page.local_url
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        missing = f"needs {CHROMIUM}: apt-get install chromium"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+class Visit:
+    """A page, and what its console said and which other servers it asked."""
+
+    def __init__(self, browser: Any, url: str, width: int, height: int) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.errors: list[str] = []
+        self.strangers: list[str] = []
+        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", self._note)
+        self.page.goto(url)
+        self.page.wait_for_selector("button[role=tab]:visible")
+
+    def _note(self, request: Any) -> None:
+        if not request.url.startswith(("http://127.0.0.1", "http://localhost", "data:", "blob:")):
+            self.strangers.append(request.url)
+
+    def open(self, tab: str) -> None:
+        self.page.wait_for_timeout(500)
+        shown = self.page.locator("button[role=tab]:visible").filter(has_text=tab)
+        if not shown.count():  # on a phone most are behind three dots
+            self.page.locator(".overflow-menu > button").first.click()
+            shown = self.page.locator(".overflow-dropdown button").filter(has_text=tab)
+        shown.first.click()
+
+    def figures(self) -> str:
+        return str(self.page.locator("#lv-figures .lv-figures").inner_text())
+
+
+@pytest.fixture
+def visit(browser: Any, url: str) -> Iterator[Visit]:
+    made = Visit(browser, url, 1280, 900)
+    yield made
+    made.context.close()
+
+
+def test_a_visit(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    # the example's reconstruction is there before anything is asked for
+    example = visit.figures()
+    assert re.search(r"\d+\.\d+ dB", example)
+
+    # an upload gives other figures
+    Image.fromarray(textured(512, 384, 3)).save(tmp_path / "holiday photo.png")
+    page.locator(".lv-photo:visible button[aria-label='Remove Image']").first.click()
+    start = time.perf_counter()
+    page.locator(".lv-photo:visible input[type=file]").first.set_input_files(tmp_path / "holiday photo.png")
+    page.wait_for_function(
+        "before => { const now = document.querySelector('#lv-figures .lv-figures').innerText;"
+        " return now !== before && now.includes('dB'); }",
+        arg=example,
+    )
+    print(f"first picture after {time.perf_counter() - start:.2f} s")
+
+    # the slider moves, and shows more of the reconstruction
+    covered = "document.querySelector('#lv-slider img.fixed').style.clipPath"
+    assert "50%" in page.evaluate(covered)
+    page.wait_for_timeout(500)
+    handle = page.locator("#lv-slider [data-testid=slider]").bounding_box()
+    frame = page.locator("#lv-slider").bounding_box()
+    middle = frame["y"] + frame["height"] / 2
+    page.mouse.move(handle["x"] + handle["width"] / 2, middle)
+    page.mouse.down()
+    page.mouse.move(frame["x"] + frame["width"] / 4, middle, steps=8)
+    page.mouse.up()
+    cut = re.search(r"([\d.]+)%\)", page.evaluate(covered))
+    assert cut is not None
+    assert float(cut[1]) < 40
+
+    # latents are taken home, and come back as the same picture
+    with page.expect_download() as waiting:
+        page.locator("#lv-latents-file").click()
+    waiting.value.save_as(tmp_path / waiting.value.suggested_filename)
+    assert waiting.value.suggested_filename == "holiday photo.latents.safetensors"
+    visit.open("Compress")
+    page.locator("#lv-open input[type=file]").set_input_files(tmp_path / waiting.value.suggested_filename)
+    page.wait_for_selector("#lv-opened img:visible")
+    page.wait_for_function("document.querySelector('#lv-opened img').naturalWidth === 512")
+    assert "512 x 384" in page.locator("#lv-opened-about").inner_text()
+    assert visit.errors == []
+    assert visit.strangers == []
+
+
+def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("I am no picture")
+    visit.page.locator(".lv-photo:visible button[aria-label='Remove Image']").first.click()
+    visit.page.locator(".lv-photo:visible input[type=file]").first.set_input_files(tmp_path / "text.png")
+    toast = visit.page.get_by_text("no image by its content")
+    toast.first.wait_for()
+    assert "text.png" in toast.first.inner_text()
+
+
+def test_painting_and_zooming(visit: Visit) -> None:
+    page = visit.page
+    visit.open("Fill in")
+    page.wait_for_selector("#lv-painter canvas")
+    page.wait_for_function("document.querySelector('#lv-mask textarea').value.length > 100")
+    before = page.locator("#lv-mask textarea").input_value()
+    box = page.locator("#lv-painter canvas").bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + 90, steps=5)
+    page.mouse.up()
+    after = page.locator("#lv-mask textarea").input_value()
+    assert after != before
+    page.get_by_role("button", name="Undo").click()
+    assert page.locator("#lv-mask textarea").input_value() != after
+    page.get_by_role("button", name="Clear").click()
+    assert page.locator("#lv-mask textarea").input_value() == ""
+
+    visit.open("Compare")
+    panes = page.locator("#lv-compare .lv-window img")
+    panes.first.wait_for()
+    assert panes.count() == 4
+    page.get_by_role("button", name="Zoom in").click()
+    turns = [panes.nth(number).evaluate("image => image.style.transform") for number in range(4)]
+    assert turns == ["translate(-50%, -50%) scale(2)"] * 4
+    assert visit.errors == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_tab_fits_and_shows_a_result(browser: Any, url: str, width: int) -> None:
+    visit = Visit(browser, url, width, 844)
+    for tab in TABS:
+        visit.open(tab)
+        visit.page.wait_for_function(  # a result of its own: pictures beyond those of the inputs
+            "() => [...document.querySelectorAll('[role=tabpanel]')].some(panel => panel.offsetParent &&"
+            " [...panel.querySelectorAll('img')].filter(image => image.naturalWidth > 0 &&"
+            " image.offsetParent && !image.closest('.lv-side, #lv-painter')).length > 0)"
+        )
+        wide = visit.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, (tab, wide)
+    assert visit.errors == []
+    assert visit.strangers == []
+    visit.context.close()
