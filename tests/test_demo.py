@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ ENDPOINTS = {
     "/decode",
     "/interpolate",
     "/vary",
+    "/sample",
     "/odd",
     "/fill",
-} | ({"/sample"} if find_spec("latentvae.explore.sampling") else set())
+}
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,6 @@ def test_large_images_are_tiled_with_the_same_result(
 
 
 def test_sample_draws_by_seed(client: Client, tmp_path: Path) -> None:
-    pytest.importorskip("latentvae.explore.sampling")
     for seed in range(5):
         Image.fromarray(textured(70, 64, seed)).save(tmp_path / f"{seed}.png")
     files = [{"image": handle_file(tmp_path / f"{seed}.png"), "caption": None} for seed in range(5)]

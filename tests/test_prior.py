@@ -127,7 +127,7 @@ def test_a_fit_out_of_range_is_refused(store: Path, components: int, rank: int |
 
 def test_without_scikit_learn_the_extra_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(LatentVAEError, match=r"pip install latentvae\[explore\]"):
+    with pytest.raises(LatentVAEError, match=r"pip install 'latentvae\[explore\]'"):
         fit_mixture(LatentSet(store))
 
 

@@ -1,6 +1,5 @@
 """The page: a head with the model picker, and a tab for each capability."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import gradio as gr
@@ -26,7 +25,7 @@ TABS: tuple[tuple[str, str, Any], ...] = (
     ("Compress", "compress", Compress),
     ("Interpolate", "interpolate", Interpolate),
     ("Vary", "vary", Vary),
-    *((("Sample", "sample", Sample),) if find_spec("latentvae.explore.sampling") else ()),
+    ("Sample", "sample", Sample),
     ("Find the odd one", "odd", FindOdd),
     ("Fill in", "fill", FillIn),
 )

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latentvae.errors import LatentVAEError
+from latentvae.explore.extras import need
 from latentvae.explore.latent_set import LatentSet
 from latentvae.explore.prior import Card, Prior, card_of
 from latentvae.explore.variation import copy_noise
@@ -97,7 +97,7 @@ def fit_mixture(
     Raises:
         LatentVAEError: components or rank out of range, or scikit-learn is not installed.
     """
-    decomposition, mixture = _scikit_learn()
+    decomposition, mixture = need("sklearn.decomposition"), need("sklearn.mixture")
     noise = torch.stack([copy_noise(latents.shape, seed, "fit", i) for i in range(len(latents))])
     flat = latents.draw(range(len(latents)), noise).flatten(1).double().numpy()
     rank = _check_rank(flat.shape, components, rank)
@@ -152,14 +152,3 @@ def _check_rank(shape: tuple[int, ...], components: int, rank: int | None) -> in
             f"{dimensions} numbers."
         )
     return rank
-
-
-def _scikit_learn() -> tuple[Any, Any]:
-    try:
-        from sklearn import decomposition, mixture
-    except ImportError as error:
-        raise LatentVAEError(
-            "Gaussians and mixtures are fitted by scikit-learn, which is not installed: "
-            "pip install latentvae[explore]."
-        ) from error
-    return decomposition, mixture
