@@ -149,7 +149,7 @@ def test_a_table_may_leave_images_out_but_not_name_others() -> None:
     for table, whole, said in (({"a": "1"}, True, "'b' has none"), ({"c": "1"}, False, "'c' is no image")):
         with pytest.raises(LatentVAEError, match=said):
             match(Path("t.csv"), table, ["a", "b"], whole=whole)
-    with pytest.raises(LatentVAEError, match="2 have no label"):
+    with pytest.raises(LatentVAEError, match="without a label: 2"):
         match(Path("t.csv"), {}, ["a", "b"], whole=False)
 
 

@@ -18,7 +18,7 @@ from latentvae.model import load
 from latentvae.presets import build
 from latentvae.training import checkpoint
 from latentvae.training.data import Batch, training_batches
-from latentvae.training.loop import loop, save, train
+from latentvae.training.loop import Clock, loop, save, train
 from latentvae.training.run import Run, set_up, with_precision
 from latentvae.training.settings import load_config
 from latentvae.training.step import latent_terms, optimizer_step, prepare
@@ -164,7 +164,7 @@ def test_nan_in_a_row_stops_with_the_last_checkpoint_intact(
         return each
 
     with pytest.raises(LatentVAEError, match="3 steps in a row"):
-        loop(run, poisoned())  # type: ignore[arg-type]
+        loop(run, poisoned(), Clock(None))  # type: ignore[arg-type]
     (saved,) = [p for p in run.checkpoints.iterdir() if p.name == "step-00000002"]
     assert all(tensor.isfinite().all() for tensor in load(saved / "ema.safetensors").state_dict().values())
 

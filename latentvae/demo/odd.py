@@ -11,7 +11,8 @@ from latentvae.demo import views
 from latentvae.demo.desk import Desk
 from latentvae.demo.limits import Photo, read_photo
 from latentvae.errors import LatentVAEError
-from latentvae.explore.anomaly import LEAST, TERMS, Look, Verdict, calibrate, look
+from latentvae.explore.anomaly import TERMS, Look, look
+from latentvae.explore.calibration import LEAST, Verdict, calibrate
 from latentvae.explore.interpolation import thumbnail
 from latentvae.images import from_uint8
 from latentvae.pictures import colour_error

@@ -69,6 +69,6 @@ def match(path: Path, labels: Mapping[str, str], names: Collection[str], *, whol
         return
     first = f"{extra[0]!r} is no image here" if extra else f"{missing[0]!r} has none"
     raise LatentVAEError(
-        f"{path} does not label these images: {len(missing)} have no label, {len(extra)} labels no image; "
-        f"{first}. Names are paths below the folder that was named, with their suffixes."
+        f"{path} does not label these images: images without a label: {len(missing)}, labels without an "
+        f"image: {len(extra)}; {first}. Names are paths below the folder that was named, with suffixes."
     )
