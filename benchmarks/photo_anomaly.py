@@ -30,6 +30,7 @@ from latentvae.pictures import grid
 
 PATCH = 16  # pixels a side
 PATCHES = 64  # drawn from each normal photograph for PCA to learn
+RANKS = (8, 16, 32, 64, 128)  # of PCA
 SHOWN = 3  # photographs in the picture of defects
 
 
@@ -56,7 +57,7 @@ def pca_scores(normal: list[torch.Tensor], tried: list[torch.Tensor]) -> Scores:
     random = np.random.default_rng(0)
     known = [random.choice(patches(images), PATCHES, replace=False) for images in normal]
     scores: Scores = {}
-    for rank, pca in fit_pca(np.concatenate(known)).items():
+    for rank, pca in fit_pca(np.concatenate(known), RANKS).items():
         errors = [squared_error(pca, patches(images)) for images in tried]
         scores[f"PCA-{rank}, largest"] = [float(each.max()) for each in errors]
         scores[f"PCA-{rank}, mean"] = [float(each.mean()) for each in errors]
