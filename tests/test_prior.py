@@ -126,7 +126,7 @@ def test_a_fit_out_of_range_is_refused(store: Path, components: int, rank: int |
 
 
 def test_without_scikit_learn_the_extra_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
     with pytest.raises(LatentVAEError, match=r"pip install 'latentvae\[explore\]'"):
         fit_mixture(LatentSet(store))
 
@@ -335,7 +335,7 @@ def test_verb_fits_each_kind(store: Path, tmp_path: Path) -> None:
 def test_verb_refuses_what_does_not_go_together(store: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ((store, tmp_path / "p", "-k", "gaussian", "--by-class"), "--by-class is of"),
-        ((tmp_path / "none", tmp_path / "p"), "no complete store"),
+        ((tmp_path / "none", tmp_path / "p"), "does not exist"),
         ((store, store), "no earlier prior"),
     ):
         error = run(*arguments).exception

@@ -14,6 +14,7 @@ from latentvae.commands.common import (
     LPIPSNet,
     LPIPSWeights,
     Model,
+    check_output,
     find_lpips,
     finish,
     load_model,
@@ -55,10 +56,12 @@ def fit(
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
     from latentvae.explore.anomaly import TERMS, look
-    from latentvae.explore.calibration import calibrate
+    from latentvae.explore.calibration import calibrate, check_place
     from latentvae.images import find_images
 
+    check_place(calibration)
     files = find_images(normal)
+    make_folder(calibration.parent)  # before minutes of looking
     vae = load_model(model, device, "fp32")
     network, reason = find_lpips(lpips_net, lpips_weights, vae.device) if lpips else (None, "--no-lpips")
     skipped: list[dict[str, str]] = []
@@ -119,6 +122,7 @@ def score(
     from latentvae.explore.calibration import load_calibration
     from latentvae.images import find_images
 
+    check_output(output, photos)
     usual = load_calibration(calibration)
     check_term(by, list(usual.quantiles))
     files = find_images(photos)

@@ -180,6 +180,23 @@ def _below(path: Path, sources: list[Path]) -> Path:
     return Path(path.name)
 
 
+def check_output(output: Path, sources: list[Path]) -> None:
+    """Refuse to write among the originals: the next run would take what this one writes for some.
+
+    Raises:
+        LatentVAEError: the output is in a folder of images, or the folder of one.
+    """
+    target = output.resolve()
+    for source in sources:
+        place = source.resolve()
+        among = target.is_relative_to(place) if source.is_dir() else target == place.parent
+        if among:
+            raise LatentVAEError(
+                f"the output {output} lies among the images ({source}), so that another run would take what "
+                "this one writes for images too: choose another --output."
+            )
+
+
 def make_folder(folder: Path) -> Path:
     """Create an output folder.
 

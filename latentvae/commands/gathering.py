@@ -145,6 +145,8 @@ def _from_store(store: Path, request: Request) -> Gathering:
     from latentvae.store.dataset import LatentDataset
 
     dataset = LatentDataset(store, mode="mode", scaled=False)
+    if request.model is not None:
+        load_same_model(dataset, request.model, request.device, "fp32")
     side = _side(request, len(dataset))
     found = Gathering(Gallery(dataset.manifest.weights_sha256, request.grid, side))
     pictures = _Pictures(dataset, request)

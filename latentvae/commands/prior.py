@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentvae.commands.common import Device, Json, Model, best_device, load_model, print_json
+from latentvae.commands.common import Device, Json, Model, best_device, load_model, make_folder, print_json
+from latentvae.commands.decode import load_same_model
 from latentvae.errors import LatentVAEError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def fit(
     if by_class and kind != "diffusion":
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
     check_target(folder.resolve())
+    make_folder(folder.resolve().parent)  # before minutes of training
     latents = read(store, size, model, device)
     made: Prior
     if kind == "diffusion":
@@ -83,12 +85,18 @@ def read(store: Path, size: int | None, model: str | None, device: str | None) -
     """
     from latentvae.explore.latent_set import LatentSet
     from latentvae.images import find_images
+    from latentvae.store.dataset import LatentDataset
     from latentvae.store.encoding import encode_folder
     from latentvae.store.manifest import MANIFEST
     from latentvae.store.working import Workload
 
     if not store.is_dir() or (store / MANIFEST).is_file():
-        return LatentSet(store, progress=True)
+        if not store.exists():
+            raise LatentVAEError(f"{store} does not exist; wanted a latent store, or a folder of images.")
+        latents = LatentSet(store, progress=True)
+        if model is not None:
+            load_same_model(LatentDataset(store), model, device, "fp32")
+        return latents
     find_images(store)  # its error says what was wanted
     if size is None:
         raise LatentVAEError(f"{store} is a folder of images: say at what --size to crop and encode them.")

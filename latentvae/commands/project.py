@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentvae.commands.common import Device, Json, Model, finish, make_folder, print_json
+from latentvae.commands.common import Device, Json, Model, check_output, finish, make_folder, print_json
 from latentvae.commands.gathering import Gathering, Grid, Labels, Request, Size, Sources, gather
-from latentvae.commands.vary import check_output
 from latentvae.errors import LatentVAEError
 
 if TYPE_CHECKING:

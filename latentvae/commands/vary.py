@@ -17,6 +17,7 @@ from latentvae.commands.common import (
     Seed,
     Store,
     TileSize,
+    check_output,
     find_lpips,
     finish,
     load_model,
@@ -173,21 +174,6 @@ def save(image: "torch.Tensor", file: Path) -> None:
     from latentvae.images import save_image
 
     save_image(image, file)
-
-
-def check_output(output: Path, sources: list[Path]) -> None:
-    """Refuse to write among the originals: the next run would take what this one writes for some.
-
-    Raises:
-        LatentVAEError: the output is in a folder of images.
-    """
-    target = output.resolve()
-    for source in sources:
-        if source.is_dir() and target.is_relative_to(source.resolve()):
-            raise LatentVAEError(
-                f"the output {output} lies in {source}, so that another run would take what this one "
-                "writes for images too: choose another --output."
-            )
 
 
 def root_of(path: Path, sources: list[Path]) -> Path:

@@ -19,6 +19,7 @@ from latentvae.explore.anomaly import TERMS, Look
 from latentvae.fingerprint import weight_hash
 
 FORMAT = "latentvae-anomaly-2"  # 1 was JSON, without layouts
+SUFFIX = ".safetensors"
 LEAST = 5  # normal images: fewer have no quantiles
 FOLDS = 5
 LEVELS = np.linspace(0, 1, 101)  # of the stored quantiles
@@ -170,6 +171,24 @@ class Calibration:
         finally:
             with suppress(OSError):  # gone by then, unless something failed
                 partial.unlink()
+
+
+def check_place(path: Path) -> None:
+    """Refuse to write a calibration over anything else, before the images are looked at.
+
+    Raises:
+        LatentVAEError: another suffix (such as that of a photograph), or a file that is no calibration.
+    """
+    if path.suffix != SUFFIX:
+        raise LatentVAEError(
+            f"{path} came as the file of the calibration, which is named last and ends in {SUFFIX}, such as "
+            f"normal{SUFFIX}. Nothing was written."
+        )
+    if path.exists():
+        try:
+            load_calibration(path)
+        except LatentVAEError as error:
+            raise LatentVAEError(f"{path} is there and is no calibration: name another file.") from error
 
 
 def load_calibration(path: Path) -> Calibration:

@@ -145,6 +145,20 @@ def check_format(path: Path) -> None:
         )
     if path.suffix.lower() == ".parquet":
         need("pyarrow")
+    elif (names := path.with_suffix(".json")).exists() and not _is_ours(names):
+        raise LatentVAEError(
+            f"{names} would hold the keys of {path.name}, but another file of that name is there (a caption "
+            "record, say): choose another name or folder."
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a JSON file was written by `Features.save`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"columns", "keys", "weights_sha256"} <= found.keys()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from latentvae.formats.writing import put_in_place
 
 FORMAT = 1
 SIDECAR = "prior.json"
+WRITTEN = {SIDECAR, "mixture.safetensors", "model_index.json", "unet", "scheduler"}  # by any kind
 KINDS = ("gaussian", "mixture", "diffusion")
 
 
@@ -176,12 +177,17 @@ def check_target(folder: Path) -> None:
     """Refuse to write a prior over anything else.
 
     Raises:
-        LatentVAEError: a file, or a folder that holds no prior.
+        LatentVAEError: a file, or a folder that holds no prior, or other things beside one.
     """
     if folder.is_file():
         raise LatentVAEError(f"{folder} is a file; wanted a folder to write the prior to.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / SIDECAR).is_file():
         raise LatentVAEError(f"{folder} is not empty and no earlier prior: choose another folder.")
+    if folder.is_dir() and (others := {each.name for each in folder.iterdir()} - WRITTEN):
+        raise LatentVAEError(
+            f"{folder} holds {min(others)!r} beside an earlier prior, and all in it would be replaced: "
+            "choose another folder, or move that away."
+        )
 
 
 def load_prior(folder: str | Path) -> Prior:
