@@ -135,7 +135,7 @@ def test_compare_gives_jpeg_and_webp_no_more_bytes(client: Client, photo: Path) 
         90,
         0.5,
         0.5,
-        64,
+        "64",
         api_name="/compare",
     )
     assert view.count("data:image/png;base64,") == 4
@@ -143,7 +143,7 @@ def test_compare_gives_jpeg_and_webp_no_more_bytes(client: Client, photo: Path) 
     assert jpeg["bytes"] <= own["bytes"] or "smallest" in jpeg["how"]
     assert plain["bytes"] is None
     with pytest.raises(Exception, match="compare one to 3"):
-        client.predict(handle_file(photo), "tiny-model", [], 90, 0.5, 0.5, 64, api_name="/compare")
+        client.predict(handle_file(photo), "tiny-model", [], 90, 0.5, 0.5, "64", api_name="/compare")
 
 
 def test_interpolate_moves(client: Client, photo: Path, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_sample_draws_by_seed(client: Client, tmp_path: Path) -> None:
     files = [{"image": handle_file(tmp_path / f"{seed}.png"), "caption": None} for seed in range(5)]
 
     def draws(prior: str, seed: int, photos: Any = files) -> list[np.ndarray]:
-        pictures, facts = client.predict(photos, "tiny-model", prior, 64, 3, seed, api_name="/sample")
+        pictures, facts = client.predict(photos, "tiny-model", prior, "64", 3, seed, api_name="/sample")
         assert facts["learned_from"] == (10 if prior == "gaussian" else 0)
         return [as_array(each["image"]) for each in pictures]
 

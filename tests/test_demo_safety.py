@@ -1,19 +1,27 @@
 """Hostile requests to the demo: each is refused with a message, and the server goes on."""
 
+import asyncio
 import io
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import textured
-from demo_server import running, stored, tiny_export
+from demo_server import free_port, running, stored, tiny_export
 from PIL import Image
 from safetensors.torch import save
+
+from latentvae.errors import LatentVAEError
 
 pytest.importorskip("gradio")
 import httpx
@@ -337,3 +345,112 @@ def test_values_beyond_the_choices_are_refused(client: Client, tmp_path: Path) -
 def test_nothing_is_written_outside_the_folder(page: Any) -> None:
     assert json.dumps([str(file) for file in stored(page.files.parent)]).count("latentvae-demo-") > 0
     assert all(file.is_relative_to(page.files) for file in stored(page.files.parent))
+
+
+def test_runs_are_not_kept_anywhere(web: httpx.Client) -> None:
+    for path in ("/run-history/buckets", "/run-history/records", "/runs", "/runs/"):
+        assert web.get(f"/gradio_api{path}").status_code == 403, path
+        assert web.get(path).status_code == 403, path
+    assert web.post("/gradio_api/run-history/connect", json={}).status_code == 403
+
+
+def test_a_body_that_does_not_say_its_length_is_counted(web: httpx.Client) -> None:
+    megabytes = (b" " * 2**20 for _ in range(16))  # 3 are taken here
+    headers = {"content-type": "application/json"}
+    status = None
+    with suppress(httpx.TransportError):  # cut off while it was sending
+        status = web.post("/gradio_api/queue/join", content=megabytes, headers=headers).status_code
+    assert status in (413, None)
+
+
+def test_another_name_for_this_machine_is_refused(web: httpx.Client) -> None:
+    assert web.get("/config", headers={"host": "rebound.example"}).status_code == 400
+
+
+def test_a_full_folder_takes_no_more(page: Any, tmp_path: Path) -> None:
+    from latentvae.demo.gate import Gate, stored_bytes
+
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").write_bytes(bytes(100))
+    assert stored_bytes(tmp_path) == 100
+    reached = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+
+    async def ask(most: int) -> list[int]:
+        answers: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Any) -> None:
+            answers.append(message)
+
+        scope = {"type": "http", "path": "/gradio_api/upload", "headers": []}
+        await Gate(app, 1000, tmp_path, most)(scope, receive, send)
+        return [each["status"] for each in answers if each["type"] == "http.response.start"]
+
+    assert asyncio.run(ask(99)) == [507]
+    assert not reached
+    assert asyncio.run(ask(100)) == []
+    assert reached == ["/gradio_api/upload"]
+
+
+def test_a_body_is_cut_off_where_it_is_too_large(tmp_path: Path) -> None:
+    from latentvae.demo.gate import Gate
+
+    read = bytearray()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RuntimeError("cut off")
+            read.extend(message["body"])
+
+    async def ask() -> list[int]:
+        answers: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": bytes(400), "more_body": True}
+
+        async def send(message: Any) -> None:
+            answers.append(message)
+
+        await Gate(app, 1000, tmp_path, 1)({"type": "http", "path": "/queue", "headers": []}, receive, send)
+        return [each["status"] for each in answers if each["type"] == "http.response.start"]
+
+    assert asyncio.run(ask()) == [413]
+    assert len(read) == 800
+
+
+def test_long_names_are_cut_and_say_nothing_of_the_server(client: Client, tmp_path: Path) -> None:
+    for name in ("a" * 200, "b" * 200):
+        Image.fromarray(textured(64, 64, 0)).save(tmp_path / f"{name}.png")
+    files = [handle_file(tmp_path / f"{name * 200}.png") for name in "ab"]
+    animation, *_ = client.predict(*files, "tiny-model", 3, "linear", api_name="/interpolate")
+    place = animation["path"] if isinstance(animation, dict) else animation
+    assert Path(place).suffix == ".webp"
+    assert len(Path(place).name.encode()) < 255
+
+
+@pytest.mark.parametrize("values", [torch.full((6,), torch.nan), torch.full((6,), torch.inf), torch.zeros(5)])
+def test_padding_that_is_no_numbers_is_named(values: torch.Tensor) -> None:
+    from latentvae.demo.latents_file import _padding
+
+    with pytest.raises(LatentVAEError, match="padding that does not fit"):
+        _padding({"padding": values}, "a.safetensors", 8, 8)
+
+
+@pytest.mark.slow
+def test_a_stopped_server_leaves_no_files(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "LATENTVAE_LPIPS": "."}
+    command = [sys.executable, "-m", "latentvae.cli", "demo", "--port", str(free_port())]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert "latentvae demo on" in server.stdout.readline()
+        assert list(tmp_path.glob("latentvae-demo-*"))
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+    assert not list(tmp_path.glob("latentvae-demo-*"))

@@ -1,7 +1,7 @@
 """The tab Compare: models, and JPEG and WebP at equal bytes, side by side on one crop."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import gradio as gr
 import torch
@@ -16,7 +16,7 @@ from latentvae.latents import reconstruct
 from latentvae.metrics import Metrics
 
 MOST = 3
-SIDES = [64, 128, 256, 512]
+Side = Literal["64", "128", "256", "512"]  # as text: so gradio describes choices to clients
 LVAE, JPEG, WEBP = ".lvae", "JPEG", "WebP"
 
 Entry = tuple[str, torch.Tensor, str, int | None]  # title, image, what it took, bytes
@@ -36,7 +36,7 @@ class Compare:
         quality: float = 40,
         across: float = 0.35,
         down: float = 0.4,
-        side: float = 128,
+        side: Side = "128",
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
     ) -> tuple[Any, ...]:
         """Show one crop of a picture after several treatments, and measure the whole picture.
@@ -64,7 +64,7 @@ class Compare:
         for number, name in enumerate(against):
             progress((number + 1) / (MOST + 1), name)
             entries.append(self._treat(name, read, model, budget))
-        box = crop_box(read, across, down, side)
+        box = crop_box(read, across, down, int(side))
         rows, shown = [], [panes.Pane("Original", size_of(read, box), _cut(read.image, box))]
         for title, image, how, size in entries:
             row = self._measure(title, read, image, how, size)
@@ -108,7 +108,7 @@ class Compare:
                 with gr.Accordion("Where to look", open=False):
                     across = gr.Slider(0, 1, 0.35, step=0.01, label="Across")
                     down = gr.Slider(0, 1, 0.4, step=0.01, label="Down")
-                    side = gr.Radio(SIDES, value=128, label="Side of the crop, pixels")
+                    side = gr.Radio([*get_args(Side)], value="128", label="Side of the crop, pixels")
                 button = gr.Button("Compare", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 view = gr.HTML(css_template=panes.CSS, js_on_load=panes.SCRIPT, elem_id="lv-compare")

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from latentvae.demo import painter, views
-from latentvae.demo.desk import Desk
-from latentvae.demo.limits import read_photo
+from latentvae.demo.desk import HEAVY, Desk
+from latentvae.demo.limits import guarded, read_photo
 from latentvae.errors import ImageError
 from latentvae.explore.imputation import STEPS, fill
 from latentvae.explore.interpolation import thumbnail
@@ -113,7 +113,14 @@ class FillIn:
                 shown = gr.HTML()
                 saved = gr.DownloadButton("Download the picture (PNG)", size="md")
         photo.change(
-            self.show, photo, brush, api_name="brush", api_visibility="undocumented", show_progress="hidden"
+            guarded(self.show),
+            photo,
+            brush,
+            api_name="brush",
+            api_visibility="undocumented",
+            show_progress="hidden",
+            concurrency_id=HEAVY,
+            concurrency_limit=1,
         )
         inputs, outputs = [photo, mask, model, method], [pair, shown, saved]
         desk.connect(self.run, inputs, outputs, "fill", button=button, live=[tab.select])

@@ -93,8 +93,9 @@ def _padding(tensors: dict[str, torch.Tensor], name: str, height: int, width: in
     stored = tensors.get("padding")
     if stored is None:
         return Padding(0, 0, 0, 0, height, width)
-    values = [int(value) for value in stored.flatten()[:6].tolist()]
-    if stored.numel() == 6 and min(values) >= 0:
+    whole_numbers = stored.dtype == torch.int64 and stored.numel() == 6
+    values = [int(value) for value in stored.flatten().tolist()] if whole_numbers else []
+    if len(values) == 6 and min(values) >= 0:
         padding = Padding(*values)
         whole = (
             padding.top + padding.height + padding.bottom == height

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import gradio as gr
 import torch
 
@@ -31,6 +32,8 @@ class Limits:
     tile_above: int = 1024  # pixels of a side: larger images go in exact tiles
     waiting: int = 24  # requests in the queue; more are refused
     keep_seconds: int = 1800  # how long uploads and results stay on the disk
+    stored_bytes: int = 2 * 2**30  # of uploads and results at once; then uploads are refused
+    sessions: int = 256  # whose state is kept; the oldest are forgotten
     sweep_seconds: int = 120  # how often those that are older are deleted
 
 
@@ -132,7 +135,8 @@ class LocalBlocks(gr.Blocks):
             error.print_exception = False
             raise
         except Exception as error:  # gradio opens images with Pillow, and reports nothing of what that says
-            raise refusal(self._explain(inputs)) from error
+            # in a thread: other visitors need not wait until pictures are read
+            raise refusal(await anyio.to_thread.run_sync(self._explain, inputs)) from error
 
     def _explain(self, inputs: list[Any]) -> str:
         for path in files_in(inputs):

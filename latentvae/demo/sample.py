@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import gradio as gr
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from latentvae.explore.prior import Prior
 
 MOST = 12
-SIDES = [64, 128, 256]
+Side = Literal["64", "128", "256"]  # as text: so gradio describes choices to clients
 LEAST_LEARNED = 4
 
 
@@ -33,7 +33,7 @@ class Sample:
         photos: list[tuple[str, str | None]] | None,
         model: str,
         prior: Literal["gaussian", "standard"] = "gaussian",
-        side: float = 128,
+        side: Side = "128",
         count: float = 8,
         seed: float = 0,
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
@@ -55,7 +55,7 @@ class Sample:
         from latentvae.explore.prior import StandardNormal
         from latentvae.explore.sampling import sample
 
-        if prior not in ("gaussian", "standard") or int(side) not in SIDES:
+        if prior not in ("gaussian", "standard") or side not in get_args(Side):
             raise LatentVAEError(f"prior {prior!r} and side {side} came; choose from those that are offered.")
         wanted = max(1, min(int(count), MOST))
         with self.desk.models.use(model) as chosen:
@@ -103,7 +103,7 @@ class Sample:
                     value="gaussian",
                     label="Prior",
                 )
-                side = gr.Radio(SIDES, value=128, label="Side, pixels")
+                side = gr.Radio([*get_args(Side)], value="128", label="Side, pixels")
                 count = gr.Slider(1, MOST, 8, step=1, label="Pictures")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 button = gr.Button("Sample", variant="primary")

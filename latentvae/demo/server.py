@@ -1,9 +1,12 @@
 """Serving the page on one machine, with a folder of its own that goes when the server does."""
 
+import inspect
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,8 @@ from latentvae.demo.limits import Limits
 from latentvae.errors import LatentVAEError
 
 HOST, PORT = "127.0.0.1", 7860
+LOOPBACK = ("127.0.0.1", "localhost")
+LPIPS = "LATENTVAE_LPIPS"
 # What gradio reads when it is imported or launched: no telemetry, no sharing, no second server for rendering.
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -32,13 +37,15 @@ def workplace() -> Iterator[Path]:
     files.mkdir()
     empty = folder / "empty"
     empty.mkdir()
+    if LPIPS in before:  # the working directory changes
+        os.environ[LPIPS] = str(Path(before[LPIPS]).absolute())
     os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(files), GRADIO_EXAMPLES_CACHE=str(empty))
     os.chdir(empty)  # gradio serves files of the working directory to its own handlers
     try:
         yield files
     finally:
         os.chdir(here)
-        for name in (*SETTINGS, "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
+        for name in (*SETTINGS, LPIPS, "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
@@ -82,6 +89,7 @@ def start(
     """
     check_port(host, port)
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from latentvae.demo.gate import Gate
     from latentvae.demo.models import Models
@@ -91,6 +99,13 @@ def start(
 
     limits = limits or Limits()
     page = build(Models(sources, limits.tile_above), limits)
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    middleware = [Middleware(Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)]
+    if host in LOOPBACK:  # or a page elsewhere, whose name is made to lead here, could use the server
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))
+    # newer versions of gradio keep runs on the hub
+    known = inspect.signature(page.launch).parameters
+    no_history: dict[str, Any] = {"run_history": False} if "run_history" in known else {}
     page.launch(
         server_name=host,
         server_port=port,
@@ -109,16 +124,20 @@ def start(
         footer_links=["api"],
         theme=make_theme(),
         css=CSS,
-        app_kwargs={"middleware": [Middleware(Gate, max_body=limits.upload_bytes + 2**20)]},
+        state_session_capacity=limits.sessions,
+        app_kwargs={"middleware": middleware},
+        **no_history,
     )
-    Sweeper(Path(os.environ["GRADIO_TEMP_DIR"]), limits.keep_seconds, limits.sweep_seconds).start()
+    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
     return page
 
 
 def serve(
     sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
 ) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C or SIGTERM; either way visitors' files are deleted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
     with workplace():
         page = start(resolved, host, port, limits)

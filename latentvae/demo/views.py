@@ -21,6 +21,7 @@ from latentvae.pictures import colour_error, error_map
 
 VIEW_SIDE = 1600  # pixels that a screen shows of a picture's longer side; downloads are whole
 CHANNEL_SIDE = 256  # pixels to which channels of latents are enlarged
+NAME_BYTES = 150  # of a result without its suffix; file systems take 255
 SPREAD = 3.0  # standard deviations that reach black and white in a picture of a latent channel
 
 Figure = tuple[str, str, str]  # value, name, what it means
@@ -104,7 +105,9 @@ def size(count: int) -> str:
 
 def keep(data: bytes, name: str) -> str:
     """Put a file where the page offers it for download, and deletes it later."""
-    return save_bytes_to_cache(data, name, get_upload_folder())
+    path = Path(name)
+    short = path.stem.encode()[:NAME_BYTES].decode(errors="ignore") + path.suffix
+    return save_bytes_to_cache(data, short, get_upload_folder())
 
 
 def keep_png(image: torch.Tensor, name: str) -> str:
@@ -119,6 +122,6 @@ def keep_animation(frames: torch.Tensor, name: str, fps: float) -> str:
 
 def _keep_written(write: Any, name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, name)
+        path = Path(folder, "result").with_suffix(Path(name).suffix)  # a name can be too long for a file
         write(path)
         return keep(path.read_bytes(), name)

@@ -56,7 +56,7 @@ def sample(
         found.append(images[max(first - start, 0) : first + count - start])
     images = torch.cat(found)
     if not images.isfinite().all():
-        raise LatentVAEError("the model gave values that are not finite: use --precision fp32.")
+        raise LatentVAEError("the model gave values that are not finite: its weights may be damaged.")
     return images
 
 
