@@ -81,9 +81,10 @@ def make(work: Path, learned: Digits, steps: int) -> Steps:
     did.verb("store", "encode", folder, store, "--model", run_folder / "vae", "--dtype", "fp32")
     for kind in ("gaussian", "mixture"):
         did.verb(f"prior: {kind}", "prior", "fit", store, work / kind, "--kind", kind)
-    did.verb("prior: diffusion", "prior", "fit", store, work / "diffusion", "--steps", steps)
+    network = ("--kind", "diffusion", "--steps", steps)
+    did.verb("prior: diffusion", "prior", "fit", store, work / "diffusion", *network)
     did.verb(
-        *("prior: diffusion by class", "prior", "fit", store, work / "by-class", "--steps", steps),
+        *("prior: diffusion by class", "prior", "fit", store, work / "by-class", *network),
         "--by-class",
     )
     return did

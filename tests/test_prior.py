@@ -324,7 +324,7 @@ def test_verb_fits_each_kind(store: Path, tmp_path: Path) -> None:
         "2 of 16 principal components, 10 parts that differ in 1;"
         in run(store, tmp_path / "m", "-k", "mixture", "--rank", 2).output
     )
-    options = ("--steps", 2, "--width", 16, "--batch-size", 4, "--by-class", "--json")
+    options = ("-k", "diffusion", "--steps", 2, "--width", 16, "--batch-size", 4, "--by-class", "--json")
     result = run(store, tmp_path / "d", *options)
     assert result.exit_code == 0, result.output
     card = json.loads(result.stdout)

@@ -112,7 +112,7 @@ class Sample:
                 gr.HTML(
                     '<p class="lv-note">With a small KL weight latents are far from standard normal, and '
                     "draws from that are noise. A Gaussian has the pictures' colours and shapes at "
-                    "best. <code>latentvae prior fit</code> trains a diffusion prior on a store.</p>"
+                    "best. <code>latentvae prior fit -k diffusion</code> trains a better one on a store.</p>"
                 )
                 with gr.Accordion("What was drawn from", open=False):
                     facts = gr.JSON(show_label=False)
