@@ -277,10 +277,14 @@ def test_large_images_are_tiled_with_the_same_result(
     monkeypatch.setattr(models, "bundled", list)
     monkeypatch.setattr(models, "_is_faster", lambda swift, exact: False)
     Image.fromarray(textured(100, 70, 2)).save(tmp_path / "a.png")
-    whole, tiled = (
+    (first, whole), (_, tiled) = (
         Reconstruct(Desk(models.Models([model], above), Limits())).run(str(tmp_path / "a.png"), "tiny-model")
         for above in (1024, 32)
     )
+    # the pictures come first, the figures when they are measured
+    assert first[0] == whole[0]
+    assert "<b>-</b>" in first[3]
+    assert "<b>-</b>" not in whole[3]
     assert layers
     difference = np.abs(as_array(whole[5]).astype(int) - as_array(tiled[5]))
     assert difference.max() <= 1

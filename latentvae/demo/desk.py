@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +175,14 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
     It takes what it saw last, then `run`'s arguments, and gives what it saw, then `run`'s results.
     """
 
-    def live(seen: str | None, *values: Any) -> Any:
+    def live(seen: str | None, *values: Any) -> Iterator[Any]:
         shown = hashlib.sha256(json.dumps(values[:inputs]).encode()).hexdigest()  # masks are megabytes
         if shown == seen or any(value in (None, "", []) for value in values[:inputs]):
-            return tuple(gr.skip() for _ in range(outputs + 1))
-        return (shown, *run(*values))
+            yield tuple(gr.skip() for _ in range(outputs + 1))
+            return
+        results = run(*values)
+        for result in results if inspect.isgeneratorfunction(run) else [results]:
+            yield (shown, *result)
 
     names = inspect.signature(run).parameters.values()
     last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -4,9 +4,10 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio.to_thread
 import gradio as gr
@@ -89,25 +90,40 @@ def read_photo(path: str | None, limits: Limits, channels: int = 3) -> Photo:
 
 
 def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a handler fail with a message that a visitor can act on; what is our fault goes to the log."""
+    """Have a handler fail with a message that a visitor can act on; what is our fault goes to the log.
+
+    One that yields its results in parts stays one that does.
+    """
 
     @functools.wraps(handler)
     def run(*args: Any, **options: Any) -> Any:
-        try:
+        with _refusing():
             return handler(*args, **options)
-        except gr.Error:
-            raise
-        except LatentVAEError as error:
-            raise refusal(str(error)) from error
-        except Exception as error:
-            logger.exception("the demo failed")
-            raise refusal(
-                "Something went wrong on this server, and it was logged. Try again with another picture or "
-                "other settings."
-            ) from error
 
-    run.__signature__ = inspect.signature(handler)  # type: ignore[attr-defined]  # gradio reads it
-    return run
+    @functools.wraps(handler)
+    def run_in_parts(*args: Any, **options: Any) -> Iterator[Any]:
+        with _refusing():
+            yield from handler(*args, **options)
+
+    chosen: Any = run_in_parts if inspect.isgeneratorfunction(handler) else run
+    chosen.__signature__ = inspect.signature(handler)  # gradio reads it
+    return cast(Callable[..., Any], chosen)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except gr.Error:
+        raise
+    except LatentVAEError as error:
+        raise refusal(str(error)) from error
+    except Exception as error:
+        logger.exception("the demo failed")
+        raise refusal(
+            "Something went wrong on this server, and it was logged. Try again with another picture or "
+            "other settings."
+        ) from error
 
 
 def refusal(message: str) -> gr.Error:

@@ -1,6 +1,7 @@
 """The tab Reconstruct: an image through the model and back."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class Reconstruct:
         latents: Literal["mode", "sample"] = "mode",
         seed: float = 0,
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
-    ) -> tuple[Any, ...]:
+    ) -> Iterator[tuple[Any, ...]]:
         """Encode a picture and decode it again, and measure what was lost.
 
         Args:
@@ -41,13 +42,14 @@ class Reconstruct:
             latents: "mode" takes the most likely latents, "sample" draws them from the posterior.
             seed: of the sample.
 
-        Returns:
+        Yields:
             Original and reconstruction; the error map; the latent channels; figures as HTML; figures with
             their protocol as JSON; the reconstruction as PNG; moments, latents and padding as safetensors.
+            Twice: the pictures at once, the rest when it is measured.
         """
         if latents not in ("mode", "sample"):
             raise LatentVAEError(f"latents {latents!r} came; choose mode or sample.")
-        with self.desk.models.use(model) as chosen:
+        with self.desk.models.use(model) as chosen:  # not held over a yield: a visitor may never come back
             read = read_photo(photo, self.desk.limits, chosen.channels)
             images, start = read.image[None], time.perf_counter()
             progress(0.1, "Encoding")
@@ -57,13 +59,14 @@ class Reconstruct:
             progress(0.4, "Decoding")
             rebuilt = decode(chosen.swift, drawn, padding)
             seconds = time.perf_counter() - start
-            progress(0.8, "Measuring")
-            metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
-            (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
-            file = latents_file.write(chosen, posterior, drawn, padding)
         before, after = views.view(read.image), views.view(rebuilt[0])
-        return (
-            (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png")),
+        pair = (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png"))
+        yield pair, None, None, views.tiles(figures(None, seconds)), None, None, None
+        metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
+        (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
+        file = latents_file.write(chosen, posterior, drawn, padding)
+        yield (
+            pair,
             views.keep_view(views.error_view(before, after), "error.png"),
             views.channel_views(drawn),
             views.tiles(figures(row, seconds), views.sentence([*read.info.notes, *metrics.summary().notes])),
@@ -75,9 +78,8 @@ class Reconstruct:
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it, the example's result in it already."""
         desk = self.desk
-        slider, error, channels, shown, protocol, picture, tensors = self.run(
-            str(desk.example), desk.models.names[0]
-        )
+        *_, whole = self.run(str(desk.example), desk.models.names[0])
+        slider, error, channels, shown, protocol, picture, tensors = whole
         with gr.Row(elem_classes="lv-split"):
             with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
                 photo = desk.photo()
@@ -118,11 +120,15 @@ def show_seed(latents: str) -> gr.Number:
     return gr.Number(visible=latents == "sample")
 
 
-def figures(row: ImageMetrics, seconds: float) -> list[views.Figure]:
-    """The figures of one reconstruction for the page."""
+def figures(row: ImageMetrics | None, seconds: float) -> list[views.Figure]:
+    """The figures of one reconstruction for the page; dashes where they are not measured yet."""
     return [
         *views.distances(row),
-        (views.number(row.rate_bpp, 2), "bits per pixel", "KL of the latents: a bound, no file size"),
+        (
+            views.number(row.rate_bpp if row else None, 2),
+            "bits per pixel",
+            "KL of the latents: a bound, no file size",
+        ),
         (views.number(seconds, 2, " s"), "time", "encoding and decoding"),
     ]
 

@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from latentvae.explore.interpolation import save_animation, thumbnail
-from latentvae.images import save_image, to_pil
+from latentvae.images import to_pil
 from latentvae.metrics import ImageMetrics
 from latentvae.pictures import colour_error, error_map
 
@@ -69,14 +68,16 @@ def tiles(figures: Sequence[Figure], note: str = "") -> str:
     return f'<div class="lv-figures">{cells}</div>{below}'
 
 
-def distances(row: ImageMetrics) -> list[Figure]:
-    """How far a picture is from its original."""
+def distances(row: ImageMetrics | None) -> list[Figure]:
+    """How far a picture is from its original; dashes for one that is not measured yet."""
     found = [
-        (number(row.psnr, 2, " dB"), "PSNR", "pixel by pixel; higher is closer"),
-        (number(row.ssim, 3), "SSIM", "structure; 1 is the same"),
+        (number(row.psnr if row else None, 2, " dB"), "PSNR", "pixel by pixel; higher is closer"),
+        (number(row.ssim if row else None, 3), "SSIM", "structure; 1 is the same"),
     ]
-    if row.lpips is not None:
-        found.append((number(row.lpips, 3), "LPIPS", "how different it looks; 0 is the same"))
+    if row is None or row.lpips is not None:
+        found.append(
+            (number(row.lpips if row else None, 3), "LPIPS", "how different it looks; 0 is the same")
+        )
     return found
 
 
@@ -112,16 +113,12 @@ def keep(data: bytes, name: str) -> str:
 
 def keep_png(image: torch.Tensor, name: str) -> str:
     """The same for an image (C, H, W), whole, as PNG."""
-    return _keep_written(lambda path: save_image(image, path), name)
+    return keep_view(to_pil(image), name)
 
 
 def keep_animation(frames: torch.Tensor, name: str, fps: float) -> str:
     """The same for frames (F, C, H, W) as an endless WebP."""
-    return _keep_written(lambda path: save_animation(frames, path, fps), name)
-
-
-def _keep_written(write: Any, name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "result").with_suffix(Path(name).suffix)  # a name can be too long for a file
-        write(path)
+        path = Path(folder, "result.webp")  # a name can be too long for a file
+        save_animation(frames, path, fps)
         return keep(path.read_bytes(), name)
