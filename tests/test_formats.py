@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -760,3 +761,15 @@ def test_the_card_has_each_latent_channels_figures_and_what_other_programs_take(
     for number, std in enumerate(statistics.latents_std):
         assert f"| {number} | 0 | {std:.4g} |" in card
     assert "- ComfyUI cannot load it: widths 16-16-32-32" in card
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("to", ["diffusers", "single-file"])
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path, attentive, to):
+    usual = os.umask(0o027)
+    try:
+        path = save(attentive, tmp_path / ("vae" if to == "diffusers" else "vae.safetensors"), to)
+    finally:
+        os.umask(usual)
+    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    assert file.stat().st_mode & 0o777 == 0o640

@@ -67,6 +67,7 @@ def save(
         if to == "diffusers":
             put_in_place(partial, final)
         else:
+            let_others_read(partial)
             for name, target in zip((CONFIG_NAME, WEIGHTS_NAME)[-len(targets) :], targets, strict=True):
                 (partial / name).replace(target)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
@@ -169,6 +170,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 def put_in_place(partial: Path, final: Path) -> None:
     """Rename `partial` to `final`; what was there is deleted only after that, or comes back."""
+    let_others_read(partial)
     old = final.parent / f".{final.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -180,3 +182,13 @@ def put_in_place(partial: Path, final: Path) -> None:
             old.rename(final)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give a folder's tensors the permissions of any new file: safetensors 0.8 lets only the owner read."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from latentvae.errors import ConfigError, LatentVAEError
+from latentvae.formats.writing import let_others_read
 from latentvae.model import check_keys
 from latentvae.training.adversary import Adversary
 from latentvae.training.ema import EMA
@@ -237,6 +238,7 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _seal(partial: Path, final: Path) -> None:
     """Make a complete folder durable and give it its name in one step."""
+    let_others_read(partial)
     manifest = {path.name: sha256(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
