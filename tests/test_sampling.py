@@ -167,3 +167,28 @@ def test_verb_refuses_another_model_before_it_draws(
     assert isinstance(error, LatentVAEError)
     assert "learned from latents of the VAE" in str(error)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_are_written_as_they_are_drawn(
+    tiny_vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentvae.explore.sampling.BATCH", 4)
+    draw = StandardNormal.latents
+
+    def stop_in_the_third(self: Any, numbers: Any, *others: Any) -> torch.Tensor:
+        if 8 in numbers:
+            raise KeyboardInterrupt
+        return draw(self, numbers, *others)
+
+    monkeypatch.setattr(StandardNormal, "latents", stop_in_the_third)
+    export(tiny_vae, tmp_path / "vae")
+    with pytest.raises(KeyboardInterrupt):
+        verb(None, str(tmp_path / "vae"), output=tmp_path / "out", count=12, size=32)
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 8
+
+
+def test_a_refused_request_leaves_no_folder(tiny_vae: Any, tmp_path: Path) -> None:
+    export(tiny_vae, tmp_path / "vae")
+    with pytest.raises(LatentVAEError, match="--by-class"):
+        verb(None, str(tmp_path / "vae"), output=tmp_path / "out", count=1, label=1)
+    assert not (tmp_path / "out").exists()

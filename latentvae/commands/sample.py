@@ -1,6 +1,7 @@
 """`latentvae sample`: new images from a prior."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,8 +56,7 @@ def sample(
     Image n depends on the prior, the seed and n alone: a larger --count does not change the first ones.
     """
     from latentvae.explore.prior import load_prior
-    from latentvae.explore.sampling import sample as draw
-    from latentvae.explore.sampling import sample_labels
+    from latentvae.explore.sampling import check_request, sample_batches, sample_labels
 
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
@@ -65,22 +65,23 @@ def sample(
     image_channels(vae)
     chosen = made or standard(vae, size or 256)
     chosen.check(vae)
-    make_folder(output / "samples")
     labels = [label] * count if label is not None else None
-    images = draw(vae, chosen, count, seed, labels=labels, progress=True)
+    check_request(chosen, count, seed, 0, labels)
+    make_folder(output / "samples")
     result: dict[str, Any] = {
         "prior": str(folder) if folder is not None else None,
         "kind": chosen.card.kind,
         "seed": seed,
         "count": count,
-        "size": list(images.shape[-2:]),
         "note": None if folder is not None else HONEST,
     }
-    names = write(images, labels or sample_labels(chosen, count, seed), output, result)
+    batches = sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
+    write(batches, labels or sample_labels(chosen, count, seed), output, result)
     if json:
         print_json(result)
         return
-    typer.echo(f"{len(names)} images of {images.shape[-1]}x{images.shape[-2]} px, {chosen.card.kind} prior.")
+    height, width = result["size"]
+    typer.echo(f"{count} images of {width}x{height} px, {chosen.card.kind} prior.")
     if result["note"]:
         typer.echo(f"Note: {HONEST}")
     typer.echo(f"Look at {output / 'samples.png'}.")
@@ -94,26 +95,28 @@ def standard(vae: "AutoencoderKL", size: int) -> "Prior":
 
 
 def write(
-    images: "torch.Tensor", labels: list[int] | None, output: Path, result: dict[str, Any]
-) -> list[str]:
-    """Write single images, the grid of the first ones, and the JSON, which names the images."""
+    batches: Iterable["torch.Tensor"], labels: list[int] | None, output: Path, result: dict[str, Any]
+) -> None:
+    """Write each image as it comes, then the grid of the first ones and the JSON, which names them all."""
     import json
+
+    import torch
 
     from latentvae.images import save_image
 
-    names = []
-    for number, image in enumerate(images):
-        name = f"samples/seed{result['seed']}-{number:05d}.png"
-        save_image(image, output / name)
-        names.append(name)
-    sheet(images[:GRID]).save(output / "samples.png")
+    paths: list[Path] = []
+    shown: list[torch.Tensor] = []
+    for image in (image for batch in batches for image in batch):
+        paths.append(output / f"samples/seed{result['seed']}-{len(paths):05d}.png")
+        save_image(image, paths[-1])
+        shown += [image] * (len(shown) < GRID)
+    sheet(torch.stack(shown)).save(output / "samples.png")
+    result["size"] = list(shown[0].shape[-2:])
     result["images"] = [
-        {"path": str(output / name), **({"label": labels[n]} if labels else {})}
-        for n, name in enumerate(names)
+        {"path": str(path), **({"label": labels[n]} if labels else {})} for n, path in enumerate(paths)
     ]
     text = json.dumps(result, ensure_ascii=False, indent=1)
     (output / "samples.json").write_text(text + "\n", encoding="utf-8")
-    return names
 
 
 def sheet(images: "torch.Tensor") -> Any:

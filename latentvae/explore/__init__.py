@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from latentvae.explore.projection import project as project
     from latentvae.explore.roc import auroc as auroc
     from latentvae.explore.sampling import sample as sample
+    from latentvae.explore.sampling import sample_batches as sample_batches
     from latentvae.explore.variation import Variations as Variations
     from latentvae.explore.variation import vary as vary
 
@@ -58,6 +59,7 @@ _HOME = {
     "pool": "features",
     "project": "projection",
     "sample": "sampling",
+    "sample_batches": "sampling",
     "slerp": "interpolation",
     "step_sizes": "interpolation",
     "vary": "variation",

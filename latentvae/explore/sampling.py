@@ -1,6 +1,6 @@
 """New images: draws of a prior over latents, decoded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from latentvae.latents import decode
 BATCH, BATCH_LATENTS = 32, 2048  # draws at once, and latent pixels of them together
 
 
-@torch.no_grad()
 def sample(
     vae: AutoencoderKL,
     prior: Prior,
@@ -42,22 +41,43 @@ def sample(
     Raises:
         LatentVAEError: another VAE, a count below 1, unknown labels, or a model that gives NaN.
     """
+    return torch.cat(
+        list(sample_batches(vae, prior, count, seed, first=first, labels=labels, progress=progress))
+    )
+
+
+@torch.no_grad()
+def sample_batches(
+    vae: AutoencoderKL,
+    prior: Prior,
+    count: int = 16,
+    seed: int = 0,
+    *,
+    first: int = 0,
+    labels: Sequence[int] | None = None,
+    progress: bool = False,
+) -> Iterator[torch.Tensor]:
+    """The images of `sample` as they are drawn, some at a time: what is too many for memory can be written.
+
+    Yields:
+        (n, C, H, W), `count` images in all.
+
+    Raises:
+        LatentVAEError: as `sample`, before the first images.
+    """
     check_request(prior, count, seed, first, labels)
     prior.check(vae)
     prior.to(vae.device)
     size = batch_size(prior.card.latent_shape)
     wanted = dict(zip(range(first, first + count), labels, strict=True)) if labels is not None else None
-    found = []
     starts = range(first // size * size, first + count, size)
     for start in tqdm(starts, unit="batch", disable=not progress or len(starts) < 2):
         numbers = range(start, start + size)
         of_each = [wanted.get(n, next(iter(wanted.values()))) for n in numbers] if wanted else None
         images = decode(vae, prior.latents(numbers, seed, of_each)).clamp(-1, 1).float().cpu()
-        found.append(images[max(first - start, 0) : first + count - start])
-    images = torch.cat(found)
-    if not images.isfinite().all():
-        raise LatentVAEError("the model gave values that are not finite: its weights may be damaged.")
-    return images
+        if not images.isfinite().all():
+            raise LatentVAEError("the model gave values that are not finite: its weights may be damaged.")
+        yield images[max(first - start, 0) : first + count - start]
 
 
 def sample_labels(prior: Prior, count: int, seed: int, first: int = 0) -> list[int] | None:
