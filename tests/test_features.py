@@ -247,3 +247,24 @@ def test_bad_input_is_said(folder: Path, model: Path, tmp_path: Path) -> None:
     result = run("features", folder, tmp_path / "out.npy", "-m", model)
     assert result.exit_code == 3, result.output
     assert len(np.load(tmp_path / "out.npy")) == 3
+
+
+@pytest.mark.parametrize("table", [None, "a.png,cat\nother.png,dog\n"])
+def test_a_table_of_labels_that_does_not_fit_is_refused_before_anything_is_encoded(
+    tiny_vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str | None
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("an image was encoded")
+
+    export(tiny_vae, tmp_path / "vae")
+    Image.fromarray(textured(32, 32, 1)).save(tmp_path / "a.png")
+    if table is not None:
+        (tmp_path / "labels.csv").write_text(table)
+    monkeypatch.setattr("latentvae.latents.encode", never)
+    arguments = ["features", "a.png", "out.npy", "-m", "vae", "--labels", "labels.csv"]
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, LatentVAEError)
+    wanted = "No such file or directory" if table is None else "'other.png' is no image here"
+    assert wanted in str(result.exception)
+    assert "Errno" not in str(result.exception)

@@ -210,7 +210,7 @@ def make_folder(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another --output.") from error
+        raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another output.") from error
     return folder
 
 

@@ -61,16 +61,6 @@ class Gathering:
     skipped: Skipped = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def finish_labels(self, path: Path | None, names: list[str]) -> None:
-        """Settle the labels; `names` are those of all images, the skipped ones too."""
-        from latentvae.explore.labels import match, read_table
-
-        table = None
-        if path is not None:
-            table = read_table(path)
-            match(path, table, names, whole=False)
-        self.gallery.label(table)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -102,6 +92,17 @@ def gather(request: Request) -> Gathering:
     return _from_store(stores[0], request) if stores else _from_images(request)
 
 
+def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
+    """The table, where one was named, if it is of these images; `names` holds the skipped ones too."""
+    from latentvae.explore.labels import match, read_table
+
+    if path is None:
+        return None
+    table = read_table(path)
+    match(path, table, names, whole=False)
+    return table
+
+
 def _side(request: Request, count: int) -> int:
     """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
     from latentvae.explore.page import picture_side
@@ -121,6 +122,7 @@ def _from_images(request: Request) -> Gathering:
 
     files = find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
+    labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
     vae = load_model(request.model, request.device, "fp32")
     found = Gathering(Gallery(weight_hash(vae), request.grid, _side(request, len(files))))
     captions.forget()
@@ -133,7 +135,7 @@ def _from_images(request: Request) -> Gathering:
             found.gallery.add(names[path], label_of(caption), latents, image)
         except LatentVAEError as error:
             skip(path, LatentVAEError(f"{path}: {error}"), found.skipped)
-    found.finish_labels(request.labels, list(names.values()))
+    found.gallery.label(labels)
     return found
 
 
@@ -159,7 +161,7 @@ def _from_store(store: Path, request: Request) -> Gathering:
     progress.close()
     found.notes += pictures.notes()
     if found.gallery.keys:  # names of images in damaged shards are not known
-        found.finish_labels(request.labels, found.gallery.keys)
+        found.gallery.label(_labels(request.labels, found.gallery.keys))
     return found
 
 

@@ -41,7 +41,8 @@ def read_table(path: Path) -> dict[str, str]:
     try:
         lines = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise LatentVAEError(f"{path} cannot be read ({error}): wanted a CSV of name,label.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise LatentVAEError(f"{path} cannot be read ({reason}): wanted a CSV of name,label.") from error
     if lines and [cell.strip().lower() for cell in lines[0]] == HEADER:
         lines = lines[1:]
     found: dict[str, str] = {}
