@@ -40,7 +40,8 @@ app = typer.Typer(
     name="latentvae",
     help="Image VAEs for latent diffusion: reconstruct, encode, compress, train, export.",
     epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped, "
-    "4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work.",
+    "4 training stopped by a signal or train.max_minutes after saving, 5 `doctor` found that fp16 does not "
+    "work, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

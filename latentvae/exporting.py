@@ -120,14 +120,18 @@ def export(
 
 
 def prepare(vae: AutoencoderKL, statistics: LatentStatistics | None) -> AutoencoderKL:
-    """The copy that `export` writes: fp32, on the CPU, factors set, sample_size >= 256, no path in it."""
+    """The copy that `export` writes: fp32, on the CPU, factors set, no path in it.
+
+    `sample_size` is a multiple of the spatial compression ratio, 256 or more.
+    """
     prepared = copy.deepcopy(vae).float().cpu().to(memory_format=torch.contiguous_format)
     prepared = prepared.eval().requires_grad_(False)
     if statistics is not None:  # in fp32: biases rounded to half precision would not cancel
         prepared = with_statistics(prepared, statistics)
-    size = prepared.config["sample_size"]
+    size, ratio = prepared.config["sample_size"], spatial_compression_ratio(prepared)
+    wanted = max(MIN_SAMPLE_SIZE, size if isinstance(size, int) else min(size))
     prepared.register_to_config(
-        sample_size=max(MIN_SAMPLE_SIZE, size if isinstance(size, int) else min(size)),
+        sample_size=-(-wanted // ratio) * ratio,  # diffusers' tiling divides it by the ratio
         shift_factor=prepared.config["shift_factor"] or 0.0,
         _name_or_path="",
     )

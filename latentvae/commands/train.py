@@ -26,14 +26,14 @@ def train(
 ) -> None:
     """Train a VAE on images (a folder, parquet, WebDataset shards); ends with an export in OUTPUT/vae.
 
-    Recipes: tiny, f8c4-small, f8c16-small, f8c4. Settings and their reasons: latentvae/training/config.py.
+    Recipes: tiny, digits, f8c4-small, f8c16-small, f8c4-small-gpu, f8c16-small-gpu, f8c4. Settings and their
+    reasons: latentvae/training/config.py.
     """
-    from accelerate import PartialState
-
     from latentvae.training.batch_size import find_batch_size as find
     from latentvae.training.loop import TrainingInterrupted
     from latentvae.training.loop import train as run
     from latentvae.training.settings import load_config
+    from latentvae.training.sharing import is_first_process
 
     checked = load_config(config, settings)
     if find_batch_size:
@@ -47,10 +47,10 @@ def train(
         exported = run(checked, resume)
     except TrainingInterrupted as stop:
         typer.echo(str(stop), err=True)
-        if json and PartialState().is_main_process:
+        if json and is_first_process():
             print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
         raise typer.Exit(EXIT_INTERRUPTED) from stop
-    if not PartialState().is_main_process:
+    if not is_first_process():
         return
     if json:
         print_json({"export": str(exported), "output": checked.output})

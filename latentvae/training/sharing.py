@@ -1,7 +1,7 @@
 """The module as Accelerate runs it: its blocks compiled if asked, its gradients shared between processes."""
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -10,6 +10,11 @@ from latentvae.model import spatial_compression_ratio
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config
 from latentvae.training.module import TrainableVAE
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return bool(PartialState().is_main_process)
 
 
 def wrap(config: Config, module: TrainableVAE, accelerator: Accelerator) -> nn.Module:
