@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +385,44 @@ def test_labels_that_do_not_match_are_named(tmp_path: Path, text: str, match: st
 def test_levels_hold_the_places_that_are_used() -> None:
     assert LEVELS[50] == 0.5
     assert LEVELS[95] == pytest.approx(0.95)
+
+
+def test_labels_of_one_kind_are_refused_before_anything_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("a.png,0\nb.png,0\n")
+    with pytest.raises(LatentVAEError, match="labels every image 0; an ROC needs images of both kinds"):
+        read_labels(tmp_path / "labels.csv", {"a.png", "b.png"})
+
+
+def test_the_ranking_is_written_where_all_of_one_kind_were_skipped(files: dict[str, Path]) -> None:
+    run("fit", files["normal"], files["calibration"], "--no-lpips", "-m", files["model"])
+    (files["photos"] / "9.png").write_bytes(b"broken")
+    arguments = (files["calibration"], files["photos"], "-m", files["model"], "-o", files["out"])
+    result = run("score", *arguments, "--labels", files["labels"], "--json")
+    assert result.exit_code == 3, result.output
+    assert json.loads((files["out"] / "anomalies.json").read_text())["auroc"] is None
+    assert (files["out"] / "anomalies.csv").is_file()
+
+
+def test_names_that_are_not_utf_8_are_written_as_they_are(files: dict[str, Path]) -> None:
+    run("fit", files["normal"], files["calibration"], "--no-lpips", "-m", files["model"])
+    (files["photos"] / "8.png").rename(os.fsdecode(os.fsencode(files["photos"]) + b"/caf\xe9.png"))
+    arguments = (files["calibration"], files["photos"], "-m", files["model"], "-o", files["out"])
+    result = run("score", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert b"caf\xe9.png" in (files["out"] / "anomalies.csv").read_bytes()
+    assert os.fsdecode(b"caf\xe9.png") in {row["name"] for row in json.loads(result.stdout)["images"]}
+
+
+def test_a_large_clouds_likeness_is_measured_on_some() -> None:
+    layout = np.random.default_rng(0).normal(size=(5000, 8))
+    whole = Cloud(np.zeros((1700, 2)), layout[:1700]).likeness
+    assert Cloud(np.zeros((5000, 2)), layout).likeness == pytest.approx(whole, abs=0.02)
+
+
+def test_images_too_small_for_lpips_are_told_the_way_out(files: dict[str, Path], shared: Path) -> None:
+    for seed in range(8):
+        Image.fromarray(textured(28, 28, seed)).save(files["normal"] / f"{seed}.png")
+    weights = ("--lpips-weights", shared / "lpips")
+    result = run("fit", files["normal"], files["calibration"], "-m", files["model"], *weights)
+    assert isinstance(result.exception, LatentVAEError)
+    assert "--no-lpips leaves it out" in str(result.exception)

@@ -328,3 +328,23 @@ def test_files_go_after_a_while_and_the_pages_own_stay(tmp_path: Path) -> None:
     sweeper.sweep(now + 101)
     assert not upload.parent.exists()
     assert own.exists()
+
+
+def test_a_live_event_remembers_its_inputs_only_when_all_of_it_was_shown() -> None:
+    from latentvae.demo.desk import when_new
+
+    def run(photo: str, broken: bool) -> Iterator[tuple[str]]:
+        yield ("the picture",)
+        if broken:
+            raise OSError("disk full")
+        yield ("the figures",)
+
+    live = when_new(run, 2, 1)
+    whole = list(live(None, "a.png", False))
+    assert [each[1] for each in whole[:2]] == ["the picture", "the figures"]
+    assert [isinstance(each[0], str) for each in whole] == [False, False, True]
+    assert len(list(live(whole[-1][0], "a.png", False))) == 1
+    seen = []
+    with pytest.raises(OSError, match="disk full"):
+        seen.extend(each[0] for each in live(None, "a.png", True))
+    assert not any(isinstance(each, str) for each in seen)

@@ -321,3 +321,18 @@ def test_verb_fills_in_windows_where_gradients_do_not_fit(files: dict[str, Path]
     assert isinstance(result.exception, ImageError)
     assert "even in windows" in str(result.exception)
     assert json.loads(run(*arguments, "--method", "project").stdout)["tile_size"] is None
+
+
+def test_a_hole_that_is_filled_exactly_and_a_method_without_gradients_that_must_tile(
+    files: dict[str, Path], monkeypatch: Any
+) -> None:
+    flat = Image.new("RGB", (45, 37), (128, 128, 128))
+    flat.save(files["image"])
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("latentvae.commands.fill.fit", lambda *arguments: asked.append(arguments))
+    common = ("-m", files["model"], "-o", files["out"], "--original", files["image"], "--method", "project")
+    result = run(files["image"], files["mask"], *common)
+    assert result.exit_code == 0, result.output
+    text = (files["out"] / "image.png.fill.json").read_text()
+    assert "Infinity" not in text
+    assert [arguments[2:] for arguments in asked] == [(37, 45, None, None)]

@@ -1,6 +1,7 @@
 """Interpolation: ends, steps, norms, degenerate angles, files and messages."""
 
 import json
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -277,3 +278,24 @@ def test_the_verb_needs_two_images_and_skips_a_broken_third(run, tmp_path):
     with pytest.raises(LatentVAEError, match=r"1 of 2 images.*broken\.png"):
         run(paths[0], broken)
     assert len(run(*paths, broken, "--frames", 2, code=3)["skipped"]) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 16000), (16000, 1)])
+def test_a_line_of_pixels_is_refused_and_not_blown_up(size):
+    with pytest.raises(ImageError, match="crop it first"):
+        match_size(torch.zeros(3, *size), 384, 384)
+
+
+def test_frames_that_would_not_fit_into_memory_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("latentvae.commands.interpolate.free_memory", lambda device: 1e6)
+    with pytest.raises(ImageError, match="fewer --frames"):
+        run(*photographs(tmp_path / "in"), "--frames", 200)
+
+
+def test_a_name_that_is_not_utf_8_is_no_problem(run, tmp_path):
+    paths = photographs(tmp_path / "in")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.png"))
+    paths[1].rename(odd)
+    result = run(paths[0], odd, "--frames", 2)
+    assert result["images"][1] == str(odd)
+    assert json.loads((tmp_path / "out" / "interpolation.json").read_text()) == result

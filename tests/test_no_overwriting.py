@@ -77,7 +77,7 @@ def main_ends_well(arguments: list[object]) -> None:
     assert ended.value.code == 0
 
 
-@pytest.mark.parametrize("verb", ["project", "vary"])
+@pytest.mark.parametrize("verb", ["project", "vary", "interpolate"])
 def test_nothing_is_written_among_the_images_that_were_named(
     verb: str, photos: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,3 +99,43 @@ def test_a_store_of_another_vae_is_refused(
         "features": ["features", store, tmp_path / "out.npy"],
     }[verb]
     assert "were made with weights" in refused([*arguments, *model], capsys)
+
+
+def test_frames_are_not_written_over_the_frames_of_an_earlier_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "linear").mkdir()
+    frames = [tmp_path / "linear" / f"{number:04d}.png" for number in range(2)]
+    for number, frame in enumerate(frames):
+        Image.fromarray(textured(64, 64, number)).save(frame)
+    monkeypatch.chdir(tmp_path)
+    said = refused(["interpolate", *frames, "--route", "linear", "--separate", "-o", "."], capsys)
+    assert "lies among the images" in said
+    assert sorted((tmp_path / "linear").iterdir()) == frames
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_a_forgotten_name_of_features_does_not_cost_the_last_table(
+    photos: list[Path], suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = photos[0].parent / f"train{suffix}"
+    table.write_bytes(b"data of mine")
+    assert "no earlier table of features" in refused(["features", *photos, table], capsys)
+    assert table.read_bytes() == b"data of mine"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_an_earlier_table_of_features_is_replaced(photos: list[Path], tmp_path: Path, suffix: str) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    for _ in range(2):
+        main_ends_well(["features", photos[0], tmp_path / f"table{suffix}"])
+
+
+def test_a_run_does_not_write_pictures_among_its_images(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photos[0].parent)
+    train = ["train", "-c", "tiny", "--set", "data.train=.", "--set", "loss.perceptual_weight=0"]
+    assert "the folder of data.train" in refused(train, capsys)
+    assert sorted(Path().iterdir()) == [Path(photo.name) for photo in photos]

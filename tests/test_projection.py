@@ -285,3 +285,11 @@ def test_a_damaged_image_is_skipped_and_some_may_lack_a_label(
     assert figures["images"] == 25
     assert figures["few_labels"] == {}
     assert any("No classifier from few labels" in note for note in figures["notes"])
+
+
+def test_a_silhouette_of_a_sample_that_holds_one_cluster_is_the_worst() -> None:
+    values = np.zeros((6000, 2))
+    values[0] = 1e6  # a blank frame in a camera's folder, which the sample need not hold
+    values[1:] += np.random.default_rng(0).normal(size=(5999, 2))
+    found = cluster(values)
+    assert len(found.numbers) == 6000

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+import latentvae
 from latentvae.errors import ConfigError, ImageError, SourceError
 from latentvae.images import load_image
 from latentvae.training import shards, validation
@@ -515,3 +516,30 @@ def test_without_the_package_datasets_the_way_to_install_it_is_named(kinds, monk
             ConfigError, match=r"`datasets`, which is missing: pip install latentvae\[train\]"
         ):
             open_source(kinds[kind])
+
+
+@pytest.mark.parametrize(
+    ("total", "asked", "held"), [(5, 24, 2), (7, 24, 3), (47, 24, 23), (2, 1, 1), (12, 3, 3)]
+)
+def test_at_most_half_is_held_out(total, asked, held):
+    class Numbers:
+        def __len__(self):
+            return total
+
+    rest, val = hold_out(Numbers(), asked)
+    assert (len(rest), len(val)) == (total - held, held)
+
+
+def test_latent_statistics_are_of_images_from_the_whole_folder(monkeypatch):
+    class Numbers:
+        def __len__(self):
+            return 399
+
+    taken = []
+    monkeypatch.setattr(
+        validation, "validation_images", lambda source, *_: taken.append(source.indices) or []
+    )
+    monkeypatch.setattr(validation, "compute_latent_statistics", lambda *_: None)
+    validation.training_statistics(latentvae.build("tiny"), Numbers(), DataConfig())
+    assert len(taken[0]) == validation.STATISTICS_IMAGES
+    assert taken[0][-1] == 398

@@ -2,7 +2,7 @@
 
 import csv
 import json as json_module
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,8 @@ def fit(
     json: Json = False,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
+    import torch
+
     from latentvae.explore.anomaly import TERMS, look
     from latentvae.explore.calibration import calibrate, check_place
     from latentvae.images import find_images
@@ -68,9 +70,12 @@ def fit(
     looks = []
     for path, image, _ in read_images(files, vae, skipped):
         try:
-            looks.append(look(vae, image[None], network))
+            # without its heat map, which is as large as the image
+            looks.append(replace(look(vae, image[None], network), heat=torch.empty(0)))
         except LatentVAEError as error:
-            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            small = network is not None and min(image.shape[-2:]) < network.min_size
+            remedy = " --no-lpips leaves it out." if small else ""
+            skip(path, LatentVAEError(f"{path}: {error}{remedy}"), skipped)
     if not looks:
         finish(skipped, 0)
     made = calibrate(vae, looks, lpips_net if network else None)
@@ -136,7 +141,8 @@ def score(
     rows = judge_all(_Judge(vae, usual, network, output), files, names, skipped)
     if rows:
         rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))
-        areas = None if odd is None else write_roc(output, rows, odd)
+        both = odd is not None and len({odd[row["name"]] for row in rows}) == 2
+        areas = write_roc(output, rows, odd) if odd is not None and both else None
         result = {"calibration": str(calibration), "images": rows, "auroc": areas, "skipped": skipped}
         write_tables(output, rows, result)
         print_json(result) if json else typer.echo("\n".join(report(output, rows, areas)))
@@ -213,6 +219,11 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
         if label not in ("0", "1"):
             raise LatentVAEError(f"{path} has the line {f'{name},{label}'!r}; wanted NAME,0 or NAME,1.")
     match(path, table, names, whole=True)
+    if len(set(table.values())) < 2:
+        raise LatentVAEError(
+            f"{path} labels every image {next(iter(table.values()))}; an ROC needs images of both kinds. "
+            "Leave --labels out for the ranking alone."
+        )
     return {name: label == "1" for name, label in table.items()}
 
 
@@ -232,14 +243,14 @@ def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) ->
 def write_tables(output: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
     """Write anomalies.csv, ranked, and anomalies.json."""
     terms = list(rows[0]["terms"])
-    with (output / "anomalies.csv").open("w", encoding="utf-8", newline="") as file:
+    with (output / "anomalies.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["rank", "name", "score", "quantile", *terms])
         for rank, row in enumerate(rows, 1):
             values = (row["terms"][term] for term in terms)
             writer.writerow([rank, row["name"], row["score"], row["quantile"], *values])
-    text = json_module.dumps(result, indent=1, ensure_ascii=False)
-    (output / "anomalies.json").write_text(text + "\n", encoding="utf-8")
+    text = json_module.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "anomalies.json").write_text(text + "\n", encoding="ascii")
 
 
 def report(output: Path, rows: list[dict[str, Any]], areas: dict[str, float] | None) -> list[str]:

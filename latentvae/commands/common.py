@@ -70,12 +70,23 @@ def load_model(model: str | None, device: str | None, precision: str) -> "Autoen
     from latentvae.optimization import optimize
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return optimize(load(model, dtype=dtype, device=usable_device(device)))
+
+
+def usable_device(device: str | None) -> "torch.device":
+    """The device that was named, or the best one.
+
+    Raises:
+        LatentVAEError: it is not there.
+    """
+    import torch
+
     try:
         place = torch.device(device or best_device())
-        vae = load(model, dtype=dtype, device=place)
+        torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
         raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
-    return optimize(vae)
+    return place
 
 
 def best_device() -> str:
@@ -210,7 +221,7 @@ def make_folder(folder: Path) -> Path:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another output.") from error
+        raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another folder.") from error
     return folder
 
 
@@ -239,4 +250,4 @@ def finish(skipped: list[dict[str, str]], done: int) -> None:
 
 def print_json(result: dict[str, Any]) -> None:
     """One JSON object on standard output."""
-    typer.echo(json.dumps(result, ensure_ascii=False))
+    typer.echo(json.dumps(result))  # in ASCII: names need not be UTF-8

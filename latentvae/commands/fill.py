@@ -1,6 +1,7 @@
 """`latentvae fill`: missing pixels from the known ones."""
 
 import json as json_module
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from latentvae.commands.common import (
     make_folder,
     print_json,
 )
-from latentvae.commands.memory import TILE_SIZES, free_memory, ordinary_peak
+from latentvae.commands.memory import TILE_SIZES, fit, free_memory, ordinary_peak
 from latentvae.errors import ImageError
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def fill(
     vae = load_model(model, device, "fp32")
     images, missing, complete = read_inputs(image_channels(vae), image, mask, original)
     side = tile_size or (fitting_side(vae, image, *images.shape[-2:]) if method == "optimise" else None)
+    if side is None:
+        fit(vae, image, images.shape[-2], images.shape[-1], None, None)
     make_folder(output)
     options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
     result = complete_image(vae, images, missing, side, **options)
@@ -82,8 +85,8 @@ def fill(
     entry = {"image": str(image), "mask": str(mask), **options, "tile_size": tiles}
     figures = {**entry, **measure(result, missing, complete)}
     figures |= write_pictures(output / image.name, images, missing, result, complete)
-    text = json_module.dumps(figures, indent=1, ensure_ascii=False)
-    (output / f"{image.name}.fill.json").write_text(text + "\n", encoding="utf-8")
+    text = json_module.dumps(figures, indent=1)  # in ASCII: names need not be UTF-8
+    (output / f"{image.name}.fill.json").write_text(text + "\n", encoding="ascii")
     if json:
         print_json(figures)
     else:
@@ -172,7 +175,8 @@ def measure(result: "Filling", missing: "torch.Tensor", complete: "torch.Tensor 
     }
     if complete is not None and missing.any():
         parts = {"filled": result.images, "smooth": result.smooth, "decoded": result.decoded}
-        figures["psnr_in_hole"] = {name: hole_psnr(part, complete, missing) for name, part in parts.items()}
+        found = {name: hole_psnr(part, complete, missing) for name, part in parts.items()}
+        figures["psnr_in_hole"] = {name: value if isfinite(value) else None for name, value in found.items()}
     return figures
 
 
@@ -207,6 +211,9 @@ def report(figures: dict[str, Any]) -> list[str]:
         held = mixed if figures["blend"] else "what the model decodes"
         lines = [f"{100 * figures['missing_share']:.1f} % of the pixels were missing; the hole holds {held}."]
     if figures["psnr_in_hole"]:
-        named = (f"{name} {value:.2f} dB" for name, value in figures["psnr_in_hole"].items())
+        named = (
+            f"{name} {'exact' if value is None else f'{value:.2f} dB'}"
+            for name, value in figures["psnr_in_hole"].items()
+        )
         lines.append(f"PSNR in the hole: {', '.join(named)}.")
     return [*lines, f"Look at {figures['comparison']}."]

@@ -15,6 +15,7 @@ from latentvae.commands.common import (
     Precision,
     Store,
     TileSize,
+    check_output,
     counted,
     find_lpips,
     finish,
@@ -24,13 +25,16 @@ from latentvae.commands.common import (
     read_images,
 )
 from latentvae.commands.memory import fit as fit_memory
-from latentvae.errors import LatentVAEError
+from latentvae.commands.memory import free_memory
+from latentvae.errors import ImageError, LatentVAEError
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
 
-    from latentvae.explore.interpolation import Interpolation, Step
+    from latentvae.explore.interpolation import Interpolation, Route, Step
+
+COPIES = 1.5  # of all frames that memory holds at once: an animation's are bytes
 
 
 def interpolate(
@@ -69,6 +73,9 @@ def interpolate(
     from latentvae.explore.interpolation import step_sizes
     from latentvae.images import find_images
 
+    routes: tuple[Route, ...] = ("linear", "spherical") if route == "both" else (route,)
+    for place in (output, *(output / name for name in routes if separate)):
+        check_output(place, paths)
     files = find_images(paths)
     vae = load_model(model, device, precision)
     make_folder(output)
@@ -80,14 +87,16 @@ def interpolate(
     used = list(read)
     if closed:
         images, used = [*images, images[0]], [*used, used[0]]
+    check_room((len(images) - 1) * (frames - 1) + 1, images[0])
     results = []
-    for name in ("linear", "spherical") if route == "both" else (route,):
+    for name in routes:
         found = run(vae, images, frames, name, progress=True)
         steps = step_sizes(found.frames, lpips)
         results.append(figures(name, found, steps))
         write_pictures(output, name, found, steps, closed, None if animation == "none" else animation, fps)
         if separate:
             write_frames(make_folder(output / name), found)
+        del found  # gigabytes, perhaps, before the next
     about = {"images": [str(path) for path in used], "lpips_net": lpips_net if lpips else None}
     report({**about, "lpips_missing_reason": reason, "routes": results, "skipped": skipped}, output, json)
     finish(skipped, len(read))
@@ -99,6 +108,20 @@ def check_ends(usable: int, files: list[Path], skipped: list[dict[str, str]]) ->
         why = f"; {skipped[0]['reason']}" if skipped else "."
         came = f"{usable} of {counted(len(files), 'image')} could be used"
         raise LatentVAEError(f"{came}, but a way has two ends: name two or more{why}")
+
+
+def check_room(count: int, image: "torch.Tensor") -> None:
+    """Raises ImageError where so many frames of the image's size would not fit into memory."""
+    import torch
+
+    channels, height, width = image.shape
+    needed = COPIES * count * channels * height * width * 4
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ImageError(
+            f"{count} frames of {width}x{height} px would take {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: ask for fewer --frames, or shrink the images."
+        )
 
 
 def match(
@@ -156,8 +179,8 @@ def report(result: dict[str, Any], output: Path, as_json: bool) -> None:
     """Write the figures beside the pictures, and print them."""
     import json
 
-    text = json.dumps(result, ensure_ascii=False, indent=1)
-    (output / "interpolation.json").write_text(text, encoding="utf-8")
+    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "interpolation.json").write_text(text, encoding="ascii")
     if as_json:
         print_json(result)
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentvae.commands.common import Device, Json, Model, best_device, load_model, make_folder, print_json
+from latentvae.commands.common import Device, Json, Model, load_model, make_folder, print_json, usable_device
 from latentvae.commands.decode import load_same_model
 from latentvae.errors import LatentVAEError
 
@@ -64,21 +64,27 @@ def fit(
     Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
     A folder of images is encoded first, by --model at --size.
     """
-    from latentvae.explore.diffusion import DiffusionSettings, fit_diffusion
+    from latentvae.explore.diffusion import DiffusionSettings, check_settings, fit_diffusion
+    from latentvae.explore.extras import need
     from latentvae.explore.mixture import fit_mixture
     from latentvae.explore.prior import check_target
 
     if by_class and kind != "diffusion":
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
+    settings = DiffusionSettings(
+        steps=steps, batch_size=batch_size, width=width, lr=lr, by_class=by_class, seed=seed
+    )
+    place = usable_device(device)
+    if kind == "diffusion":
+        check_settings(settings)
+    else:
+        need("sklearn")
     check_target(folder.resolve())
     make_folder(folder.resolve().parent)  # before minutes of training
     latents = read(store, size, model, device)
     made: Prior
     if kind == "diffusion":
-        settings = DiffusionSettings(
-            steps=steps, batch_size=batch_size, width=width, lr=lr, by_class=by_class, seed=seed
-        )
-        made = fit_diffusion(latents, settings, device=device or best_device())
+        made = fit_diffusion(latents, settings, device=place)
     else:
         made = fit_mixture(latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed)
     made.save(folder)

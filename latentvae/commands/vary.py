@@ -191,7 +191,7 @@ def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> 
     sheet = output / "contact-sheet.png"
     grid(study.rows, titles).save(sheet)
     spread = {
-        name: sum(getattr(each, name) for each in study.spreads) / len(study.spreads)
+        name: mean([getattr(each, name) for each in study.spreads])
         for name in ("posterior_std", "latents_std", "ratio")
     }
     result = {
@@ -204,8 +204,8 @@ def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> 
         "notes": study.notes,
         **extra,
     }
-    text = json.dumps(result, ensure_ascii=False, indent=1)
-    (output / "variations.json").write_text(text, encoding="utf-8")
+    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "variations.json").write_text(text, encoding="ascii")
     if as_json:
         print_json(result)
         return
@@ -228,12 +228,13 @@ def lines(result: dict[str, Any]) -> list[str]:
             cells.append("-" if row[key] is None else f"{row[key]:.{digits}f}")
         found.append("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, header, strict=True)))
     found.append("")
+    share = "" if spread["ratio"] is None else f": {100 * spread['ratio']:.2g} % of the latents' own"
     found.append(
-        f"Temperature 1 is the posterior's standard deviation, {spread['posterior_std']:.3g} here: "
-        f"{100 * spread['ratio']:.2g} % of the latents' own ({spread['latents_std']:.3g})."
+        f"Temperature 1 is the posterior's standard deviation, {spread['posterior_std']:.3g} here{share} "
+        f"({spread['latents_std']:.3g})."
     )
     largest = result["temperatures"][-1]["temperature"]
-    if 0 < largest * spread["ratio"] < ALIKE:
+    if spread["ratio"] is not None and 0 < largest * spread["ratio"] < ALIKE:
         visible = float(f"{VISIBLE / spread['ratio']:.1g}")
         found.append(f"The copies are all but alike; try --temperature {visible:g}.")
     if result["lpips_missing_reason"] is not None:

@@ -182,7 +182,11 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
             return
         results = run(*values)
         for result in results if inspect.isgeneratorfunction(run) else [results]:
-            yield (shown, *result)
+            yield (gr.skip(), *result)
+        yield (
+            shown,
+            *(gr.skip() for _ in range(outputs)),
+        )  # only now: what failed half-way can be tried again
 
     names = inspect.signature(run).parameters.values()
     last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -11,7 +11,7 @@ from latentvae.demo import views
 from latentvae.demo.desk import Desk
 from latentvae.demo.limits import Photo, read_photo
 from latentvae.errors import LatentVAEError
-from latentvae.explore.anomaly import TERMS, Look, look
+from latentvae.explore.anomaly import LPIPS_TERMS, TERMS, Look, look
 from latentvae.explore.calibration import LEAST, Verdict, calibrate
 from latentvae.explore.interpolation import thumbnail
 from latentvae.images import from_uint8
@@ -59,7 +59,8 @@ class FindOdd:
                 looks.append(look(chosen.swift, image, self._network(image)))
             if any("lpips" not in one.terms for one in looks):  # pictures that are too small for it
                 for one in looks:
-                    one.terms.pop("lpips", None)
+                    for term in LPIPS_TERMS:
+                        one.terms.pop(term, None)
             net = "alex" if "lpips" in looks[0].terms else None
             verdicts = []
             for number, one in enumerate(looks):

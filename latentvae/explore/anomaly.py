@@ -27,6 +27,7 @@ TERMS = {
     "neighbour": "distance of the pooled latents, whitened, to the nearest normal image's",
     "layout": "distance of the latents, place by place, to the nearest normal image's",
 }
+LPIPS_TERMS = ("lpips", "alone")  # those that need a network
 
 
 @dataclass(frozen=True)

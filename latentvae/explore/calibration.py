@@ -22,6 +22,9 @@ FORMAT = "latentvae-anomaly-2"  # 1 was JSON, without layouts
 SUFFIX = ".safetensors"
 LEAST = 5  # normal images: fewer have no quantiles
 FOLDS = 5
+LIKENESS_SAMPLE = (
+    2000  # images of a cloud whose distances to each other are measured: they take N x N numbers
+)
 LEVELS = np.linspace(0, 1, 101)  # of the stored quantiles
 MIDDLE, HIGH = 50, 95  # places in LEVELS: a term counts in units of the distance between them
 # Of the smooth maximum, log-mean-exp: a defect often shows in one term alone, which a mean would drown.
@@ -78,10 +81,11 @@ class Cloud:
     @property
     def likeness(self) -> float:
         """Median distance of a layout to the nearest other one over that to any other: 0 for sets of copies,
-        near 1 where no image is more like another than the rest.
+        near 1 where no image is more like another than the rest. Of a large cloud, only every so many count.
         """
-        squares = np.square(self.layout).sum(1)
-        distances = squares[:, None] + squares - 2 * self.layout @ self.layout.T
+        some = self.layout[:: -(-len(self.layout) // LIKENESS_SAMPLE)]
+        squares = np.square(some).sum(1)
+        distances = squares[:, None] + squares - 2 * some @ some.T
         apart = np.sqrt(distances.clip(0))[~np.eye(len(squares), dtype=bool)].reshape(len(squares), -1)
         return float(np.median(apart.min(1)) / max(np.median(apart), 1e-12))
 

@@ -81,10 +81,12 @@ def _k_means(scaled: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def _silhouette(scaled: np.ndarray, numbers: np.ndarray, seed: int) -> float:
-    size = SAMPLE if len(scaled) > SAMPLE else None
-    return float(
-        need("sklearn.metrics").silhouette_score(scaled, numbers, sample_size=size, random_state=seed)
-    )
+    if len(scaled) > SAMPLE:
+        some = np.random.default_rng(seed).permutation(len(scaled))[:SAMPLE]
+        scaled, numbers = scaled[some], numbers[some]
+    if not 2 <= len(np.unique(numbers)) < len(numbers):  # all that were drawn are of one cluster
+        return -1.0
+    return float(need("sklearn.metrics").silhouette_score(scaled, numbers))
 
 
 def nmi(numbers: np.ndarray, labels: Sequence[str]) -> float:

@@ -124,7 +124,7 @@ def fit_diffusion(
         LatentVAEError: settings out of range, a loss that is not finite, or labels wanted and missing.
     """
     settings = settings or DiffusionSettings()
-    _check(settings)
+    check_settings(settings)
     classes = latents.classes() if settings.by_class else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -216,7 +216,8 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def _check(settings: DiffusionSettings) -> None:
+def check_settings(settings: DiffusionSettings) -> None:
+    """Raises LatentVAEError for what cannot be trained."""
     whole = {name: getattr(settings, name) for name in ("steps", "batch_size", "layers", "sampling_steps")}
     for name, value in whole.items():
         if value < 1:

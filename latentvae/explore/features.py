@@ -143,6 +143,11 @@ def check_format(path: Path) -> None:
         raise LatentVAEError(
             f"{path} ends in '{path.suffix}'; features are written as {' or '.join(FORMATS)}."
         )
+    if path.exists() and not _is_features(path):
+        raise LatentVAEError(
+            f"{path} came as the file to write, which is named last, but it is there and no earlier table of "
+            "features: choose another name. Nothing was written."
+        )
     if path.suffix.lower() == ".parquet":
         need("pyarrow")
     elif (names := path.with_suffix(".json")).exists() and not _is_ours(names):
@@ -150,6 +155,16 @@ def check_format(path: Path) -> None:
             f"{names} would hold the keys of {path.name}, but another file of that name is there (a caption "
             "record, say): choose another name or folder."
         )
+
+
+def _is_features(path: Path) -> bool:
+    """Whether a table was written by `Features.save`."""
+    if path.suffix.lower() != ".parquet":
+        return _is_ours(path.with_suffix(".json"))
+    try:
+        return b"latentvae" in (need("pyarrow.parquet").read_schema(path).metadata or {})
+    except (OSError, ValueError):  # pyarrow's own errors are some of these
+        return False
 
 
 def _is_ours(path: Path) -> bool:

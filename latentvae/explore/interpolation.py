@@ -23,6 +23,7 @@ from latentvae.store.geometry import Geometry
 
 Route = Literal["linear", "spherical"]
 
+NARROW = 64  # times the pixels wanted that an image may have before it is cropped to them
 STRIP_COLUMNS = 9
 STRIP_CELL = 256  # display pixels of a frame's longer side
 ANIMATIONS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,9 @@ def interpolate(
     for start, end in pairwise(ends):
         latents += interpolate_latents(start, end, frames, route)[1:]
     bar = tqdm(latents, unit="frame", disable=not progress)
-    decoded = torch.cat([decode(vae, each, padding).cpu() for each in bar])
+    decoded = torch.empty(len(latents), *images[0].shape)  # once, as they may be gigabytes
+    for number, each in enumerate(bar):
+        decoded[number] = decode(vae, each, padding)[0].cpu()
     positions = [number / (frames - 1) for number in range(len(latents))]
     return Interpolation(decoded, torch.cat(latents), positions)
 
@@ -157,10 +160,19 @@ def step_sizes(frames: Tensor, lpips: LPIPS | None = None) -> list[Step]:
 
 
 def match_size(image: Tensor, height: int, width: int) -> Tensor:
-    """Scale an image (C, H, W) until it just covers height x width, and cut out the middle."""
+    """Scale an image (C, H, W) until it just covers height x width, and cut out the middle.
+
+    Raises:
+        ImageError: so long and narrow that hardly anything of it would be left.
+    """
     old_height, old_width = image.shape[-2:]
     scale = max(height / old_height, width / old_width)
     resized = max(width, round(scale * old_width)), max(height, round(scale * old_height))
+    if resized[0] * resized[1] > NARROW * height * width:  # a line of pixels would become terabytes
+        raise ImageError(
+            f"an image of {old_width}x{old_height} px would be scaled to {resized[0]}x{resized[1]} px to cut "
+            f"{width}x{height} px out of it: crop it first, or leave it out."
+        )
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     geometry = Geometry(None if resized == (old_width, old_height) else resized, (left, top, width, height))
     return geometry.apply(image)

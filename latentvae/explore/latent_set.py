@@ -43,9 +43,12 @@ class LatentSet:
         self.shape = (channels, *_one_size(store, dataset))
         self.manifest: Manifest = dataset.manifest
         chosen = _selection(self.total, 8 * int(np.prod(self.shape)))
-        read = [dataset[i] for i in tqdm(chosen, unit="image", desc="reading", disable=not progress)]
-        self.labels = torch.tensor([item["label"] for item in read])
-        self._posterior = Posterior(self._scaled(torch.stack([item["moments"] for item in read])))
+        moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])  # the one copy that memory holds
+        self.labels = torch.empty(len(chosen), dtype=torch.int64)
+        for place, number in enumerate(tqdm(chosen, unit="image", desc="reading", disable=not progress)):
+            item = dataset[number]
+            moments[place], self.labels[place] = self._scaled(item["moments"]), item["label"]
+        self._posterior = Posterior(moments)
         self.mean, self.std = _statistics(self._posterior)
 
     def __len__(self) -> int:
@@ -59,7 +62,8 @@ class LatentSet:
             noise: (B, C, h, w), standard normal.
         """
         places = torch.as_tensor(np.asarray(numbers))
-        latents = self._posterior.mean[places] + self._posterior.std[places] * noise
+        std = torch.exp(0.5 * self._posterior.logvar[places])  # of these alone
+        latents = self._posterior.mean[places] + std * noise
         return (latents - self.mean[:, None, None]) / self.std[:, None, None]
 
     def classes(self) -> list[int]:
@@ -77,10 +81,10 @@ class LatentSet:
         return sorted(set(self.labels.tolist()))
 
     def _scaled(self, moments: torch.Tensor) -> torch.Tensor:
-        """Moments of scaled latents from those of unscaled ones, (N, 2C, h, w)."""
-        mean, logvar = moments.chunk(2, dim=1)
+        """Moments of scaled latents from those of unscaled ones, (2C, h, w)."""
+        mean, logvar = moments.float().chunk(2)
         factor, shift = self.manifest.scaling_factor, self.manifest.shift_factor or 0.0
-        return torch.cat([(mean - shift) * factor, logvar + 2 * np.log(abs(factor))], dim=1)
+        return torch.cat([(mean - shift) * factor, logvar + 2 * np.log(abs(factor))])
 
 
 def _one_size(store: str | Path, dataset: LatentDataset) -> tuple[int, int]:
@@ -102,7 +106,11 @@ def _selection(total: int, bytes_each: int) -> list[int]:
 
 def _statistics(posterior: Posterior) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of samples per channel, (C,) float32 each, by the law of total variance."""
-    mean = posterior.mean.double().mean((0, 2, 3))
-    within = posterior.std.double().square().mean((0, 2, 3))
-    between = (posterior.mean.double() - mean[:, None, None]).square().mean((0, 2, 3))
-    return mean.float(), (within + between).sqrt().clamp_min(1e-6).float()
+    channels = range(posterior.mean.shape[1])  # one by one: a copy in float64 of all would be twice the set
+    means, deviations = [], []
+    for channel in channels:
+        centres = posterior.mean[:, channel].double()
+        within = torch.exp(posterior.logvar[:, channel].double()).mean()
+        means.append(centres.mean())
+        deviations.append((within + centres.var(correction=0)).sqrt())
+    return torch.stack(means).float(), torch.stack(deviations).clamp_min(1e-6).float()

@@ -11,6 +11,7 @@ from latentvae.model import spatial_compression_ratio
 from latentvae.perceptual import LPIPS
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
+from latentvae.training.sources import root
 
 
 def starting_point(config: Config, resume: str | None) -> Path | None:
@@ -20,6 +21,7 @@ def starting_point(config: Config, resume: str | None) -> Path | None:
         ConfigError: nothing to resume, or an output that is another run's, not writable, or in the way.
     """
     folder = Path(config.output)
+    _check_apart(folder, config)
     own = folder / "checkpoints"
     start = checkpoint.resolve(resume, own) if resume else None
     if checkpoint.listing(own) and (start is None or start.resolve().parent != own.resolve()):
@@ -53,6 +55,17 @@ def check_crop(config: Config, vae: AutoencoderKL, lpips: LPIPS | None) -> None:
             f"data.crop={crop} is too small for loss.perceptual_net={lpips.net}, which needs "
             f"{lpips.min_size} pixels. Use larger crops, or another network."
         )
+
+
+def _check_apart(folder: Path, config: Config) -> None:
+    """Pictures that a run writes among its images would be some of them when it is resumed."""
+    for setting, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if spec is not None and folder.resolve().is_relative_to(place := root(spec)):
+            raise ConfigError(
+                f"output={folder} lies in {place}, the folder of {setting}: the pictures of a run would be "
+                "taken for images when it is resumed. Choose an output elsewhere, such as "
+                f"--set output={place.parent / 'runs'}."
+            )
 
 
 def _check_writable(folder: Path) -> None:

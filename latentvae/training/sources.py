@@ -156,8 +156,8 @@ def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource
 
 def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
     """Split off up to `count` images, evenly spaced and at most half: (the rest, those)."""
-    every = max(2, len(source) // min(count, len(source) // 2))
-    held_out = np.arange(0, len(source), every)[:count]
+    most = min(count, len(source) // 2)
+    held_out = np.arange(0, len(source), len(source) // most)[:most]
     return Selection(source, np.delete(np.arange(len(source)), held_out)), Selection(source, held_out)
 
 

@@ -83,7 +83,7 @@ class Validation:
 
 def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataConfig) -> LatentStatistics:
     """Latent statistics over evenly chosen training images, cropped as those of a validation."""
-    spread = np.arange(0, len(source), max(1, len(source) // STATISTICS_IMAGES))[:STATISTICS_IMAGES]
+    spread = np.linspace(0, len(source) - 1, min(len(source), STATISTICS_IMAGES)).astype(int)
     images = validation_images(Selection(source, spread), config, vae.config["in_channels"])
     return compute_latent_statistics(vae, (image[None] for _, image in images))
 
