@@ -75,9 +75,7 @@ def fill(
     """
     vae = load_model(model, device, "fp32")
     images, missing, complete = read_inputs(image_channels(vae), image, mask, original)
-    side = tile_size or (fitting_side(vae, image, *images.shape[-2:]) if method == "optimise" else None)
-    if side is None:
-        fit(vae, image, images.shape[-2], images.shape[-1], None, None)
+    side = tile_size or fitting_side(vae, image, images.shape[-2], images.shape[-1], method)
     make_folder(output)
     options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
     result = complete_image(vae, images, missing, side, **options)
@@ -143,12 +141,17 @@ def check_size(image: Path, images: "torch.Tensor", other: Path | None, plane: "
         )
 
 
-def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int) -> int:
+def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int, method: str) -> int:
     """The longer side of the image, or else the largest window whose gradients fit into memory.
+
+    A method without gradients tiles exactly, and needs no windows.
 
     Raises:
         ImageError: not even the smallest does.
     """
+    if method != "optimise":
+        fit(vae, image, height, width, None, None)
+        return max(height, width)
     free = free_memory(vae.device)
     if GRADIENTS * ordinary_peak(vae, height, width) <= free:
         return max(height, width)

@@ -74,8 +74,7 @@ def interpolate(
     from latentvae.images import find_images
 
     routes: tuple[Route, ...] = ("linear", "spherical") if route == "both" else (route,)
-    for place in (output, *(output / name for name in routes if separate)):
-        check_output(place, paths)
+    check_places([output, *(output / name for name in routes if separate)], paths)
     files = find_images(paths)
     vae = load_model(model, device, precision)
     make_folder(output)
@@ -96,10 +95,16 @@ def interpolate(
         write_pictures(output, name, found, steps, closed, None if animation == "none" else animation, fps)
         if separate:
             write_frames(make_folder(output / name), found)
-        del found  # gigabytes, perhaps, before the next
+        del found  # it may be gigabytes
     about = {"images": [str(path) for path in used], "lpips_net": lpips_net if lpips else None}
     report({**about, "lpips_missing_reason": reason, "routes": results, "skipped": skipped}, output, json)
     finish(skipped, len(read))
+
+
+def check_places(places: list[Path], paths: list[Path]) -> None:
+    """Raises LatentVAEError where one of the folders to write to is one of images."""
+    for place in places:
+        check_output(place, paths)
 
 
 def check_ends(usable: int, files: list[Path], skipped: list[dict[str, str]]) -> None:

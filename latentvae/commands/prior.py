@@ -71,14 +71,9 @@ def fit(
 
     if by_class and kind != "diffusion":
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
-    settings = DiffusionSettings(
-        steps=steps, batch_size=batch_size, width=width, lr=lr, by_class=by_class, seed=seed
-    )
+    settings = DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
+    check_settings(settings) if kind == "diffusion" else need("sklearn")
     place = usable_device(device)
-    if kind == "diffusion":
-        check_settings(settings)
-    else:
-        need("sklearn")
     check_target(folder.resolve())
     make_folder(folder.resolve().parent)  # before minutes of training
     latents = read(store, size, model, device)
