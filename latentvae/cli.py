@@ -2,6 +2,7 @@
 4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work.
 """
 
+import io
 import json
 import logging
 import os
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command line; bad input ends with a message on standard error and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # a broken or offline hub must not hold up a run that never needed it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 
+from latentvae.errors import LatentVAEError
 from latentvae.latents import reconstruct
 from latentvae.metrics import Metrics, MetricsSummary
 from latentvae.perceptual import LPIPS
@@ -74,7 +75,10 @@ def evaluate(
     for name, image in images:
         result = reconstruct(vae, image[None], sample=latents == "sample", generator=generator)
         reconstructions = result.reconstructions.float()
-        metrics.add(name, image[None].to(reconstructions.device), reconstructions, result.posterior.kl())
+        try:
+            metrics.add(name, image[None].to(reconstructions.device), reconstructions, result.posterior.kl())
+        except LatentVAEError as error:
+            raise LatentVAEError(f"{name}: {error}") from error
         if rfid is not None:
             rfid.add(image[None], reconstructions)
     figures = vars(metrics.summary())

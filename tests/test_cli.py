@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from conftest import textured
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -269,6 +270,26 @@ def test_evaluate_names_pictures_of_one_name_apart(latentvae_command, model, pic
     write_picture(pictures / "sub" / "a.png", 9)
     images = latentvae_command("evaluate", pictures, "-m", model, "--json").json()["images"]
     assert [image["name"] for image in images] == ["a.jpg", "a.png", "sub/a.png", "sub/b.png"]
+
+
+def test_a_name_too_long_for_an_ending_is_cut(latentvae_command, model, tmp_path):
+    long = tmp_path / f"{'é' * 120}.png"
+    Image.fromarray(textured(32, 32, 1)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(long)
+    result = latentvae_command("reconstruct", long, "--model", model, "-o", tmp_path / "out", "--json")
+    assert result.code == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_names_that_are_not_utf_8_are_printed_all_the_same(model, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(textured(32, 32, 1)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / name)
+    command = [sys.executable, "-m", "latentvae.cli", "evaluate", str(tmp_path), "--model", str(model)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"caf\udce9.png" in done.stdout
 
 
 def test_evaluate_says_which_latents_it_decoded(latentvae_command, model, pictures):

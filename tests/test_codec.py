@@ -349,6 +349,11 @@ def test_no_photograph_is_written_over(run, files):
     before = small.read_bytes()
     assert run("decompress", small, small, "--model", files / "model")[0] == 2
     assert small.read_bytes() == before
+    code, said = run("decompress", small, other, "--model", files / "model")
+    assert (code, other.read_bytes()) == (2, photo.read_bytes())
+    assert "--overwrite" in said["error"]
+    assert run("decompress", small, other, "--model", files / "model", "--overwrite")[0] == 0
+    assert other.read_bytes() != photo.read_bytes()
 
 
 def test_the_verbs_say_what_is_wrong_with_code_2(run, files):
@@ -364,7 +369,30 @@ def test_the_verbs_say_what_is_wrong_with_code_2(run, files):
         ("compress", files, small),
         ("compress", files / "none.png", small),
         ("compress", photo, files / "nowhere" / "a.lvae", "--model", files / "model"),
+        ("compress", photo, photo / "a.lvae", "--model", files / "model"),  # below a file
+        ("compress", photo, files / f"{'a' * 250}.lvae", "--model", files / "model"),
+        ("compress", files / ("a" * 300), small),
+        ("decompress", small, files / "back.tiff"),
+        ("decompress", small, files / "nowhere" / "back.png"),
     ):
         code, said = run(*arguments)
         assert code == 2
         assert said["error"]
+
+
+def test_pixels_that_were_only_padding_do_not_make_an_image_too_large():
+    header = container.Header(bytes(8), 1001, 1000, 7, 0, 3, 50, (0.125,) * 4)
+    data = container.pack(header, bytes(8))
+    assert container.unpack(data, max_pixels=1001 * 1000)[0] == header
+    with pytest.raises(CodecError, match="more than the 1000999"):
+        container.unpack(data, max_pixels=1001 * 1000 - 1)
+    line = container.pack(replace(header, width=10**6, height=1, right=0, bottom=7), bytes(8))
+    with pytest.raises(CodecError, match="more than the"):
+        container.unpack(line, max_pixels=10**6)
+
+
+def test_large_photographs_are_measured_after_they_are_compressed(run, files, monkeypatch):
+    monkeypatch.setattr(
+        "latentvae.codec.decompress", lambda *_: pytest.fail("its limit is for strangers' files")
+    )
+    assert run("compress", files / "photo.png", files / "a.lvae", "--model", files / "model")[0] == 0

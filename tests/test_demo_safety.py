@@ -21,6 +21,7 @@ from demo_server import free_port, running, stored, tiny_export
 from PIL import Image
 from safetensors.torch import save
 
+from latentvae.codec import container
 from latentvae.errors import LatentVAEError
 
 pytest.importorskip("gradio")
@@ -454,3 +455,19 @@ def test_a_stopped_server_leaves_no_files(tmp_path: Path) -> None:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
     assert not list(tmp_path.glob("latentvae-demo-*"))
+
+
+def test_a_line_of_pixels_is_refused(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "line.png").write_bytes(white_png(2_000_000, 8))
+    assert "2000000 x 8 pixels; up to 16383 a side" in refused(client, tmp_path / "line.png")
+    for right, name in ((0, "wide.lvae"), (7, "padded.lvae")):
+        header = container.Header(bytes(8), 2_000_000 - right, 8, right, 0, 3, 50, (0.1,) * 4)
+        (tmp_path / name).write_bytes(container.pack(header, bytes(8)))
+        assert "up to 16383 a side" in refused(client, tmp_path / name, "/decode")
+    tensors = {"latents": torch.zeros(1, 4, 1, 16_000)}
+    (tmp_path / "long.safetensors").write_bytes(save(tensors))
+    assert "up to 16383 a side" in refused(client, tmp_path / "long.safetensors", "/decode")
+
+
+def test_inputs_as_large_as_uploads_are_refused(web: httpx.Client, good: dict[str, Any]) -> None:
+    assert "too large" in call(web, "reconstruct", [good, "a" * (6 << 20), "mode", 0])

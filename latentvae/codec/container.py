@@ -112,8 +112,12 @@ def _read(file: BinaryIO, size: int, name: str, max_pixels: int) -> tuple[Header
         raise CodecError(
             f"{name} is of version {version}; this program reads version {VERSION}: use a newer one."
         )
-    wide, high = (width + right, height + bottom) if width and height else (0, 0)
-    _check_sizes(name, wide, high, colours, channels, max_pixels)
+    _check_sizes(name, width, height, colours, channels)
+    # a line of pixels is padded to eight lines or more: those count too, with room for what is usual
+    if width * height > max_pixels or (width + right) * (height + bottom) > 2 * max_pixels:
+        raise CodecError(
+            f"{name} holds {width}x{height} px, which is more than the {max_pixels} px that are decoded."
+        )
     wanted = FIXED.size + 2 * channels + length + CHECKSUM.size
     if wanted != size:
         raise CodecError(
@@ -131,12 +135,8 @@ def _read(file: BinaryIO, size: int, name: str, max_pixels: int) -> tuple[Header
     return Header(weights, width, height, right, bottom, colours, quality, steps), body[2 * channels :]
 
 
-def _check_sizes(name: str, width: int, height: int, colours: int, channels: int, max_pixels: int) -> None:
+def _check_sizes(name: str, width: int, height: int, colours: int, channels: int) -> None:
     if width * height == 0 or colours == 0 or not 0 < channels <= MAX_CHANNELS:
         raise CodecError(
             f"{name} is damaged: {width}x{height} px of {colours} channels, latents of {channels} channels."
-        )
-    if width * height > max_pixels:
-        raise CodecError(
-            f"{name} holds {width}x{height} px, which is more than the {max_pixels} px that are decoded."
         )

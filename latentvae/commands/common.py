@@ -1,5 +1,6 @@
 """What the verbs share: options, devices, output folders and the --json convention."""
 
+import hashlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from latentvae.perceptual import LPIPS
 
+LONGEST_NAME = 255  # bytes of a file name that common file systems take
 EXIT_SKIPPED = 3
 
 Model = Annotated[
@@ -223,6 +225,16 @@ def make_folder(folder: Path) -> Path:
         reason = error.strerror or error
         raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another folder.") from error
     return folder
+
+
+def with_ending(name: str, ending: str, key: str | None = None) -> str:
+    """A file's name with an ending added; one that is too long for that is cut, and gets a hash of `key`."""
+    if len(os.fsencode(name + ending)) <= LONGEST_NAME:
+        return name + ending
+    ending = f"~{hashlib.sha256(os.fsencode(key or name)).hexdigest()[:16]}{ending}"
+    while len(os.fsencode(name)) + len(ending) > LONGEST_NAME:
+        name = name[:-1]
+    return name + ending
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,5 +1,6 @@
 """`latentvae compress` and `latentvae decompress`: a photograph as one small file, and back."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +42,11 @@ def compress(
 ) -> None:
     """Compress an image; prints the bits per pixel of the whole file, and what decoding it gives."""
     from latentvae.codec import compress as run
-    from latentvae.codec import decompress as restore
+    from latentvae.codec import decode_payload, unpack
     from latentvae.images import find_images
     from latentvae.metrics import Metrics
 
-    (path,) = find_images([photo]) if not photo.is_dir() else (_no_folder(photo),)
+    (path,) = find_images([photo]) if what_is(photo) != "folder" else (_no_folder(photo),)
     check_output(output)
     vae = load_model(model, device, "fp32")  # the hash in the file is that of the exact weights
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
@@ -55,7 +56,7 @@ def compress(
         original = image[None].to(vae.device)
         data = run(vae, original, quality=quality)
         write(output, data)
-        metrics.add(path.name, original, restore(vae, data))
+        metrics.add(path.name, original, decode_payload(vae, *unpack(data)))
         report(metrics.summary(), output, len(data), quality, info, json)
     finish(skipped, 1 - len(skipped))
 
@@ -64,14 +65,45 @@ def _no_folder(path: Path) -> Path:
     raise CodecError(f"{path} is a folder; wanted one image: call `latentvae compress` once for each.")
 
 
+def what_is(path: Path) -> str:
+    """ "folder", "file", or nothing.
+
+    Raises:
+        CodecError: one may not look there, or the name is too long.
+    """
+    try:
+        return "folder" if path.is_dir() else "file" if path.exists() else ""
+    except OSError as error:
+        raise CodecError(f"{path} cannot be used ({error.strerror or error}): choose another.") from error
+
+
 def check_output(path: Path) -> None:
     """Refuse to write over what may be a photograph.
 
     Raises:
         CodecError: a name that does not end in .lvae, or a folder.
     """
-    if path.suffix.lower() != SUFFIX or path.is_dir():
+    if path.suffix.lower() != SUFFIX or what_is(path) == "folder":
         raise CodecError(f"{path} came as the file to write; wanted a name that ends in {SUFFIX}.")
+
+
+def check_picture(path: Path, overwrite: bool) -> None:
+    """Refuse, before anything is decoded, a picture that could not be written or would cost another.
+
+    Raises:
+        CodecError: a name that ends in no format there is, a folder that is not there, or a file that is.
+    """
+    from latentvae.images import SAVE_OPTIONS
+
+    if path.suffix.lower() not in SAVE_OPTIONS:
+        raise CodecError(
+            f"{path} came as the picture to write; wanted a name that ends in {', '.join(SAVE_OPTIONS)}."
+        )
+    there = what_is(path)
+    if what_is(path.parent) != "folder" or there == "folder":
+        raise CodecError(f"{path} cannot be written: use a folder that exists, and a new name in it.")
+    if there and not overwrite:
+        raise CodecError(f"{path} is already there: name another file, or pass --overwrite.")
 
 
 def write(path: Path, data: bytes) -> None:
@@ -85,7 +117,8 @@ def write(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise CodecError(
             f"{path} cannot be written ({error.strerror or error}): use a folder that exists, yours."
         ) from error
@@ -118,15 +151,15 @@ def decompress(
     device: Device = None,
     tile_size: TileSize = None,
     store: Store = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     json: Json = False,
 ) -> None:
     """Decompress an image that `latentvae compress` wrote, with the same model."""
     from latentvae.codec import check_model, decode_payload, read
     from latentvae.images import save_image
 
+    check_picture(output, overwrite)
     header, payload = read(source)
-    if output.exists() and output.samefile(source):
-        raise CodecError(f"{output} is the file that is read: name another one for the picture.")
     vae = load_model(model, device, "fp32")
     check_model(vae, header)
     image_channels(vae)

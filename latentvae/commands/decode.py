@@ -1,7 +1,5 @@
 """`latentvae decode`: a store's latents as pictures."""
 
-import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +21,7 @@ from latentvae.commands.common import (
     make_folder,
     print_json,
     skip,
+    with_ending,
 )
 from latentvae.commands.memory import SHARE, fit, free_memory, ordinary_peak
 from latentvae.errors import LatentVAEError, StoreError
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from latentvae.store.manifest import ShardRecord
 
 BATCH_PIXELS = 1 << 20  # more in one batch is no faster
-LONGEST_NAME = 255  # bytes of a file name that common file systems take
 
 Skipped = list[dict[str, str]]
 
@@ -199,14 +197,7 @@ def picture_name(key: str) -> Path:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name or "\0" in key or Path(key).drive:
         raise StoreError(f"the key {key!r} is no path below a folder: this store was not made by `encode`.")
-    name = f"{path.name}.png"
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        ending = f"~{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.png"
-        kept = path.name
-        while len(os.fsencode(kept)) + len(ending) > LONGEST_NAME:
-            kept = kept[:-1]
-        name = kept + ending
-    return Path(*path.parent.parts, name)
+    return Path(*path.parent.parts, with_ending(path.name, ".png", key))
 
 
 def skip_all(paths: list[str], error: LatentVAEError, skipped: Skipped) -> None:

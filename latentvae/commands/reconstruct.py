@@ -24,6 +24,7 @@ from latentvae.commands.common import (
     read_images,
     short_names,
     skip,
+    with_ending,
 )
 from latentvae.errors import LatentVAEError
 
@@ -87,8 +88,8 @@ def write_pictures(
     from latentvae.pictures import comparison
 
     make_folder(place.parent)
-    plain = place.with_name(f"{place.name}.reconstruction.png")
-    compared = place.with_name(f"{place.name}.comparison.png")
+    plain = place.with_name(with_ending(place.name, ".reconstruction.png"))
+    compared = place.with_name(with_ending(place.name, ".comparison.png"))
     save_image(reconstruction, plain)
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
     if row.lpips is not None:

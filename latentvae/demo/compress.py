@@ -8,7 +8,7 @@ import torch
 from latentvae import codec
 from latentvae.demo import latents_file, views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import read_bytes, read_photo
+from latentvae.demo.limits import check_side, read_bytes, read_photo
 from latentvae.demo.models import Model
 from latentvae.errors import CodecError, LatentVAEError
 from latentvae.latents import decode
@@ -101,6 +101,7 @@ class Compress:
 
     def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
         header, payload = codec.unpack(data, name=name, max_pixels=self.desk.limits.pixels)
+        check_side(name, header.width, header.height, self.desk.limits)
         with self.desk.models.use(self._model_of(header.weights.hex(), name)) as chosen:
             codec.check_model(chosen.exact, header)
             return codec.decode_payload(chosen.swift, header, payload)[0], chosen.name
@@ -112,7 +113,7 @@ class Compress:
 
     @torch.no_grad()
     def _decode(self, model: Model, data: bytes, name: str) -> torch.Tensor:
-        found = latents_file.read(data, name, model, self.desk.limits.pixels)
+        found = latents_file.read(data, name, model, self.desk.limits)
         image = decode(model.swift, found.latents, found.padding)[0]
         if not bool(image.isfinite().all()):
             raise LatentVAEError(f"{name} decodes to values that are no numbers: its latents are far off.")

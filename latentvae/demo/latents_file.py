@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from latentvae.demo.limits import Limits, check_side
 from latentvae.demo.models import Model
 from latentvae.errors import LatentVAEError
 from latentvae.images import Padding
@@ -46,7 +47,7 @@ def write(model: Model, posterior: Posterior, latents: torch.Tensor, padding: Pa
     return save(tensors, metadata=about)
 
 
-def read(data: bytes, name: str, model: Model, max_pixels: int) -> LatentsFile:
+def read(data: bytes, name: str, model: Model, limits: Limits) -> LatentsFile:
     """Latents of a file that may come from anywhere.
 
     Raises:
@@ -67,14 +68,17 @@ def read(data: bytes, name: str, model: Model, max_pixels: int) -> LatentsFile:
             f"{name} holds latents of shape {tuple(latents.shape)}; {model.name} decodes (1, {channels}, h, "
             "w): choose the model that made them."
         )
-    if height * width * ratio**2 > max_pixels:
+    padding = _padding(tensors, name, height * ratio, width * ratio)
+    check_side(name, (width - 1) * ratio + 1, (height - 1) * ratio + 1, limits)
+    padded = height * width * ratio**2  # of a line of pixels many times what it holds
+    if padding.height * padding.width > limits.pixels or padded > 2 * limits.pixels:
         raise LatentVAEError(
-            f"{name} holds latents of {width * ratio} x {height * ratio} pixels; up to {max_pixels} pixels "
-            "are decoded here: decode it with latentvae on your own machine."
+            f"{name} holds latents of {padding.width} x {padding.height} pixels; up to {limits.pixels} "
+            "pixels are decoded here: decode it with latentvae on your own machine."
         )
     if not bool(latents.float().isfinite().all()):
         raise LatentVAEError(f"{name} holds values that are NaN or infinite. {AGAIN}")
-    return LatentsFile(latents.float(), _padding(tensors, name, height * ratio, width * ratio))
+    return LatentsFile(latents.float(), padding)
 
 
 def weights_of(data: bytes) -> str | None:

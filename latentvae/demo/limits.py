@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ class Limits:
 
     upload_bytes: int = 32 * 2**20
     pixels: int = 1 << 24  # of an image; also the most that a compressed file may claim
+    side: int = 16383  # pixels: WebP's limit, and the codec's steps are as many as a picture is long
+    input_bytes: int = 5 << 20  # of a request that is no upload: a painted mask is the largest
     frames: int = 100  # of an animation whose first frame is used
     images: int = 24  # in the tabs that take several
     explore_side: int = 384  # pixels to which tabs that decode many pictures shrink them
@@ -81,12 +84,22 @@ def read_photo(path: str | None, limits: Limits, channels: int = 3) -> Photo:
     """
     data, name = read_bytes(path, "picture", limits)
     image, info = load_image_with_info(data, name=name, max_pixels=limits.pixels, channels=channels)
+    check_side(name, info.width, info.height, limits)
     if info.frames > limits.frames:
         raise ImageError(
             f"{name} is an animation of {info.frames} frames; pictures, and animations of up to "
             f"{limits.frames} frames (of which the first is used), are taken: save one frame as PNG."
         )
     return Photo(image, name, info)
+
+
+def check_side(name: str, width: int, height: int, limits: Limits) -> None:
+    """Raises ImageError for a picture that is too long, however few its pixels are."""
+    if max(width, height) > limits.side:
+        raise ImageError(
+            f"{name} is {width} x {height} pixels; up to {limits.side} a side are taken: cut it in parts, or "
+            "run latentvae on your own machine."
+        )
 
 
 def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,6 +156,8 @@ class LocalBlocks(gr.Blocks):
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
     ) -> Any:
         """Refuse what was not uploaded before gradio looks at it, and say what is wrong with what was."""
+        if len(json.dumps(inputs)) > self.limits.input_bytes:  # which gradio keeps for each session
+            raise refusal("These inputs are too large: pictures are uploaded, and their names sent.")
         for path in files_in(inputs):
             check_uploaded(path)
         try:

@@ -1,6 +1,7 @@
 """The tab Find the odd one: several images, each judged by all the others."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -54,9 +55,10 @@ class FindOdd:
             looks: list[Look] = []
             for number, file in enumerate(files):
                 progress((number, len(files)), "Looking")
-                read.append(read_photo(file, self.desk.limits, chosen.channels))
-                image = thumbnail(read[-1].image, self.desk.limits.explore_side)[None]
-                looks.append(look(chosen.swift, image, self._network(image)))
+                photo = read_photo(file, self.desk.limits, chosen.channels)
+                image = thumbnail(photo.image, self.desk.limits.explore_side)
+                read.append(replace(photo, image=image))  # all pictures whole would be gigabytes
+                looks.append(look(chosen.swift, image[None], self._network(image[None])))
             if any("lpips" not in one.terms for one in looks):  # pictures that are too small for it
                 for one in looks:
                     for term in LPIPS_TERMS:
@@ -117,6 +119,5 @@ def heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
     """A picture, darkened and greyed, with its heat over it."""
     # the root of a squared error is as large as the error itself looks
     heat = from_uint8(colour_error(HEAT_MIDDLE * verdict.heat.sqrt().numpy()))
-    small = thumbnail(photo.image, max(verdict.heat.shape))
-    grey = small.mean(0, keepdim=True).expand(3, -1, -1)
+    grey = photo.image.mean(0, keepdim=True).expand(3, -1, -1)
     return views.view(torch.lerp(grey, heat, SHADE))

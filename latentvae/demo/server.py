@@ -135,9 +135,11 @@ def start(
 def serve(
     sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM; either way visitors' files are deleted."""
+    """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
     resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
     with workplace():
         page = start(resolved, host, port, limits)
