@@ -306,3 +306,24 @@ def test_the_resolved_config_round_trips_through_yaml(tmp_path, name):
     config = load_config(name, [*settings, "model.overrides.latent_channels=6"])
     path = write(tmp_path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.short_side=64", "data.crop=96"], "no image would be large enough"),
+        (["model.init=x", "model.overrides={latent_channels: 8}"], "whose shape is its own"),
+        (["loss.free_bits=0.1", "train.accumulation=2"], "use one larger batch"),
+    ],
+)
+def test_settings_that_could_not_work_or_would_be_ignored_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config("tiny", settings)
+
+
+def test_a_constant_rate_has_no_decay_that_must_fit():
+    load_config("tiny", ["optim.schedule=constant", "optim.decay_steps=100000"])
+
+
+def test_sizes_are_left_to_the_model_that_a_run_starts_from():
+    load_config("tiny", ["model.init=x", "data.crop=68", "data.val_size=68"])

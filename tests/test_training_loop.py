@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -380,14 +381,17 @@ def test_sigterm_saves_and_exits_with_4_and_the_resumed_run_ends_as_if_nothing_h
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_to_stop_and_the_second_acts_as_usual(number):
+def test_the_first_signal_asks_to_stop_and_a_later_one_acts_as_usual(number, monkeypatch):
     usual, stop = [], threading.Event()
     before = signal.signal(number, lambda *_: usual.append(number))
     try:
         with stop_on_signal(stop):
             signal.raise_signal(number)
             assert stop.is_set()
+            signal.raise_signal(number)  # the same, which the launcher forwards
             assert usual == []
+            monkeypatch.setattr(loop, "SAME_SIGNAL", 0.0)
+            time.sleep(0.01)
             signal.raise_signal(number)
             assert usual == [number]
         signal.raise_signal(number)
@@ -793,3 +797,34 @@ def test_the_tensorboard_tracker_gets_figures_and_pictures(photos, tmp_path):
     assert tags["images"]
     figures = records(tmp_path / "run")
     assert log.Scalars("train/total")[0].value == pytest.approx(figures[0]["total"])
+
+
+def test_a_validation_that_fails_costs_no_step(photos, tmp_path, monkeypatch):
+    def fail(run):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loop, "validate", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(configure(photos, tmp_path / "run", "train.validate_every=2", "train.save_every=2"))
+    assert checkpoint.newest(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-00000002"
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_a_checkpoint_is_no_model_to_start_from(photos, tmp_path):
+    run = tmp_path / "run"
+    train(configure(photos, run))
+    forget_accelerate()
+    newest = checkpoint.newest(run / "checkpoints")
+    for name in (newest, newest / "ema.safetensors"):
+        with pytest.raises(ConfigError, match=r"latentvae export .* -o FOLDER"):
+            train(configure(photos, tmp_path / "other", f"model.init={name}"))
+        forget_accelerate()
+
+
+def test_a_resume_that_trains_other_parameters_is_refused(photos, tmp_path):
+    run = configure(photos, tmp_path / "run")
+    train(run)
+    forget_accelerate()
+    changed = run.model_copy(update={"model": run.model.model_copy(update={"freeze": ["encoder.conv_in.*"]})})
+    with pytest.raises(ConfigError, match=r"encoder.conv_in.bias, for one\). Keep model.freeze"):
+        train(changed, "latest")

@@ -3,7 +3,8 @@
     python train/reproduce_default.py PHOTOS --model f8c4-small --minutes 10 --test OTHER_PHOTOS
 
 Each call trains for at most so many minutes of the clock and goes on where the last one stopped; then it
-exports the averaged weights as they are bundled (RUN/fp16) and measures them. Exit code 4: more to do.
+exports the averaged weights as they are bundled (RUN/fp16) and measures them, in fp32. Exit code 4: more
+to do.
 
     until python train/reproduce_default.py PHOTOS; do [ $? = 4 ] || break; done
 
@@ -86,10 +87,14 @@ def train(arguments: argparse.Namespace, run: Path) -> int:
     return call("train", *start, *(word for setting in chosen for word in ("--set", setting))).returncode
 
 
-def finished(run: Path) -> bool:
-    """Whether all steps are done and the model is exported."""
+def finished(run: Path, settings: list[str]) -> bool:
+    """Whether all steps are done, those that `settings` now ask for too, and the model is exported."""
     status = run / "status.json"
-    return status.is_file() and json.loads(status.read_text(encoding="utf-8"))["state"] == "finished"
+    if not status.is_file():
+        return False
+    found = json.loads(status.read_text(encoding="utf-8"))
+    wanted = load_config(run / "config.yaml", settings).train.max_steps
+    return bool(found["state"] == "finished" and found["step"] >= wanted)
 
 
 def history(run: Path, config: Config, step: int) -> str:
@@ -153,7 +158,7 @@ def main() -> None:
     parser.add_argument("--trained-on", default="not stated", help="the data and its terms, for the card")
     arguments = parser.parse_args()
     run = arguments.output or Path("runs") / arguments.model
-    code = 0 if finished(run) else train(arguments, run)
+    code = 0 if finished(run, arguments.set) else train(arguments, run)
     if code not in (0, STOPPED):
         raise SystemExit(code)
     finish(arguments, run)

@@ -167,7 +167,8 @@ def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
     from latentvae.latents import compute_latent_statistics
 
     paths = find_images(images)
-    some = paths[:: max(1, len(paths) // STATISTICS_IMAGES)][:STATISTICS_IMAGES]
+    count = min(len(paths), STATISTICS_IMAGES)
+    some = [paths[number * (len(paths) - 1) // max(1, count - 1)] for number in range(count)]
     read = read_images(some, vae, skipped)
     try:
         return compute_latent_statistics(vae, (image[None] for _, image, _ in read))

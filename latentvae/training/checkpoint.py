@@ -97,6 +97,13 @@ def save(
 def load(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> None:
     """Restore a process's state in place from a checkpoint that `newest` or `resolve` returned."""
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    before, now = saved.get("trainable"), trainable(state.vae)
+    if before is not None and before != now:
+        first = sorted(set(before) ^ set(now))[0]
+        raise ConfigError(
+            f"{checkpoint} was written with other parameters to train ({first}, for one). Keep model.freeze "
+            f"and model.mode, or `latentvae export {checkpoint} -o FOLDER` and start with model.init=FOLDER."
+        )
     _load_module(state.vae, checkpoint / "model.safetensors")
     _load_module(state.ema.model, checkpoint / "ema.safetensors")
     _load_optimizer(state.optimizer, checkpoint / "optimizer.safetensors")
@@ -221,6 +228,7 @@ def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> 
     state.vae.save_config(folder)  # config.json, so that the folder alone can be exported
     scalars = {
         **{counter: getattr(state, counter) for counter in COUNTERS},
+        "trainable": trainable(state.vae),
         "config": config,
     }
     (folder / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
@@ -264,6 +272,11 @@ def _load_module(module: nn.Module, path: Path) -> None:
     module.load_state_dict(tensors)
 
 
+def trainable(vae: AutoencoderKL) -> list[str]:
+    """The names of what is trained: the optimizer's slots are numbered in this order."""
+    return [name for name, parameter in vae.named_parameters() if parameter.requires_grad]
+
+
 def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
     """Restore what the optimizer has accumulated; its rates and decays are the configuration's."""
     slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -279,6 +292,6 @@ def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
         ):
             raise ConfigError(
                 f"{path.parent} was written with another optim.name. Keep that one, or start a new run from "
-                f"its weights with model.init={path.parent / 'ema.safetensors'}."
+                f"its weights: `latentvae export {path.parent} -o FOLDER`, then model.init=FOLDER."
             )
     optimizer.load_state_dict({"state": slots, "param_groups": groups})

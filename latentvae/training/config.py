@@ -166,6 +166,11 @@ class Config(Section):
         _check_sizes(self)
         _check_steps(self)
         _check_mode(self.model)
+        if self.loss.free_bits and self.train.accumulation > 1:
+            raise ValueError(
+                f"loss.free_bits={self.loss.free_bits} counts a channel's nats over one forward pass, and "
+                f"train.accumulation={self.train.accumulation} has several in a step; use one larger batch"
+            )
         scales = self.regularise.equivariance
         if scales.min_scale > scales.max_scale:
             raise ValueError(
@@ -176,13 +181,23 @@ class Config(Section):
 
 
 def _check_sizes(config: Config) -> None:
+    if config.data.short_side is not None and config.data.short_side < config.data.crop:
+        raise ValueError(
+            f"data.short_side={config.data.short_side} is below data.crop={config.data.crop}: no image would "
+            "be large enough; raise one or lower the other"
+        )
+    if config.model.init is not None and config.model.overrides:
+        raise ValueError(
+            f"model.overrides={config.model.overrides} with model.init={config.model.init}, whose shape is "
+            "its own; leave one out"
+        )
     try:
         shape = preset_config(config.model.preset, **config.model.overrides)
     except ModelError as error:
         raise ValueError(str(error)) from error
     _check_channels(shape)
     factor = 2 ** (len(shape["block_out_channels"]) - 1)
-    for name in ("crop", "val_size"):
+    for name in () if config.model.init is not None else ("crop", "val_size"):  # `check_crop` knows its ratio
         size = getattr(config.data, name)
         if size % factor:
             raise ValueError(
@@ -207,7 +222,8 @@ def _check_channels(shape: dict[str, Any]) -> None:
 
 def _check_steps(config: Config) -> None:
     last = config.train.max_steps
-    if config.optim.warmup_steps + (config.optim.decay_steps or 0) > last:
+    decay = 0 if config.optim.schedule == "constant" else config.optim.decay_steps or 0
+    if config.optim.warmup_steps + decay > last:
         raise ValueError(
             f"optim.warmup_steps={config.optim.warmup_steps} and "
             f"optim.decay_steps={config.optim.decay_steps} do not fit into train.max_steps={last}; lower them"

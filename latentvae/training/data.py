@@ -3,6 +3,7 @@
 import atexit
 import logging
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,12 +133,13 @@ def _fits_in_memory(sequence: CropSequence) -> bool:
     some = [sequence.decode(index) for index in range(0, count, max(1, count // 8))]
     sizes = [image.nbytes for image in some if isinstance(image, torch.Tensor)]
     needed = count * sum(sizes) / max(1, len(sizes))
-    if needed < psutil.virtual_memory().available / 2:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine: each holds all images
+    if needed * processes < psutil.virtual_memory().available / 2:
         return True
     logger.warning(
         "data.in_memory: %d images would take about %.1f GB, so they are decoded as they are needed. Set "
         "data.workers to the cores that can be spared, or data.short_side to keep them smaller.",
-        *(count, needed / 1e9),
+        *(count, needed * processes / 1e9),
     )
     return False
 
@@ -240,7 +242,8 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
             )
         return hold_out(train, config.val_images)
     val = open_source(config.val, config.column)
-    held_out = Selection(val, np.arange(min(len(val), config.val_images)))
+    spread = np.linspace(0, len(val) - 1, min(len(val), config.val_images)).astype(int)
+    held_out = Selection(val, spread)
     one, other = root(config.train), root(config.val)
     if not (one.is_relative_to(other) or other.is_relative_to(one)):
         return train, held_out

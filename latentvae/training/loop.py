@@ -1,6 +1,7 @@
 """The training loop, top to bottom: step, record, validate, save, export."""
 
 import json
+import math
 import signal
 import threading
 import time
@@ -21,6 +22,8 @@ from latentvae.training.data import Batch, training_batches
 from latentvae.training.record import peak_memory
 from latentvae.training.run import Run, set_up
 from latentvae.training.step import optimizer_step
+
+SAME_SIGNAL = 2.0  # seconds
 
 
 class TrainingInterrupted(Exception):
@@ -90,15 +93,15 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
             logged = state.step % config.log_every == 0 or last
             if logged:
                 bar.set_postfix(run.record.step(state, terms, run.global_batch))
-            if (state.step % config.validate_every == 0 or last) and run.is_main:
-                validate(run)
             stop = stop_requested(run, clock)
             if stop and not logged:  # or its time would not be counted
                 run.record.step(state, terms, run.global_batch)
             if state.step % config.save_every == 0 or last or stop:
                 saved = save(run)
-                if stop and not last:
-                    raise TrainingInterrupted(saved, clock.reason(run.stop))
+            if (state.step % config.validate_every == 0 or last) and run.is_main:
+                validate(run)  # after saving: what fails here costs no step
+            if stop and not last:
+                raise TrainingInterrupted(saved, clock.reason(run.stop))
 
 
 def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:
@@ -150,21 +153,28 @@ def status(run: Run) -> Iterator[None]:
     A launcher hides its children's exit codes; this file tells what became of the run.
     """
 
-    def write(state: str, reason: str = "") -> None:
-        if run.is_main:
-            entry = {"state": state, "step": run.state.step, "reason": reason}
-            (run.folder / "status.json").write_text(json.dumps(entry), encoding="utf-8")
+    place = run.folder / "status.json"
 
-    write("running")
+    def write(state: str, reason: str = "") -> None:
+        entry = {"state": state, "step": run.state.step, "reason": reason}
+        place.write_text(json.dumps(entry), encoding="utf-8")
+
+    if run.is_main:
+        write("running")
     try:
         yield
     except TrainingInterrupted as stop:
-        write("interrupted", str(stop))
+        if run.is_main:
+            write("interrupted", str(stop))
         raise
     except BaseException as error:
-        write("failed", f"{type(error).__name__}: {error}")
+        # whichever process it is, the first: the others then fail too, as they wait for it in vain
+        if json.loads(place.read_text(encoding="utf-8"))["state"] == "running":
+            rank = "" if run.accelerator.num_processes == 1 else f"process {run.accelerator.process_index}: "
+            write("failed", f"{rank}{type(error).__name__}: {error}")
         raise
-    write("finished")
+    if run.is_main:
+        write("finished")
 
 
 @contextmanager
@@ -186,15 +196,24 @@ def advice_on_memory(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal(stop: threading.Event) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a request to stop after the current step; a second one acts as usual."""
+    """Turn SIGTERM and SIGINT into a request to stop after the current step; a second one acts as usual.
+
+    It counts as a second one after SAME_SIGNAL seconds: launchers forward what their processes got too.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
+    asked = math.inf
+
     def request(number: int, frame: Any) -> None:
+        nonlocal asked
         stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+        asked = min(asked, time.monotonic())
+        if time.monotonic() - asked > SAME_SIGNAL:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, request)

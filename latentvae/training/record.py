@@ -87,7 +87,9 @@ class Record:
             self.accelerator.log({f"val/{k}": v for k, v in figures.items() if v is not None}, step=step)
             if hasattr(self.tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
-                self.tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, **layout)
+                shown = np.asarray(picture)  # these two take one image, the others several
+                shown = shown if self.tracker.name in ("aim", "clearml") else shown[None]
+                self.tracker.log_images({"validation": shown}, step=step, **layout)
 
     def skipped(self, names: list[str]) -> None:
         """Warn of each unusable training image once."""

@@ -35,6 +35,9 @@ from latentvae.training.validation import Validation
 logger = get_logger(__name__)
 
 
+FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a latent space
+
+
 @dataclass
 class Run:
     """One process's part of a training run."""
@@ -150,6 +153,8 @@ def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Autoenc
     """The VAE to train, with what is not to be trained frozen; and the teacher, if there is one."""
     torch.manual_seed(config.seed)  # the only draw from torch's own generator: the first weights
     model = config.model
+    for name in ("init", "teacher"):
+        check_exported(name, getattr(model, name))
     vae = load(model.init) if model.init else build(model.preset, **model.overrides)
     cast(vae.to(device), config.train.dtype).to(memory_format=config.train.memory_format)
     teacher = None
@@ -157,12 +162,28 @@ def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Autoenc
         teacher = load(model.teacher, dtype=config.train.dtype, device=device).requires_grad_(False)
         check_latent_shapes(vae, teacher)
         # the student speaks the teacher's latent space, so it is scaled like the teacher
-        vae.register_to_config(**{key: teacher.config[key] for key in ("scaling_factor", "shift_factor")})
+        vae.register_to_config(**{key: teacher.config[key] for key in FACTORS})
     patterns = ["encoder.*", "quant_conv.*"] if model.mode == "decoder_only" else []
     freeze(vae, [*patterns, *model.freeze])
     if config.train.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     return vae.train(), teacher
+
+
+def check_exported(name: str, path: str | None) -> None:
+    """Refuse a checkpoint in place of a model: the scale of its latents has not been measured.
+
+    Raises:
+        ConfigError: with the way to export it.
+    """
+    if path is None or not Path(path).exists():
+        return
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / checkpoint.MANIFEST).is_file():
+        raise ConfigError(
+            f"model.{name}={path} is of a checkpoint, whose config has no scale of its latents yet. Export "
+            f"it first, by `latentvae export {folder} -o FOLDER`, and name that folder."
+        )
 
 
 def check_latent_shapes(vae: AutoencoderKL, teacher: AutoencoderKL) -> None:
@@ -178,6 +199,12 @@ def check_latent_shapes(vae: AutoencoderKL, teacher: AutoencoderKL) -> None:
             f"the student has {student_channels} latent channels at a ratio of {student_ratio}, the teacher "
             f"{channels} at {ratio}. Choose a preset f{ratio}c{channels}, or set "
             f"model.overrides.latent_channels={channels}."
+        )
+    images = [each.config["in_channels"] for each in (vae, teacher)]
+    if images[0] != images[1]:
+        raise ConfigError(
+            f"the student's images have {images[0]} channels, the teacher's {images[1]}. Set "
+            f"model.overrides.in_channels and out_channels to {images[1]}."
         )
 
 
