@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ def test_whole_images_count_only_where_some_are_alike(tiny_vae: Any) -> None:
     assert alike.cloud.likeness < 0.5 < different.cloud.likeness < 1
     assert alike.counted == ["pixel", "patch", "kl", "latent", "neighbour", "layout"]
     assert different.counted == ["patch"]
+    assert replace(different, quantiles={**different.quantiles, "alone": [0.0] * 101}).counted == ["alone"]
     terms = {name: values[50] for name, values in different.quantiles.items() if name != "score"}
     assert different.score({**terms, "kl": 1e6, "layout": 1e6}) == 0
     assert different.score({**terms, "patch": different.quantiles["patch"][95]}) == pytest.approx(1)

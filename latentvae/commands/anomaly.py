@@ -94,7 +94,7 @@ def fit(
             typer.echo(
                 f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {TERMS.get(name, 'all terms as one')}"
             )
-        alike = "alike, so all terms count" if len(made.counted) > 2 else "not alike, so these count"
+        alike = "alike, so all terms count" if len(made.counted) > 1 else "not alike, so one term counts"
         typer.echo(f"The images are {alike} in the score: {', '.join(made.counted)}.")
         if reason:
             typer.echo(f"Without LPIPS: {reason}")

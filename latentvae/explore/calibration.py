@@ -30,8 +30,9 @@ MIDDLE, HIGH = 50, 95  # places in LEVELS: a term counts in units of the distanc
 # Of the smooth maximum, log-mean-exp: a defect often shows in one term alone, which a mean would drown.
 SHARPNESS = 3.0
 SHRINKAGE = 0.1  # of the covariance towards its diagonal, so that few images give an inverse
-# Terms of the score where no two normal images are alike: what the whole of an image is says nothing then.
-PLACES = ("patch", "alone")
+# The term of the score, the first that was measured, where no two normal images are alike: what the whole of
+# an image is says nothing then, and `alone` finds more by itself than with `patch` (docs/toolbox.md).
+PLACES = ("alone", "patch")
 ALIKE = 0.5  # digits have 0.3, photographs of anything 0.7
 AGAIN = "make it again with `latentvae anomaly fit`"
 
@@ -136,9 +137,10 @@ class Calibration:
 
     @cached_property
     def counted(self) -> list[str]:
-        """The terms in the score: all where normal images are alike, else those of single places."""
-        alike = self.cloud.likeness < ALIKE
-        return [name for name in self.quantiles if name != "score" and (alike or name in PLACES)]
+        """The terms in the score: all where normal images are alike, else one of single places."""
+        if self.cloud.likeness >= ALIKE:
+            return [next(name for name in PLACES if name in self.quantiles)]
+        return [name for name in self.quantiles if name != "score"]
 
     def score(self, terms: dict[str, float]) -> float:
         """Smooth maximum over counted terms of how far each is above its median, in units of its spread."""
