@@ -180,13 +180,13 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
         if shown == seen or any(value in (None, "", []) for value in values[:inputs]):
             yield tuple(gr.skip() for _ in range(outputs + 1))
             return
-        results = run(*values)
-        for result in results if inspect.isgeneratorfunction(run) else [results]:
-            yield (gr.skip(), *result)
-        yield (
-            shown,
-            *(gr.skip() for _ in range(outputs)),
-        )  # only now: what failed half-way can be tried again
+        if not inspect.isgeneratorfunction(run):
+            yield (shown, *run(*values))
+            return
+        for result in run(
+            *values
+        ):  # a part has None for what it has not yet: what fails then can be tried again
+            yield (gr.skip() if None in result else shown, *result)
 
     names = inspect.signature(run).parameters.values()
     last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)
