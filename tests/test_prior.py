@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import latentvae
 from latentvae.commands.prior import prior as verb
 from latentvae.errors import LatentVAEError, StoreError
+from latentvae.explore import diffusion
 from latentvae.explore.diffusion import DiffusionSettings, build_unet, fit_diffusion
 from latentvae.explore.latent_set import LatentSet
 from latentvae.explore.mixture import MixturePrior, fit_mixture
@@ -265,6 +266,29 @@ def test_a_loss_that_is_not_finite_is_an_error(store: Path) -> None:
     latents.draw = lambda numbers, noise: noise * float("nan")  # type: ignore[method-assign]
     with pytest.raises(LatentVAEError, match="loss is nan at step 0"):
         fit_diffusion(latents, SMALL)
+
+
+def test_ctrl_c_keeps_what_was_learned(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = diffusion._batch
+
+    def interrupt(after: int) -> None:
+        def stopping(latents: Any, step: int, *arguments: Any) -> Any:
+            if step == after:
+                raise KeyboardInterrupt
+            return batch(latents, step, *arguments)
+
+        monkeypatch.setattr(diffusion, "_batch", stopping)
+
+    options = ("-k", "diffusion", "--steps", 5, "--width", 16, "--batch-size", 4)
+    interrupt(after=2)
+    result = run(store, tmp_path / "part", *options)
+    assert result.exit_code == 130
+    assert "2 of 5 steps" in result.stdout
+    fit = load_prior(tmp_path / "part").card.fit
+    assert (fit["steps"], fit["steps_done"]) == (5, 2)
+    interrupt(after=0)
+    assert run(store, tmp_path / "none", *options).exit_code == 130
+    assert not (tmp_path / "none").exists()
 
 
 def test_folders_that_are_no_prior(store: Path, tmp_path: Path) -> None:

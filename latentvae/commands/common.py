@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 255  # bytes of a file name that common file systems take
 EXIT_SKIPPED = 3
+EXIT_INTERRUPTED = 130  # as shells have it
 
 Model = Annotated[
     str | None,

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentvae.commands.common import EXIT_SKIPPED, Device, Json, Model, best_device, load_model, print_json
+from latentvae.commands.common import (
+    EXIT_INTERRUPTED,
+    EXIT_SKIPPED,
+    Device,
+    Json,
+    Model,
+    best_device,
+    load_model,
+    print_json,
+)
 from latentvae.commands.memory import SHARE, free_memory, ordinary_peak
 from latentvae.errors import ImageError, LatentVAEError
 
@@ -22,7 +31,6 @@ if TYPE_CHECKING:
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
 TILED_MEMORY = 1e9
-EXIT_INTERRUPTED = 130  # as shells have it
 SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
 
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]

@@ -79,13 +79,11 @@ def interpolate(
     vae = load_model(model, device, precision)
     make_folder(output)
     lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
-    skipped: list[dict[str, str]] = []
-    read = {path: image for path, image, _ in read_images(files, vae, skipped, tile_size, store)}
-    check_ends(len(read), files, skipped)
-    images = match(vae, read, tile_size, store) if fit else list(read.values())
-    used = list(read)
-    if closed:
-        images, used = [*images, images[0]], [*used, used[0]]
+    read, skipped = read_ends(files, vae, tile_size, store)
+    if fit:
+        read = match(vae, read, tile_size, store)
+    used = [*read, next(iter(read))] if closed else list(read)
+    images = [read[path] for path in used]
     check_room((len(images) - 1) * (frames - 1) + 1, images[0])
     results = []
     for name in routes:
@@ -107,12 +105,17 @@ def check_places(places: list[Path], paths: list[Path]) -> None:
         check_output(place, paths)
 
 
-def check_ends(usable: int, files: list[Path], skipped: list[dict[str, str]]) -> None:
-    """Raises LatentVAEError where fewer than two images can be used."""
-    if usable < 2:
+def read_ends(
+    files: list[Path], vae: "AutoencoderKL", tile_size: int | None, store: Path | None
+) -> tuple[dict[Path, "torch.Tensor"], list[dict[str, str]]]:
+    """The images that can be used, and those skipped; LatentVAEError where fewer than two can."""
+    skipped: list[dict[str, str]] = []
+    read = {path: image for path, image, _ in read_images(files, vae, skipped, tile_size, store)}
+    if len(read) < 2:
         why = f"; {skipped[0]['reason']}" if skipped else "."
-        came = f"{usable} of {counted(len(files), 'image')} could be used"
+        came = f"{len(read)} of {counted(len(files), 'image')} could be used"
         raise LatentVAEError(f"{came}, but a way has two ends: name two or more{why}")
+    return read, skipped
 
 
 def check_room(count: int, image: "torch.Tensor") -> None:
@@ -131,14 +134,14 @@ def check_room(count: int, image: "torch.Tensor") -> None:
 
 def match(
     vae: "AutoencoderKL", read: dict[Path, "torch.Tensor"], tile_size: int | None, store: Path | None
-) -> list["torch.Tensor"]:
+) -> dict[Path, "torch.Tensor"]:
     """All images at the first one's size, and the VAE tiling if that size must be."""
     from latentvae.explore.interpolation import match_size
 
     first, *_ = read
     height, width = read[first].shape[-2:]
     fit_memory(vae, first, height, width, tile_size, store)
-    return [match_size(image, height, width) for image in read.values()]
+    return {path: match_size(image, height, width) for path, image in read.items()}
 
 
 def figures(route: str, found: "Interpolation", steps: list["Step"]) -> dict[str, Any]:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latentvae.commands.common import Device, Json, Model, load_model, make_folder, print_json, usable_device
+from latentvae.commands.common import (
+    EXIT_INTERRUPTED,
+    Device,
+    Json,
+    Model,
+    load_model,
+    make_folder,
+    print_json,
+    usable_device,
+)
 from latentvae.commands.decode import load_same_model
 from latentvae.errors import LatentVAEError
 
@@ -36,7 +45,7 @@ def fit(
             "--kind",
             "-k",
             help="gaussian, mixture: seconds. diffusion: a network; minutes for 32 px images, hours for "
-            "256 px ones on a CPU (lower --steps, --batch-size), and only the end is saved.",
+            "256 px ones on a CPU (lower --steps, --batch-size); Ctrl-C ends it and keeps what was learned.",
         ),
     ] = "mixture",
     components: Annotated[int, typer.Option(min=2, help="Gaussians of a mixture.")] = 10,
@@ -84,6 +93,9 @@ def fit(
         made = fit_mixture(latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed)
     made.save(folder)
     tell(made, folder, json)
+    if made.card.fit.get("steps_done", steps) < steps:
+        typer.echo("stopped: the prior holds what was learned by then.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def read(store: Path, size: int | None, model: str | None, device: str | None) -> "LatentSet":
@@ -133,8 +145,8 @@ def tell(made: "Prior", folder: Path, as_json: bool) -> None:
         typer.echo(f"Note: {card.fit['store_images']} images are in the store; memory holds {card.images}.")
     if card.kind == "diffusion":
         typer.echo(
-            f"{card.fit['parameters'] / 1e6:.1f} M parameters, {card.fit['steps']} steps, loss of the last "
-            f"100: {card.fit['loss']:.4f}."
+            f"{card.fit['parameters'] / 1e6:.1f} M parameters, {card.fit['steps_done']} of "
+            f"{card.fit['steps']} steps, loss of the last 100: {card.fit['loss']:.4f}."
         )
     else:
         fit = card.fit

@@ -118,7 +118,8 @@ def fit_diffusion(
 ) -> DiffusionPrior:
     """Train a network to denoise the latents of a store; its averaged weights become the prior.
 
-    Step n draws its images, noise and noise levels from (seed, n) alone.
+    Step n draws its images, noise and noise levels from (seed, n) alone. Ctrl-C ends the training early: what
+    was learned by then becomes the prior, and its card's fit["steps_done"] is below fit["steps"].
 
     Raises:
         LatentVAEError: settings out of range, a loss that is not finite, or labels wanted and missing.
@@ -133,6 +134,7 @@ def fit_diffusion(
     losses = _train(unet, latents, places, settings)
     fit = {
         **asdict(settings),
+        "steps_done": len(losses),
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "loss": float(np.mean(losses[-100:])),
     }
@@ -142,32 +144,47 @@ def fit_diffusion(
 def _train(
     unet: UNet2DModel, latents: LatentSet, places: torch.Tensor | None, settings: DiffusionSettings
 ) -> list[float]:
-    """Train in place and leave the averaged weights; the loss of every step."""
+    """Train in place and leave the averaged weights; the loss of every step done, fewer after Ctrl-C."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     average = EMAModel(unet.parameters(), decay=settings.ema_decay)  # its decay warms up: (1 + n) / (10 + n)
     scheduler, losses, shown = make_scheduler(), list[float](), 1.0
     unet.train()
     with tqdm(range(settings.steps), unit="step", desc="diffusion prior") as bar:
-        for step in bar:
-            x, noise, t, numbers = _batch(latents, step, settings, unet.device)
-            target = scheduler.get_velocity(x, noise, t)
-            labels = places[numbers].to(unet.device) if places is not None else None
-            predicted = unet(scheduler.add_noise(x, noise, t), t, class_labels=labels).sample
-            loss = mse_loss(predicted.float(), target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            average.step(unet.parameters())
-            losses.append(loss.item())
-            if not np.isfinite(losses[-1]):
-                raise LatentVAEError(f"the loss is {losses[-1]} at step {step}: lower the learning rate.")
-            shown = SHOWN * shown + (1 - SHOWN) * losses[-1]
-            bar.set_postfix(loss=f"{shown:.3f}", refresh=False)
+        try:
+            for step in bar:
+                loss = _loss(unet, scheduler, latents, places, settings, step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                average.step(unet.parameters())
+                losses.append(loss.item())
+                if not np.isfinite(losses[-1]):
+                    raise LatentVAEError(f"the loss is {losses[-1]} at step {step}: lower the learning rate.")
+                shown = SHOWN * shown + (1 - SHOWN) * losses[-1]
+                bar.set_postfix(loss=f"{shown:.3f}", refresh=False)
+        except KeyboardInterrupt:
+            if not losses:  # nothing to keep
+                raise
     average.copy_to(unet.parameters())
     return losses
+
+
+def _loss(
+    unet: UNet2DModel,
+    scheduler: DDIMScheduler,
+    latents: LatentSet,
+    places: torch.Tensor | None,
+    settings: DiffusionSettings,
+    step: int,
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity at a step's images and noise levels."""
+    x, noise, t, numbers = _batch(latents, step, settings, unet.device)
+    labels = places[numbers].to(unet.device) if places is not None else None
+    predicted = unet(scheduler.add_noise(x, noise, t), t, class_labels=labels).sample
+    return mse_loss(predicted.float(), scheduler.get_velocity(x, noise, t))
 
 
 def _batch(
