@@ -14,6 +14,7 @@ from latentvae.images import to_pil
 
 WHITE, INK, GREY, LINE = (255, 255, 255), (51, 51, 51), (122, 122, 122), (224, 224, 224)
 ERROR_WHITE = 32  # of 255: fixed, so that two pictures compare; a visible but small error reaches the middle
+HEAT_WHITE = 2  # times the worst place of usual images, which has the middle colour
 PANEL_MIN, PANEL_MAX = 320, 1200  # display pixels of a panel's longer side
 COLUMN_MIN = 280  # room for the captions of a narrow picture
 CELL_MIN, CELL_MAX = 128, 512  # the same in a grid
@@ -113,6 +114,11 @@ def colour_error(error: np.ndarray) -> np.ndarray:
     level = np.clip(error / ERROR_WHITE, 0, 1)
     stops = np.linspace(0, 1, len(MAGMA))
     return np.stack([np.interp(level, stops, MAGMA[:, i]) for i in range(3)], -1).round().astype(np.uint8)
+
+
+def colour_heat(heat: np.ndarray) -> np.ndarray:
+    """Colour how odd places are, from black at 0 to white at HEAT_WHITE: uint8 (H, W, 3)."""
+    return colour_error(heat * (ERROR_WHITE / HEAT_WHITE))
 
 
 def _error_panel(original: Image.Image, reconstruction: Image.Image, scale: _Scale) -> Image.Image:

@@ -26,12 +26,13 @@ from latentvae.explore.calibration import (
     LEVELS,
     Cloud,
     calibrate,
+    check_place,
     excess,
     load_calibration,
     quantiles_of,
     share_below,
 )
-from latentvae.explore.places import loneliness
+from latentvae.explore.places import loneliness, lonely_places
 from latentvae.explore.roc import auroc, draw_roc, roc_curve
 from latentvae.exporting import export
 from latentvae.latents import reconstruct
@@ -59,10 +60,10 @@ def test_terms_are_what_they_say(tiny_vae: Any) -> None:
     error = (result.reconstructions.clamp(-1, 1) - images).square().mean(1)[0]
     assert seen.terms["pixel"] == pytest.approx(float(error.mean()), rel=1e-5)
     assert seen.terms["kl"] == pytest.approx(float(result.posterior.kl()) / (37 * 45), rel=1e-5)
-    assert seen.heat.shape == (37, 45)
-    assert float(seen.heat[20, 20]) == pytest.approx(float(error[16:25, 16:25].mean()), rel=1e-4)
-    assert float(seen.heat[0, 0]) == pytest.approx(float(error[:5, :5].mean()), rel=1e-4)
-    assert seen.terms["patch"] == float(seen.heat.max())
+    assert seen.error.shape == (37, 45)
+    assert float(seen.error[20, 20]) == pytest.approx(float(error[16:25, 16:25].mean()), rel=1e-4)
+    assert float(seen.error[0, 0]) == pytest.approx(float(error[:5, :5].mean()), rel=1e-4)
+    assert seen.terms["patch"] == float(seen.error.max())
     latents = result.posterior.mean[0].flatten(1).double()
     wanted = torch.cat([latents.mean(1), latents.std(1, correction=0)])
     assert seen.pooled == pytest.approx(wanted.numpy(), rel=1e-5)
@@ -73,26 +74,26 @@ def test_terms_are_what_they_say(tiny_vae: Any) -> None:
 
 def test_loneliness_is_the_distance_to_the_nearest_place_elsewhere() -> None:
     texture = torch.zeros(1, 3, 20, 20)
-    assert loneliness([texture, texture, texture]) == 0
+    assert loneliness(lonely_places([texture, texture, texture])) == 0
     odd = texture.clone()
     odd[0, :, 5, 5] = torch.tensor([3.0, 4.0, 0.0])
     loneliest = [5.0, 0.0, 0.0]  # of the 18 x 18 places that are not on the border, a hundredth
-    assert loneliness([texture, odd, texture]) == pytest.approx(np.mean(loneliest))
+    assert loneliness(lonely_places([texture, odd, texture])) == pytest.approx(np.mean(loneliest))
     border = texture.clone()
     border[0, :, 0, 7] = 9.0
-    assert loneliness([texture, border, texture]) == 0
+    assert loneliness(lonely_places([texture, border, texture])) == 0
     odd[0, :, 14, 14] = odd[0, :, 5, 5]  # the same again, elsewhere
-    assert loneliness([texture, odd, texture]) == pytest.approx(0, abs=1e-3)
+    assert loneliness(lonely_places([texture, odd, texture])) == pytest.approx(0, abs=1e-3)
     beside = texture.clone()
     beside[0, 0, 5, 5:8] = 2.0  # three places of one thing are not each other's elsewhere
-    assert loneliness([texture, beside, texture]) == pytest.approx(2)  # the three loneliest
+    assert loneliness(lonely_places([texture, beside, texture])) == pytest.approx(2)  # the three loneliest
 
 
 def test_loneliness_of_images_too_small_or_large() -> None:
     small = torch.rand(1, 3, 4, 4)
-    assert loneliness([small, small, small[..., :2, :2]]) == 0
+    assert loneliness(lonely_places([small, small, small[..., :2, :2]])) == 0
     large = torch.rand(1, 3, 130, 70)
-    assert 0 < loneliness([large, large, large[..., :40, :30]]) < 2
+    assert 0 < loneliness(lonely_places([large, large, large[..., :40, :30]])) < 2
 
 
 def test_a_defect_is_the_loneliest_place_of_a_texture(tiny_vae: Any, shared: Path) -> None:
@@ -166,7 +167,8 @@ def test_whole_images_count_only_where_some_are_alike(tiny_vae: Any) -> None:
     assert alike.cloud.likeness < 0.5 < different.cloud.likeness < 1
     assert alike.counted == ["pixel", "patch", "kl", "latent", "neighbour", "layout"]
     assert different.counted == ["patch"]
-    assert replace(different, quantiles={**different.quantiles, "alone": [0.0] * 101}).counted == ["alone"]
+    with_places = {**different.quantiles, "alone": list(range(101))}
+    assert replace(different, quantiles=with_places).counted == ["alone"]
     terms = {name: values[50] for name, values in different.quantiles.items() if name != "score"}
     assert different.score({**terms, "kl": 1e6, "layout": 1e6}) == 0
     assert different.score({**terms, "patch": different.quantiles["patch"][95]}) == pytest.approx(1)
@@ -210,7 +212,37 @@ def test_heat_is_in_units_of_normal_images_worst_places(tiny_vae: Any) -> None:
     made = calibrate(tiny_vae, some_looks(50))
     terms = dict.fromkeys(("pixel", "patch", "kl"), 1.0)
     one = Look(terms, np.zeros(4), np.zeros(2), torch.full((3, 3), 6.0))
-    assert torch.allclose(made.judge(one).heat, torch.tensor(6.0 / made.quantiles["patch"][95]))
+    assert torch.allclose(made.judge(one).heat, torch.tensor(6.0 / made.quantiles["patch"][95]).sqrt())
+
+
+def test_heat_shows_lonely_places_where_they_alone_count(tiny_vae: Any) -> None:
+    looks = [
+        Look({**one.terms, "lpips": 1.0, "alone": 2.0 + n / 100}, one.pooled, one.layout, one.error)
+        for n, one in enumerate(some_looks(50, alike=False))
+    ]
+    made = calibrate(tiny_vae, looks, "alex")
+    assert made.counted == ["alone"]
+    lonely = torch.ones(12, 12)
+    lonely[0], lonely[4, 4] = torch.nan, made.quantiles["alone"][95]
+    lonely[8, 8] = 0.2  # less lonely than most: not odd
+    heat = made.judge(replace(looks[0], error=torch.ones(24, 24), lonely=lonely)).heat
+    assert heat.shape == (24, 24)
+    assert float(heat.max()) == heat[8:10, 8:10].max()
+    assert float(heat.max()) == pytest.approx(0.75**2)  # bilinear: between four places
+    assert float(heat.min()) == float(heat[16, 16]) == 0
+    few = made.judge(replace(looks[0], error=torch.full((24, 24), 9.0))).heat  # a look without the map
+    assert torch.allclose(few, torch.tensor(9.0 / made.quantiles["patch"][95]).sqrt())
+
+
+def test_errors_count_where_images_are_too_small_to_have_lonely_places(tiny_vae: Any) -> None:
+    looks = [
+        Look({**one.terms, "lpips": 1.0, "alone": 0.0}, one.pooled, one.layout, one.error)
+        for one in some_looks(50, alike=False)
+    ]
+    made = calibrate(tiny_vae, looks, "alex")
+    assert made.counted == ["patch"]
+    usual, odd = (made.judge(replace(looks[0], terms={**looks[0].terms, "patch": p})) for p in (1.0, 99.0))
+    assert odd.score > 1 > usual.score
 
 
 def test_calibration_comes_back_whole_and_refuses_another_vae(tiny_vae: Any, tmp_path: Path) -> None:
@@ -243,7 +275,7 @@ def test_too_few_images_and_files_that_are_no_calibration(tiny_vae: Any, tmp_pat
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "latentvae-anomaly-3"},
+        {"format": "latentvae-anomaly-2"},
         {"quantiles": "{"},
         {"quantiles": json.dumps({"pixel": [1.0], "kl": [1.0], "score": [1.0]})},
         {"quantiles": json.dumps(dict.fromkeys(("pixel", "kl", "score", "smell"), [0.0] * 101))},
@@ -259,12 +291,15 @@ def test_a_calibration_with_something_wrong_is_refused(tiny_vae: Any, tmp_path: 
     save_file(tables, place, {**about, **change})
     with pytest.raises(LatentVAEError, match="is no calibration"):
         load_calibration(place)
+    check_place(place)  # what is damaged or of an earlier format may be made again
     save_file({**tables, "layout": tables["layout"][:3]}, place, about)
     with pytest.raises(LatentVAEError, match="tables of latents do not match"):
         load_calibration(place)
     place.write_bytes(place.read_bytes()[:-9])
     with pytest.raises(LatentVAEError, match="is no calibration"):
         load_calibration(place)
+    with pytest.raises(LatentVAEError, match="name another file"):
+        check_place(place)
 
 
 def test_a_calibration_of_the_first_format_says_how_to_make_it_again(tmp_path: Path) -> None:
@@ -281,7 +316,7 @@ def test_an_image_measured_with_lpips_needs_a_calibration_with_it(tiny_vae: Any)
     made = calibrate(tiny_vae, some_looks(9))
     one = some_looks(1)[0]
     with pytest.raises(LatentVAEError, match="'lpips'"):
-        made.judge(Look({**one.terms, "lpips": 0.1}, one.pooled, one.layout, one.heat))
+        made.judge(Look({**one.terms, "lpips": 0.1}, one.pooled, one.layout, one.error))
 
 
 def test_auroc_of_known_scores() -> None:
@@ -413,6 +448,24 @@ def test_names_that_are_not_utf_8_are_written_as_they_are(files: dict[str, Path]
     assert result.exit_code == 0, result.output
     assert b"caf\xe9.png" in (files["out"] / "anomalies.csv").read_bytes()
     assert os.fsdecode(b"caf\xe9.png") in {row["name"] for row in json.loads(result.stdout)["images"]}
+
+
+def test_the_longest_names_get_heat_maps(files: dict[str, Path]) -> None:
+    run("fit", files["normal"], files["calibration"], "--no-lpips", "-m", files["model"])
+    (files["photos"] / "8.png").rename(files["photos"] / f"{'x' * 251}.png")
+    arguments = (files["calibration"], files["photos"], "-m", files["model"], "-o", files["out"])
+    rows = json.loads(run("score", *arguments, "--json").stdout)["images"]
+    assert len(rows) == 4
+    assert all(Path(row["heat_map"]).is_file() for row in rows)
+
+
+def test_labels_of_one_kind_by_the_end_are_said(files: dict[str, Path]) -> None:
+    run("fit", files["normal"], files["calibration"], "--no-lpips", "-m", files["model"])
+    (files["photos"] / "9.png").write_bytes(b"no picture")  # the odd one
+    arguments = (files["calibration"], files["photos"], "-m", files["model"], "-o", files["out"])
+    result = run("score", *arguments, "--labels", files["labels"])
+    assert result.exit_code == 3
+    assert "no ROC: all images that could be read are of one kind." in result.output
 
 
 def test_a_large_clouds_likeness_is_measured_on_some() -> None:

@@ -486,7 +486,7 @@ def test_an_image_that_would_not_fit_even_in_tiles_is_skipped_with_all_figures(
     monkeypatch.setattr("latentvae.commands.memory.free_memory", lambda device: 20_000)
     result = latentvae_command("reconstruct", pictures, "-m", model, "-o", "out")
     assert result.code in (2, 3)
-    pattern = r"would take about [\d.]+ GB, or [\d.]+ GB in tiles, and [\d.]+ GB are free: give --store"
+    pattern = r"would take about [\d.]+ GB, or [\d.]+ GB in tiles, and [\d.]+ GB are free: make it smaller"
     assert re.search(pattern, result.err)
 
 

@@ -231,6 +231,14 @@ def test_verb_writes_a_picture_whose_known_pixels_are_the_files(files: dict[str,
     assert Path(figures["comparison"]).is_file()
 
 
+def test_verb_takes_the_longest_names(files: dict[str, Path]) -> None:
+    image = files["image"].rename(files["image"].with_name("x" * 251 + ".png"))
+    result = run(image, files["none"], "-m", files["model"], "-o", files["out"])
+    assert result.exit_code == 0, result.output
+    kinds = sorted("".join(path.suffixes) for path in files["out"].iterdir())
+    assert kinds == [".comparison.png", ".fill.json", ".filled.png"]
+
+
 def test_verb_refuses_a_mask_of_another_size_and_says_when_nothing_is_missing(files: dict[str, Path]) -> None:
     result = run(files["image"], files["small"], "-m", files["model"], "-o", files["out"])
     assert isinstance(result.exception, ImageError)

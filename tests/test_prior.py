@@ -246,7 +246,7 @@ def test_stores_that_teach_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_store_too_large_for_memory_is_thinned_evenly(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentvae.explore.latent_set.MEMORY", 6 * 8 * 16)
+    monkeypatch.setattr("latentvae.explore.latent_set.MEMORY", 6 * 12 * 16)
     latents = LatentSet(store)
     assert (len(latents), latents.total) == (6, 24)
     assert latents.labels.tolist() == [7, 3, 3, 7, 3, 3] or len(set(latents.labels.tolist())) == 2

@@ -1,6 +1,7 @@
 """New images: seeds, counts, labels, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,13 @@ def test_images_are_written_as_they_are_drawn(
     with pytest.raises(KeyboardInterrupt):
         verb(None, str(tmp_path / "vae"), output=tmp_path / "out", count=12, size=32)
     assert len(list((tmp_path / "out" / "samples").iterdir())) == 8
+
+
+def test_an_output_whose_name_is_not_utf_8(tiny_vae: Any, tmp_path: Path) -> None:
+    output = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    verb(None, str(export(tiny_vae, tmp_path / "vae")), output=output, count=1, size=32)
+    (image,) = json.loads((output / "samples.json").read_text())["images"]
+    assert Path(image["path"]).is_file()
 
 
 def test_a_refused_request_leaves_no_folder(tiny_vae: Any, tmp_path: Path) -> None:

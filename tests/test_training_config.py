@@ -312,7 +312,7 @@ def test_the_resolved_config_round_trips_through_yaml(tmp_path, name):
     ("settings", "words"),
     [
         (["data.short_side=64", "data.crop=96"], "no image would be large enough"),
-        (["model.init=x", "model.overrides={latent_channels: 8}"], "whose shape is its own"),
+        (["model.init=x", "model.overrides={latent_channels: 8}"], r"--set model.overrides=\{\}"),
         (["loss.free_bits=0.1", "train.accumulation=2"], "use one larger batch"),
     ],
 )

@@ -33,7 +33,7 @@ from latentvae.training.config import Config, TrainConfig
 from latentvae.training.draws import sample_noise
 from latentvae.training.ema import EMA
 from latentvae.training.loop import TrainingInterrupted, stop_on_signal, train
-from latentvae.training.run import set_up
+from latentvae.training.run import check_exported, set_up
 from latentvae.training.settings import load_config
 from latentvae.training.step import optimizer_step
 
@@ -808,6 +808,39 @@ def test_a_validation_that_fails_costs_no_step(photos, tmp_path, monkeypatch):
         train(configure(photos, tmp_path / "run", "train.validate_every=2", "train.save_every=2"))
     assert checkpoint.newest(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step-00000002"
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+
+
+def test_a_stop_does_not_wait_for_a_validation(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate", lambda run: pytest.fail("validated"))
+    monkeypatch.setattr(loop, "stop_requested", lambda run, clock: True)
+    with pytest.raises(TrainingInterrupted):
+        train(configure(photos, tmp_path / "run", "train.validate_every=1"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda place: place.write_text("")])
+def test_a_lost_status_hides_no_error(photos, tmp_path, monkeypatch, damage):
+    def fail(run):
+        damage(run.folder / "status.json")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loop, "validate", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(configure(photos, tmp_path / "run", "train.validate_every=1"))
+
+
+def test_an_output_may_lie_beside_the_images(photos, tmp_path):
+    for folder in ("a", "b"):
+        shutil.copytree(photos, tmp_path / folder)
+    train(configure(f"{tmp_path}/{{a,b}}", tmp_path / "run", "train.max_steps=3"))
+    forget_accelerate()
+    with pytest.raises(ConfigError, match=r"lies in .*/b, the folder of data.train"):
+        train(configure(f"{tmp_path}/{{a,b}}", tmp_path / "b" / "run", "train.max_steps=3"))
+
+
+def test_weights_beside_other_programs_manifests_are_no_checkpoint(tmp_path):
+    export(build("tiny"), tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").write_text("{}")
+    check_exported("init", str(tmp_path / "model"))
 
 
 def test_a_checkpoint_is_no_model_to_start_from(photos, tmp_path):

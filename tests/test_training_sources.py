@@ -198,13 +198,13 @@ def test_images_in_memory_are_the_same(kinds):
 def test_images_are_held_out_by_number(kinds, kind):
     source = open_source(kinds[kind])
     train, val = split_sources(DataConfig(train=kinds[kind], val_images=3))
-    assert [val.name(index) for index in range(len(val))] == [source.name(index) for index in (0, 4, 8)]
+    assert [val.name(index) for index in range(len(val))] == [source.name(index) for index in (0, 5, 11)]
     names = {part.name(index) for part in (train, val) for index in range(len(part))}
     assert len(train) == COUNT - 3
     assert names == {source.name(index) for index in range(COUNT)}
     shown = validation_images(val, DataConfig(val_size=16), 3)
     assert [image.shape for _, image in shown] == [(3, 16, 16)] * 3
-    assert shown[1][0] == Path(source.name(4)).name
+    assert shown[1][0] == Path(source.name(5)).name
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_validation_and_latent_statistics_read_any_source(kinds, monkeypatch, ti
     monkeypatch.setattr(validation, "STATISTICS_IMAGES", 4)
     run = Config(data={"train": kinds["tars"], "val_images": 2, "val_size": SIDE, "crop": SIDE})
     seen = validation.Validation(run, *split_sources(run.data), 3)
-    assert [name for name, _ in seen.images] == ["00.jpg", "07.png"]
+    assert [name for name, _ in seen.images] == ["00.jpg", "11.png"]
     statistics = validation.training_statistics(tiny_vae, seen.train, run.data)
     assert (len(seen.train), statistics.image_count) == (10, 4)
 
@@ -528,6 +528,8 @@ def test_at_most_half_is_held_out(total, asked, held):
 
     rest, val = hold_out(Numbers(), asked)
     assert (len(rest), len(val)) == (total - held, held)
+    assert len(set(val.indices)) == held
+    assert val.indices[-1] == (total - 1 if held > 1 else 0)  # from all over it
 
 
 def test_latent_statistics_are_of_images_from_the_whole_folder(monkeypatch):

@@ -116,7 +116,8 @@ def _read(file: BinaryIO, size: int, name: str, max_pixels: int) -> tuple[Header
     # a line of pixels is padded to eight lines or more: those count too, with room for what is usual
     if width * height > max_pixels or (width + right) * (height + bottom) > 2 * max_pixels:
         raise CodecError(
-            f"{name} holds {width}x{height} px, which is more than the {max_pixels} px that are decoded."
+            f"{name} holds {width}x{height} px, computed as {width + right}x{height + bottom}, which is more "
+            f"than the {max_pixels} px that are decoded."
         )
     wanted = FIXED.size + 2 * channels + length + CHECKSUM.size
     if wanted != size:

@@ -23,6 +23,7 @@ from latentvae.commands.common import (
     read_images,
     short_names,
     skip,
+    with_ending,
 )
 from latentvae.errors import LatentVAEError
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from latentvae.perceptual import LPIPS
 
 SHOWN = 20  # rows of the table that are printed; the CSV has all
-HEAT_MIDDLE = 16.0  # what pictures.colour_error draws half-way: the normal images' 95 % quantile
 
 anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
 CalibrationFile = Annotated[
@@ -70,8 +70,8 @@ def fit(
     looks = []
     for path, image, _ in read_images(files, vae, skipped):
         try:
-            # without its heat map, which is as large as the image
-            looks.append(replace(look(vae, image[None], network), heat=torch.empty(0)))
+            # without its map of errors, which is as large as the image
+            looks.append(replace(look(vae, image[None], network), error=torch.empty(0)))
         except LatentVAEError as error:
             small = network is not None and min(image.shape[-2:]) < network.min_size
             remedy = " --no-lpips leaves it out." if small else ""
@@ -121,8 +121,8 @@ def score(
 ) -> None:
     """Rank images from odd to usual: writes NAME.heat.png, anomalies.csv and .json, and with labels roc.png.
 
-    A score of 0 is usual, above 1 rare. Heat maps show where an image is rebuilt badly: half-way is what the
-    worst place of normal images reaches in one of twenty.
+    A score of 0 is usual, above 1 rare. Heat maps show where an image is odd, by its errors or, where `alone`
+    counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty exceeds.
     """
     from latentvae.explore.calibration import load_calibration
     from latentvae.images import find_images
@@ -143,6 +143,8 @@ def score(
         rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))
         both = odd is not None and len({odd[row["name"]] for row in rows}) == 2
         areas = write_roc(output, rows, odd) if odd is not None and both else None
+        if odd is not None and not both:
+            typer.echo("no ROC: all images that could be read are of one kind.", err=True)
         result = {"calibration": str(calibration), "images": rows, "auroc": areas, "skipped": skipped}
         write_tables(output, rows, result)
         print_json(result) if json else typer.echo("\n".join(report(output, rows, areas)))
@@ -186,7 +188,8 @@ def judge_all(
         except LatentVAEError as error:
             skip(path, LatentVAEError(f"{path}: {error}"), skipped)
             continue
-        place = judge.output / f"{names[path]}.heat.png"
+        place = judge.output / names[path]
+        place = place.with_name(with_ending(place.name, ".heat.png"))
         make_folder(place.parent)
         write_heat(place, image, verdict)
         figures = {"score": verdict.score, "quantile": verdict.quantile, "terms": verdict.terms}
@@ -197,12 +200,11 @@ def judge_all(
 def write_heat(place: Path, image: "torch.Tensor", verdict: "Verdict") -> None:
     """Draw an image beside its heat map."""
     from latentvae.images import from_uint8
-    from latentvae.pictures import colour_error, grid
+    from latentvae.pictures import HEAT_WHITE, colour_heat, grid
 
-    # the root of a squared error is as large as the error itself looks
-    heat = from_uint8(colour_error(HEAT_MIDDLE * verdict.heat.sqrt().numpy()))
+    heat = from_uint8(colour_heat(verdict.heat.numpy()))
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
-    title = f"score {verdict.score:.2f}"
+    title = f"score {verdict.score:.2f} (white: {HEAT_WHITE} x usual worst)"
     grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
 
 

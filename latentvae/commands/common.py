@@ -65,7 +65,7 @@ def load_model(model: str | None, device: str | None, precision: str) -> "Autoen
     """The model, optimized, at this precision.
 
     Raises:
-        LatentVAEError: no such model or device.
+        LatentVAEError: no such model or device, or no room on it.
     """
     import torch
 
@@ -73,7 +73,11 @@ def load_model(model: str | None, device: str | None, precision: str) -> "Autoen
     from latentvae.optimization import optimize
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return optimize(load(model, dtype=dtype, device=usable_device(device)))
+    place = usable_device(device)
+    try:
+        return optimize(load(model, dtype=dtype, device=place))
+    except torch.OutOfMemoryError as error:
+        raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
 
 
 def usable_device(device: str | None) -> "torch.device":

@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -195,23 +195,23 @@ def tell(report: "EncodeReport", store: Path, as_json: bool) -> None:
         LatentVAEError: all images failed.
     """
     for failure in report.failures:
-        typer.echo(f"failed: {shown(failure.reason)}", err=True)
+        typer.echo(f"failed: {failure.reason}", err=True)
     for what, names in (
         ("gone, still in the store (--prune takes them out)", report.vanished),
         ("gone, taken out", report.dropped),
         ("was damaged and has been encoded again", report.repaired),
     ):
         for name in names[:SHOWN]:
-            typer.echo(f"{what}: {shown(name)}", err=True)
+            typer.echo(f"{what}: {name}", err=True)
         if len(names) > SHOWN:
             typer.echo(f"{what}: {len(names) - SHOWN} more", err=True)
     if report.failures and not report.images:
         raise LatentVAEError(
             f"none of the {len(report.failures)} images could be encoded; the first: "
-            f"{shown(report.failures[0].reason)}"
+            f"{report.failures[0].reason}"
         )
     if as_json:
-        print_json(plain({"store": str(store), **report.as_dict()}))
+        print_json({"store": str(store), **report.as_dict()})
     else:
         rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
         waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
@@ -220,17 +220,3 @@ def tell(report: "EncodeReport", store: Path, as_json: bool) -> None:
         typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
         sys.stdout.flush()
         raise typer.Exit(EXIT_SKIPPED)
-
-
-def shown(text: str) -> str:
-    """The text as any terminal takes it: file names need not be valid Unicode."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def plain(value: Any) -> Any:
-    """The same JSON value, its texts as any terminal takes them."""
-    if isinstance(value, dict):
-        return {shown(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return shown(value) if isinstance(value, str) else value

@@ -165,11 +165,11 @@ def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
     """Latent statistics of whole images, evenly chosen."""
     from latentvae.images import find_images
     from latentvae.latents import compute_latent_statistics
+    from latentvae.training.sources import evenly
 
     paths = find_images(images)
-    count = min(len(paths), STATISTICS_IMAGES)
-    some = [paths[number * (len(paths) - 1) // max(1, count - 1)] for number in range(count)]
-    read = read_images(some, vae, skipped)
+    some = evenly(len(paths), STATISTICS_IMAGES)
+    read = read_images([paths[number] for number in some], vae, skipped)
     try:
         return compute_latent_statistics(vae, (image[None] for _, image, _ in read))
     except ValueError:

@@ -16,6 +16,7 @@ from latentvae.commands.common import (
     load_model,
     make_folder,
     print_json,
+    with_ending,
 )
 from latentvae.commands.memory import TILE_SIZES, fit, free_memory, ordinary_peak
 from latentvae.errors import ImageError
@@ -84,7 +85,7 @@ def fill(
     figures = {**entry, **measure(result, missing, complete)}
     figures |= write_pictures(output / image.name, images, missing, result, complete)
     text = json_module.dumps(figures, indent=1)  # in ASCII: names need not be UTF-8
-    (output / f"{image.name}.fill.json").write_text(text + "\n", encoding="ascii")
+    (output / with_ending(image.name, ".fill.json")).write_text(text + "\n", encoding="ascii")
     if json:
         print_json(figures)
     else:
@@ -194,7 +195,8 @@ def write_pictures(
     from latentvae.images import save_image
     from latentvae.pictures import grid
 
-    filled, compared = (place.with_name(f"{place.name}.{kind}.png") for kind in ("filled", "comparison"))
+    endings = (".filled.png", ".comparison.png")
+    filled, compared = (place.with_name(with_ending(place.name, ending)) for ending in endings)
     save_image(result.images, filled)
     parts = {"known": images.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
     parts |= {"filled": result.images} | ({} if complete is None else {"original": complete})

@@ -40,7 +40,7 @@ def fit(
         raise ImageError(
             f"{path} of {width}x{height} px would take about {needed / 1e9:.1f} GB, or "
             f"{min(peaks) / 1e9:.1f} GB in tiles, and {free / 1e9:.1f} GB are free: "
-            + ("make it smaller." if store else "give --store FOLDER, or make it smaller.")
+            f"make it smaller{'' if store else ', or give --store FOLDER to a verb that has it'}."
         )
     enable_exact_tiling(vae, chosen, store, progress=True, memory=SHARE * free)
 

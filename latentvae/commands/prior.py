@@ -20,6 +20,7 @@ from latentvae.commands.decode import load_same_model
 from latentvae.errors import LatentVAEError
 
 if TYPE_CHECKING:
+    from latentvae.explore.diffusion import DiffusionSettings
     from latentvae.explore.latent_set import LatentSet
     from latentvae.explore.prior import Prior
 
@@ -73,18 +74,12 @@ def fit(
     Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
     A folder of images is encoded first, by --model at --size.
     """
-    from latentvae.explore.diffusion import DiffusionSettings, check_settings, fit_diffusion
-    from latentvae.explore.extras import need
+    from latentvae.explore.diffusion import DiffusionSettings, fit_diffusion
     from latentvae.explore.mixture import fit_mixture
-    from latentvae.explore.prior import check_target
 
-    if by_class and kind != "diffusion":
-        raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
     settings = DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
-    check_settings(settings) if kind == "diffusion" else need("sklearn")
     place = usable_device(device)
-    check_target(folder.resolve())
-    make_folder(folder.resolve().parent)  # before minutes of training
+    check(kind, settings, folder)
     latents = read(store, size, model, device)
     made: Prior
     if kind == "diffusion":
@@ -96,6 +91,26 @@ def fit(
     if made.card.fit.get("steps_done", steps) < steps:
         typer.echo("stopped: the prior holds what was learned by then.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def check(kind: Kind, settings: "DiffusionSettings", folder: Path) -> None:
+    """Refuse, before minutes of training, what could not be trained or saved.
+
+    Raises:
+        LatentVAEError: settings out of range or of another kind, a missing extra, a folder of other things.
+    """
+    from latentvae.explore.diffusion import check_settings
+    from latentvae.explore.extras import need
+    from latentvae.explore.prior import check_target
+
+    if kind == "diffusion":
+        check_settings(settings)
+    elif settings.by_class:
+        raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
+    else:
+        need("sklearn")
+    check_target(folder.resolve())
+    make_folder(folder.resolve().parent)
 
 
 def read(store: Path, size: int | None, model: str | None, device: str | None) -> "LatentSet":

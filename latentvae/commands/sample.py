@@ -115,8 +115,8 @@ def write(
     result["images"] = [
         {"path": str(path), **({"label": labels[n]} if labels else {})} for n, path in enumerate(paths)
     ]
-    text = json.dumps(result, ensure_ascii=False, indent=1)
-    (output / "samples.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "samples.json").write_text(text + "\n", encoding="ascii")
 
 
 def sheet(images: "torch.Tensor") -> Any:

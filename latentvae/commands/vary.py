@@ -27,6 +27,7 @@ from latentvae.commands.common import (
     short_names,
     shrink,
     skip,
+    with_ending,
 )
 from latentvae.errors import LatentVAEError
 
@@ -127,7 +128,7 @@ class Study:
                 varied = variations.image(temperature, copy).cpu()
                 if temperature > 0:  # whose figures are there already
                     self._measure(temperature, varied, references)
-                file = place.with_name(f"{place.name}.t{temperature:g}.{copy}.png")
+                file = place.with_name(with_ending(place.name, f".t{temperature:g}.{copy}.png"))
                 save(varied, file)
                 written.append(str(file))
                 if caption is not None:

@@ -183,10 +183,9 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
         if not inspect.isgeneratorfunction(run):
             yield (shown, *run(*values))
             return
-        for result in run(
-            *values
-        ):  # a part has None for what it has not yet: what fails then can be tried again
-            yield (gr.skip() if None in result else shown, *result)
+        for result in run(*values):
+            part = None in result  # what fails after a part can be tried again
+            yield (gr.skip() if part else shown, *result)
 
     names = inspect.signature(run).parameters.values()
     last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -73,8 +73,9 @@ def read(data: bytes, name: str, model: Model, limits: Limits) -> LatentsFile:
     padded = height * width * ratio**2  # of a line of pixels many times what it holds
     if padding.height * padding.width > limits.pixels or padded > 2 * limits.pixels:
         raise LatentVAEError(
-            f"{name} holds latents of {padding.width} x {padding.height} pixels; up to {limits.pixels} "
-            "pixels are decoded here: decode it with latentvae on your own machine."
+            f"{name} holds latents of {padding.width} x {padding.height} pixels, computed as "
+            f"{width * ratio} x {height * ratio}; up to {limits.pixels} pixels are decoded here: decode it "
+            "with latentvae on your own machine."
         )
     if not bool(latents.float().isfinite().all()):
         raise LatentVAEError(f"{name} holds values that are NaN or infinite. {AGAIN}")

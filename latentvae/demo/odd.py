@@ -16,9 +16,8 @@ from latentvae.explore.anomaly import LPIPS_TERMS, TERMS, Look, look
 from latentvae.explore.calibration import LEAST, Verdict, calibrate
 from latentvae.explore.interpolation import thumbnail
 from latentvae.images import from_uint8
-from latentvae.pictures import colour_error
+from latentvae.pictures import colour_heat
 
-HEAT_MIDDLE = 16.0  # what `colour_error` draws half-way: the other images' worst place
 SHADE = 0.55  # how much of a heat map covers its picture
 
 
@@ -106,7 +105,8 @@ class FindOdd:
                 maps = desk.gallery("The oddest first", columns=4)
                 gr.HTML(
                     '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in '
-                    "their worst place. With so few pictures a score is a hint; calibrate on hundreds with "
+                    "their worst place or, where no two pictures are alike, where it is unlike the rest of "
+                    "itself. With so few pictures a score is a hint; calibrate on hundreds with "
                     "<code>latentvae anomaly</code>.</p>",
                 )
                 with gr.Accordion("Ranking as JSON", open=False):
@@ -117,7 +117,6 @@ class FindOdd:
 
 def heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
     """A picture, darkened and greyed, with its heat over it."""
-    # the root of a squared error is as large as the error itself looks
-    heat = from_uint8(colour_error(HEAT_MIDDLE * verdict.heat.sqrt().numpy()))
+    heat = from_uint8(colour_heat(verdict.heat.numpy()))
     grey = photo.image.mean(0, keepdim=True).expand(3, -1, -1)
     return views.view(torch.lerp(grey, heat, SHADE))

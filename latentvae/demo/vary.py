@@ -64,11 +64,7 @@ class Vary:
         mean_psnr = sum(min(each.psnr, 99.0) for each, _ in near) / count
         shown = [
             (views.number(mean_psnr, 2, " dB"), "PSNR to the picture", "mean of the copies"),
-            (
-                f"{100 * spread.ratio * temperature:.2g} %",
-                "of the latents' own spread",
-                "what is added to them",
-            ),
+            (f"{100 * spread.ratio * temperature:.2g} %", "of the latents' own spread", "added to them"),
             (f"{100 * spread.ratio:.2g} %", "at temperature 1", "what the encoder itself leaves open"),
         ]
         facts = {

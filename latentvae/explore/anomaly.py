@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from latentvae.errors import LatentVAEError
 from latentvae.explore.features import pool
-from latentvae.explore.places import loneliness
+from latentvae.explore.places import loneliness, lonely_places
 from latentvae.latents import decode, encode
 from latentvae.model import spatial_compression_ratio
 from latentvae.perceptual import LPIPS
@@ -38,13 +38,15 @@ class Look:
         terms: pixel, patch, kl and, with a network, lpips and alone.
         pooled: (2C,), mean and standard deviation of each latent channel over the image.
         layout: (64C,), the latents averaged over 8 x 8 equal parts of the image.
-        heat: (H, W), the squared error, averaged over the area of one latent pixel.
+        error: (H, W), the squared error, averaged over the area of one latent pixel.
+        lonely: (h, w), how far each place is from its like in the image (`places`); None without a network.
     """
 
     terms: dict[str, float]
     pooled: np.ndarray
     layout: np.ndarray
-    heat: torch.Tensor
+    error: torch.Tensor
+    lonely: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -60,18 +62,19 @@ def look(vae: AutoencoderKL, images: torch.Tensor, lpips: LPIPS | None = None) -
     posterior, padding = encode(vae, images)
     latents = posterior.mode()
     rebuilt = decode(vae, latents, padding).clamp(-1, 1)
-    error = (rebuilt - images.float()).square().mean(1, keepdim=True)  # (1, 1, H, W)
-    heat = _average(error, spatial_compression_ratio(vae))[0, 0].cpu()
-    terms = {"pixel": float(error.mean()), "patch": float(heat.max())}
+    squares = (rebuilt - images.float()).square().mean(1, keepdim=True)  # (1, 1, H, W)
+    error = _average(squares, spatial_compression_ratio(vae))[0, 0].cpu()
+    terms, lonely = {"pixel": float(squares.mean()), "patch": float(error.max())}, None
     if lpips is not None:
         seen, again = (lpips.features(each.float()) for each in (images, rebuilt))
         terms["lpips"] = float(lpips.distance_from_features(seen, again))
-        terms["alone"] = loneliness(seen)
-    terms["kl"] = float(posterior.kl()) / error.numel()
+        lonely = lonely_places(seen)
+        terms["alone"] = loneliness(lonely)
+    terms["kl"] = float(posterior.kl()) / squares.numel()
     if not all(math.isfinite(value) for value in terms.values()):
         raise LatentVAEError(f"the model gave {terms}: compute in float32 (half precision overflows).")
     row, statistics = pool(latents, GRID)[0], 2 * latents.shape[1]
-    return Look(terms, row[:statistics], row[statistics:], heat)
+    return Look(terms, row[:statistics], row[statistics:], error, lonely)
 
 
 def _average(error: torch.Tensor, side: int) -> torch.Tensor:

@@ -13,12 +13,13 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch.nn.functional import interpolate
 
 from latentvae.errors import LatentVAEError
 from latentvae.explore.anomaly import TERMS, Look
 from latentvae.fingerprint import weight_hash
 
-FORMAT = "latentvae-anomaly-2"  # 1 was JSON, without layouts
+FORMAT = "latentvae-anomaly-3"  # 1 was JSON, without layouts; 2 had scores of other terms
 SUFFIX = ".safetensors"
 LEAST = 5  # normal images: fewer have no quantiles
 FOLDS = 5
@@ -47,7 +48,9 @@ class Verdict:
         quantile: the share of normal images that scored lower, each judged by the others, in 0..1.
         terms: every term's value.
         quantiles: every term's share of normal images with a lower value.
-        heat: (H, W), local error in units of the 95 % quantile of normal images' worst place.
+        heat: (H, W), where it is odd, from 0; 1 is as odd as the worst place of one normal image in twenty.
+            Of the root of the squared error or, where only `alone` counts, of the distance to the nearest
+            place that looks alike, above the image's median.
     """
 
     score: float
@@ -132,15 +135,28 @@ class Calibration:
             )
         score = self.score(terms)
         quantiles = {name: share_below(value, self.quantiles[name]) for name, value in terms.items()}
-        heat = one.heat / max(self.quantiles["patch"][HIGH], 1e-12)
-        return Verdict(score, share_below(score, self.quantiles["score"]), terms, quantiles, heat)
+        rarity = share_below(score, self.quantiles["score"])
+        return Verdict(score, rarity, terms, quantiles, self._heat(one))
+
+    def _heat(self, one: Look) -> torch.Tensor:
+        if self.counted != ["alone"] or one.lonely is None:
+            return (one.error / max(self.quantiles["patch"][HIGH], 1e-12)).sqrt()
+        usual = float(one.lonely.nanmedian())
+        unit = max(self.quantiles["alone"][HIGH] - usual, 1e-3 * usual, 1e-12)
+        above = ((one.lonely - usual) / unit).clamp(min=0).nan_to_num()  # NaN: not known
+        return interpolate(above[None, None], tuple(one.error.shape), mode="bilinear")[0, 0]
 
     @cached_property
     def counted(self) -> list[str]:
         """The terms in the score: all where normal images are alike, else one of single places."""
         if self.cloud.likeness >= ALIKE:
-            return [next(name for name in PLACES if name in self.quantiles)]
+            return [next((name for name in PLACES if self._tells(name)), PLACES[-1])]
         return [name for name in self.quantiles if name != "score"]
+
+    def _tells(self, name: str) -> bool:
+        """Whether a term differs at all: `alone` does not in images too small to have an elsewhere."""
+        quantiles = self.quantiles.get(name)
+        return quantiles is not None and quantiles[HIGH] > quantiles[MIDDLE]
 
     def score(self, terms: dict[str, float]) -> float:
         """Smooth maximum over counted terms of how far each is above its median, in units of its spread."""
@@ -190,11 +206,17 @@ def check_place(path: Path) -> None:
             f"{path} came as the file of the calibration, which is named last and ends in {SUFFIX}, such as "
             f"normal{SUFFIX}. Nothing was written."
         )
-    if path.exists():
-        try:
-            load_calibration(path)
-        except LatentVAEError as error:
-            raise LatentVAEError(f"{path} is there and is no calibration: name another file.") from error
+    if path.exists() and not _is_calibration(path):
+        raise LatentVAEError(f"{path} is there and is no calibration: name another file.")
+
+
+def _is_calibration(path: Path) -> bool:
+    """Whether a file is one, of this format or an earlier one."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("format", "").startswith(FORMAT.rstrip("0123456789"))
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_calibration(path: Path) -> Calibration:

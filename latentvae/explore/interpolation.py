@@ -83,10 +83,11 @@ def interpolate(
     latents = [ends[0]]
     for start, end in pairwise(ends):
         latents += interpolate_latents(start, end, frames, route)[1:]
-    bar = tqdm(latents, unit="frame", disable=not progress)
-    decoded = torch.empty(len(latents), *images[0].shape)  # once, as they may be gigabytes
-    for number, each in enumerate(bar):
-        decoded[number] = decode(vae, each, padding)[0].cpu()
+    first = decode(vae, latents[0], padding).cpu()
+    decoded = first.new_empty(len(latents), *first.shape[1:])  # once, as they may be gigabytes
+    decoded[0] = first[0]
+    for number in tqdm(range(1, len(latents)), unit="frame", disable=not progress):
+        decoded[number] = decode(vae, latents[number], padding)[0].cpu()
     positions = [number / (frames - 1) for number in range(len(latents))]
     return Interpolation(decoded, torch.cat(latents), positions)
 

@@ -14,7 +14,8 @@ from latentvae.store.dataset import NO_LABEL, LatentDataset
 from latentvae.store.manifest import Manifest
 
 LEAST = 2  # images: one has no spread
-MEMORY = 2e9  # bytes of moments kept; of larger stores an even selection
+MEMORY = 2e9  # bytes kept of a store; of larger ones an even selection
+KEPT = 3 * 4  # bytes of a latent: its mean, and its log-variance as it was stored and within its bounds
 
 
 class LatentSet:
@@ -42,8 +43,8 @@ class LatentSet:
         channels = dataset.manifest.config["latent_channels"]
         self.shape = (channels, *_one_size(store, dataset))
         self.manifest: Manifest = dataset.manifest
-        chosen = _selection(self.total, 8 * int(np.prod(self.shape)))
-        moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])  # the one copy that memory holds
+        chosen = _selection(self.total, KEPT * int(np.prod(self.shape)))
+        moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])
         self.labels = torch.empty(len(chosen), dtype=torch.int64)
         for place, number in enumerate(tqdm(chosen, unit="image", desc="reading", disable=not progress)):
             item = dataset[number]

@@ -11,8 +11,8 @@ SHARE = 0.01  # of the places: the few loneliest ones, because a defect covers s
 
 
 @torch.no_grad()
-def loneliness(features: list[torch.Tensor]) -> float:
-    """How far the loneliest places of an image are from the nearest ones elsewhere in it.
+def lonely_places(features: list[torch.Tensor]) -> torch.Tensor:
+    """How far each place of an image is from the nearest one elsewhere in it.
 
     Textures and things of a photograph come again; a defect often does not. Needs no other image, so that
     sets in which no two images are alike can be judged.
@@ -21,8 +21,8 @@ def loneliness(features: list[torch.Tensor]) -> float:
         features: of one image, from `LPIPS.features`: (1, C, h, w) for each layer.
 
     Returns:
-        A distance in the network's features, averaged over the loneliest hundredth of the places, one at
-        least; 0 where the image is too small to have an elsewhere.
+        Distances in the network's features, (h, w) of 64 x 64 places at most; NaN along the border, and
+        everywhere where the image is too small to have an elsewhere.
     """
     height, width = (min(side, SIDE) for side in features[LAYERS[0]].shape[-2:])
     maps = [_resize(features[layer].float(), height, width) for layer in LAYERS]
@@ -31,7 +31,12 @@ def loneliness(features: list[torch.Tensor]) -> float:
     apart = torch.maximum((y[:, None] - y).abs(), (x[:, None] - x).abs())
     distances = torch.cdist(places, places).masked_fill(apart <= NEAR, torch.inf).amin(1)
     inside = torch.minimum(torch.minimum(y, height - 1 - y), torch.minimum(x, width - 1 - x)) >= EDGE
-    known = distances[inside & distances.isfinite()]
+    return distances.masked_fill(~(inside & distances.isfinite()), torch.nan).reshape(height, width).cpu()
+
+
+def loneliness(places: torch.Tensor) -> float:
+    """The mean over the loneliest hundredth of the places (h, w), one at least; 0 where all are NaN."""
+    known = places[places.isfinite()]
     few = max(1, round(SHARE * len(known)))
     return float(known.topk(few).values.mean()) if len(known) else 0.0
 

@@ -63,7 +63,7 @@ def sample_batches(
         (n, C, H, W), `count` images in all.
 
     Raises:
-        LatentVAEError: as `sample`, before the first images.
+        LatentVAEError: as `sample`: of a wrong request before the first images.
     """
     check_request(prior, count, seed, first, labels)
     prior.check(vae)

@@ -99,7 +99,7 @@ def load(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> No
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     before, now = saved.get("trainable"), trainable(state.vae)
     if before is not None and before != now:
-        first = sorted(set(before) ^ set(now))[0]
+        first = next(iter(sorted(set(before) ^ set(now))), "their order")
         raise ConfigError(
             f"{checkpoint} was written with other parameters to train ({first}, for one). Keep model.freeze "
             f"and model.mode, or `latentvae export {checkpoint} -o FOLDER` and start with model.init=FOLDER."
@@ -273,7 +273,7 @@ def _load_module(module: nn.Module, path: Path) -> None:
 
 
 def trainable(vae: AutoencoderKL) -> list[str]:
-    """The names of what is trained: the optimizer's slots are numbered in this order."""
+    """The names of what is trained, in the model's order, on which the numbers of optimizer slots depend."""
     return [name for name, parameter in vae.named_parameters() if parameter.requires_grad]
 
 

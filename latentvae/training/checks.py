@@ -11,7 +11,7 @@ from latentvae.model import spatial_compression_ratio
 from latentvae.perceptual import LPIPS
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
-from latentvae.training.sources import root
+from latentvae.training.sources import parts
 
 
 def starting_point(config: Config, resume: str | None) -> Path | None:
@@ -60,7 +60,8 @@ def check_crop(config: Config, vae: AutoencoderKL, lpips: LPIPS | None) -> None:
 def _check_apart(folder: Path, config: Config) -> None:
     """Pictures that a run writes among its images would be some of them when it is resumed."""
     for setting, spec in (("data.train", config.data.train), ("data.val", config.data.val)):
-        if spec is not None and folder.resolve().is_relative_to(place := root(spec)):
+        places = [] if spec is None else [part.resolve() for part in parts(spec)]
+        for place in (place for place in places if folder.resolve().is_relative_to(place)):
             raise ConfigError(
                 f"output={folder} lies in {place}, the folder of {setting}: the pictures of a run would be "
                 "taken for images when it is resumed. Choose an output elsewhere, such as "

@@ -189,7 +189,7 @@ def _check_sizes(config: Config) -> None:
     if config.model.init is not None and config.model.overrides:
         raise ValueError(
             f"model.overrides={config.model.overrides} with model.init={config.model.init}, whose shape is "
-            "its own; leave one out"
+            "its own; leave one out, or add --set model.overrides={} where a recipe has them"
         )
     try:
         shape = preset_config(config.model.preset, **config.model.overrides)

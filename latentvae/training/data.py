@@ -21,7 +21,7 @@ from tqdm import tqdm
 from latentvae.errors import ConfigError, ImageError, LatentVAEError
 from latentvae.images import from_uint8, to_uint8
 from latentvae.training.config import Config, DataConfig
-from latentvae.training.sources import ImageSource, Selection, hold_out, open_source, root, without
+from latentvae.training.sources import ImageSource, Selection, evenly, hold_out, open_source, root, without
 
 logger = logging.getLogger(__name__)
 
@@ -242,8 +242,7 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
             )
         return hold_out(train, config.val_images)
     val = open_source(config.val, config.column)
-    spread = np.linspace(0, len(val) - 1, min(len(val), config.val_images)).astype(int)
-    held_out = Selection(val, spread)
+    held_out = Selection(val, evenly(len(val), config.val_images))
     one, other = root(config.train), root(config.val)
     if not (one.is_relative_to(other) or other.is_relative_to(one)):
         return train, held_out

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,10 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
                 run.record.step(state, terms, run.global_batch)
             if state.step % config.save_every == 0 or last or stop:
                 saved = save(run)
+            if stop and not last:  # not validated first: launchers give seconds to stop, the others end now
+                raise TrainingInterrupted(saved, clock.reason(run.stop))
             if (state.step % config.validate_every == 0 or last) and run.is_main:
                 validate(run)  # after saving: what fails here costs no step
-            if stop and not last:
-                raise TrainingInterrupted(saved, clock.reason(run.stop))
 
 
 def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:
@@ -157,7 +157,9 @@ def status(run: Run) -> Iterator[None]:
 
     def write(state: str, reason: str = "") -> None:
         entry = {"state": state, "step": run.state.step, "reason": reason}
-        place.write_text(json.dumps(entry), encoding="utf-8")
+        partial = place.with_suffix(f".{run.accelerator.process_index}.partial")
+        partial.write_text(json.dumps(entry), encoding="utf-8")
+        partial.replace(place)  # never half written: other processes read it
 
     if run.is_main:
         write("running")
@@ -169,9 +171,11 @@ def status(run: Run) -> Iterator[None]:
         raise
     except BaseException as error:
         # whichever process it is, the first: the others then fail too, as they wait for it in vain
-        if json.loads(place.read_text(encoding="utf-8"))["state"] == "running":
-            rank = "" if run.accelerator.num_processes == 1 else f"process {run.accelerator.process_index}: "
-            write("failed", f"{rank}{type(error).__name__}: {error}")
+        with suppress(OSError, ValueError):  # the error itself matters more
+            if json.loads(place.read_text(encoding="utf-8"))["state"] == "running":
+                several = run.accelerator.num_processes > 1
+                rank = f"process {run.accelerator.process_index}: " if several else ""
+                write("failed", f"{rank}{type(error).__name__}: {error}")
         raise
     if run.is_main:
         write("finished")

@@ -179,7 +179,7 @@ def check_exported(name: str, path: str | None) -> None:
     if path is None or not Path(path).exists():
         return
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if (folder / checkpoint.MANIFEST).is_file():
+    if (folder / checkpoint.MANIFEST).is_file() and (folder / "state.json").is_file():
         raise ConfigError(
             f"model.{name}={path} is of a checkpoint, whose config has no scale of its latents yet. Export "
             f"it first, by `latentvae export {folder} -o FOLDER`, and name that folder."

@@ -100,7 +100,7 @@ def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
         saved = ("dataset_dict.json",), ("dataset_info.json", "state.json")
         if any(all((path / name).is_file() for name in names) for names in saved):
             return open_saved(path, column)
-        files = [file for part in _parts(spec) for file in _files(part, f" ({spec})" if part != path else "")]
+        files = [file for part in parts(spec) for file in _files(part, f" ({spec})" if part != path else "")]
     except OSError as error:
         raise ImageError(
             f"{error.filename} cannot be read ({error.strerror}): check its name and permissions"
@@ -108,7 +108,7 @@ def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
     return _open_files(str(spec), list(dict.fromkeys(files)), column)
 
 
-def _parts(spec: str | Path) -> list[Path]:
+def parts(spec: str | Path) -> list[Path]:
     """The files or folders that a pattern names; braces in a name that exists are no pattern."""
     return [Path(spec)] if Path(spec).exists() else [Path(part) for part in expand_braces(str(spec))]
 
@@ -154,10 +154,15 @@ def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource
             )
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """Numbers of `count` of `total` things, or of all that there are, from the first to the last."""
+    return np.linspace(0, total - 1, min(total, count)).astype(int)
+
+
 def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
     """Split off up to `count` images, evenly spaced and at most half: (the rest, those)."""
     most = min(count, len(source) // 2)
-    held_out = np.arange(0, len(source), len(source) // most)[:most]
+    held_out = evenly(len(source), most)
     return Selection(source, np.delete(np.arange(len(source)), held_out)), Selection(source, held_out)
 
 

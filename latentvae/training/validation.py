@@ -5,7 +5,6 @@ import platform
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -21,7 +20,7 @@ from latentvae.pictures import grid
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data import validation_images
-from latentvae.training.sources import ImageSource, Selection
+from latentvae.training.sources import ImageSource, Selection, evenly
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,8 @@ class Validation:
 
 def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataConfig) -> LatentStatistics:
     """Latent statistics over evenly chosen training images, cropped as those of a validation."""
-    spread = np.linspace(0, len(source) - 1, min(len(source), STATISTICS_IMAGES)).astype(int)
-    images = validation_images(Selection(source, spread), config, vae.config["in_channels"])
+    some = Selection(source, evenly(len(source), STATISTICS_IMAGES))
+    images = validation_images(some, config, vae.config["in_channels"])
     return compute_latent_statistics(vae, (image[None] for _, image in images))
 
 
