@@ -98,7 +98,7 @@ class FindOdd:
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
             with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
-                photos = desk.photos("Pictures that are alike, and an odd one", desk.parts(painted=4))
+                photos = desk.photos("Alike, and an odd one", desk.parts(painted=4))
                 button = gr.Button("Find the odd one", variant="primary")
             with gr.Column(scale=3, min_width=320):
                 shown = gr.HTML()
