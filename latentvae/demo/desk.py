@@ -152,6 +152,8 @@ class Desk:
             The events, for what follows them.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
+        # on one output: a browser on the server's own cores takes a third of them to animate it on seven
+        common["show_progress_on"] = outputs[0]
         events = [button.click(guarded(run), list(inputs), list(outputs), api_name=api_name, **common)]
         if live:
             seen = gr.State(None, time_to_live=SESSION_SECONDS)
