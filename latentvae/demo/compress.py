@@ -160,7 +160,8 @@ class Compress:
         live = [tab.select, photo.change, quality.release]
         desk.connect(self.run, [photo, model, quality], outputs, "compress", button=button, live=live)
         opened = [picture, about, saved]
-        done = desk.connect(self.open, [file, model], opened, "decode", button=opening, live=[file.upload])
+        events: dict[str, Any] = {"button": opening, "live": [file.upload], "progress_on": about}
+        done = desk.connect(self.open, [file, model], opened, "decode", **events)
         for each in done:
             each.success(show, None, result, api_name="show", api_visibility="undocumented", queue=False)
 

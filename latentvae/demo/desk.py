@@ -142,18 +142,20 @@ class Desk:
         *,
         button: gr.Button,
         live: Sequence[Any] = (),
+        progress_on: Any = None,
     ) -> list[Any]:
         """Have a button, and the endpoint /API_NAME, call a handler; `live` events too, once there is input.
 
         All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
-        the one before change nothing: browsers report a picture as changed when its tab is first drawn.
+        the one before change nothing: browsers report a picture as changed when its tab is first drawn. The
+        progress is shown on one output, the first or `progress_on`.
 
         Returns:
             The events, for what follows them.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
         # on one output: a browser on the server's own cores takes a third of them to animate it on seven
-        common["show_progress_on"] = outputs[0]
+        common["show_progress_on"] = outputs[0] if progress_on is None else progress_on
         events = [button.click(guarded(run), list(inputs), list(outputs), api_name=api_name, **common)]
         if live:
             seen = gr.State(None, time_to_live=SESSION_SECONDS)
