@@ -197,7 +197,8 @@ def main() -> None:
         if known.get("weights") not in (None, now["weights"]) and set(arguments.parts) != set(PARTS):
             print(f"{name} has changed since; measure all parts, or the page mixes two models.")
         figures["models"][name] = known | now
-    figures["machine"] = machine()
+    if "sizes" in arguments.parts:
+        figures["machine"] = machine()  # of the times, the only figures that depend on it
     for part in arguments.parts:
         PARTS[part](figures, arguments)
         store.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
