@@ -99,7 +99,7 @@ def nearest(images: torch.Tensor, learned: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
-    parser.add_argument("--steps", type=int, default=1500, help="of each diffusion prior")
+    parser.add_argument("--steps", type=int, default=2000, help="of each diffusion prior")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--output", type=Path, default=None, help="JSON of the table")
     parser.add_argument("--picture", type=Path, default=None, help="PNG of samples")
