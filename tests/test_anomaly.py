@@ -21,18 +21,9 @@ import latentvae
 from latentvae.commands.anomaly import anomaly, read_labels
 from latentvae.errors import LatentVAEError
 from latentvae.explore.anomaly import TERMS, Look, look
-from latentvae.explore.calibration import (
-    FORMAT,
-    LEVELS,
-    Cloud,
-    calibrate,
-    check_place,
-    excess,
-    load_calibration,
-    quantiles_of,
-    share_below,
-)
+from latentvae.explore.calibration import FORMAT, Cloud, calibrate, check_place, load_calibration
 from latentvae.explore.places import loneliness, lonely_places
+from latentvae.explore.quantiles import LEVELS, excess, quantiles_of, share_below
 from latentvae.explore.roc import auroc, draw_roc, roc_curve
 from latentvae.exporting import export
 from latentvae.latents import reconstruct

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate
 
 from latentvae.errors import LatentVAEError
 from latentvae.explore.anomaly import TERMS, Look
+from latentvae.explore.quantiles import HIGH, LEVELS, MIDDLE, excess, quantiles_of, share_below
 from latentvae.fingerprint import weight_hash
 
 FORMAT = "latentvae-anomaly-3"  # 1 was JSON, without layouts; 2 had scores of other terms
@@ -26,8 +27,6 @@ FOLDS = 5
 LIKENESS_SAMPLE = (
     2000  # images of a cloud whose distances to each other are measured: they take N x N numbers
 )
-LEVELS = np.linspace(0, 1, 101)  # of the stored quantiles
-MIDDLE, HIGH = 50, 95  # places in LEVELS: a term counts in units of the distance between them
 # Of the smooth maximum, log-mean-exp: a defect often shows in one term alone, which a mean would drown.
 SHARPNESS = 3.0
 SHRINKAGE = 0.1  # of the covariance towards its diagonal, so that few images give an inverse
@@ -283,23 +282,3 @@ def calibrate(vae: AutoencoderKL, looks: Iterable[Look], lpips_net: str | None =
     made = Calibration(weight_hash(vae), lpips_net, quantiles, cloud)
     quantiles["score"] = quantiles_of([made.score(row) for row in rows])
     return made
-
-
-def quantiles_of(values: list[float]) -> list[float]:
-    """Quantiles at LEVELS, linear between the values."""
-    found: list[float] = np.quantile(np.asarray(values, dtype=np.float64), LEVELS).tolist()
-    return found
-
-
-def share_below(value: float, quantiles: list[float]) -> float:
-    """The share of normal images with a lower value, 0..1, linear between the stored quantiles."""
-    below, above = (np.searchsorted(quantiles, value, side=side) for side in ("left", "right"))
-    if below != above:  # on one quantile, or on several that are equal: their middle
-        return float(LEVELS[below] + LEVELS[above - 1]) / 2
-    return float(np.interp(value, quantiles, LEVELS))
-
-
-def excess(value: float, quantiles: list[float]) -> float:
-    """How far a value is above the median, in units of the distance from there to the 95 % quantile."""
-    spread = quantiles[HIGH] - quantiles[MIDDLE]
-    return (value - quantiles[MIDDLE]) / max(spread, 1e-9 * abs(quantiles[MIDDLE]), 1e-12)
