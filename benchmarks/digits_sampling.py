@@ -81,6 +81,9 @@ def make(work: Path, learned: Digits, steps: int) -> Steps:
     did.verb("store", "encode", folder, store, "--model", run_folder / "vae", "--dtype", "fp32")
     for kind in ("gaussian", "mixture"):
         did.verb(f"prior: {kind}", "prior", "fit", store, work / kind, "--kind", kind)
+    for card in (work / name / "prior.json" for name in ("diffusion", "by-class")):
+        if card.is_file() and (had := json.loads(card.read_text(encoding="utf-8"))["fit"]["steps"]) != steps:
+            raise SystemExit(f"{card.parent} has a prior of {had} steps: delete it, or name another --work.")
     network = ("--kind", "diffusion", "--steps", steps)
     did.verb("prior: diffusion", "prior", "fit", store, work / "diffusion", *network)
     did.verb(

@@ -221,6 +221,10 @@ def test_heat_shows_lonely_places_where_they_alone_count(tiny_vae: Any) -> None:
     assert float(heat.max()) == heat[8:10, 8:10].max()
     assert float(heat.max()) == pytest.approx(0.75**2)  # bilinear: between four places
     assert float(heat.min()) == float(heat[16, 16]) == 0
+    noise = torch.full((12, 12), 2 * made.quantiles["alone"][95])  # lonely everywhere: all of it is odd
+    assert float(made.judge(replace(looks[0], error=torch.ones(24, 24), lonely=noise)).heat.min()) > 1
+    with pytest.raises(LatentVAEError, match="too small for its places"):
+        made.judge(replace(looks[0], lonely=torch.full((3, 3), torch.nan)))
     few = made.judge(replace(looks[0], error=torch.full((24, 24), 9.0))).heat  # a look without the map
     assert torch.allclose(few, torch.tensor(9.0 / made.quantiles["patch"][95]).sqrt())
 

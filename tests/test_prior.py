@@ -286,6 +286,12 @@ def test_ctrl_c_keeps_what_was_learned(store: Path, tmp_path: Path, monkeypatch:
     assert "2 of 5 steps" in result.stdout
     fit = load_prior(tmp_path / "part").card.fit
     assert (fit["steps"], fit["steps_done"]) == (5, 2)
+    before = (tmp_path / "part" / "prior.json").read_bytes()
+    interrupt(after=1)
+    result = run(store, tmp_path / "part", *options)  # which must not replace what may have taken hours
+    assert (tmp_path / "part" / "prior.json").read_bytes() == before
+    assert load_prior(tmp_path / "part.stopped").card.fit["steps_done"] == 1
+    assert "part.stopped" in result.stdout
     interrupt(after=0)
     assert run(store, tmp_path / "none", *options).exit_code == 130
     assert not (tmp_path / "none").exists()

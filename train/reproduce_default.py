@@ -1,6 +1,8 @@
-"""Train a bundled model again from a folder of photographs, in pieces of borrowed time.
+"""Run a bundled model's recipe again, from a folder of photographs, in pieces of borrowed time.
 
     python train/reproduce_default.py PHOTOS --model f8c4-small --minutes 10 --test OTHER_PHOTOS
+
+The bundled weights had a second run after it, which their cards describe.
 
 Each call trains for at most so many minutes of the clock and goes on where the last one stopped; then it
 exports the averaged weights as they are bundled (RUN/fp16) and measures them, in fp32. Exit code 4: more

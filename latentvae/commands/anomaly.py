@@ -71,7 +71,7 @@ def fit(
     for path, image, _ in read_images(files, vae, skipped):
         try:
             # without its map of errors, which is as large as the image
-            looks.append(replace(look(vae, image[None], network), error=torch.empty(0)))
+            looks.append(replace(look(vae, image[None], network), error=torch.empty(0), lonely=None))
         except LatentVAEError as error:
             small = network is not None and min(image.shape[-2:]) < network.min_size
             remedy = " --no-lpips leaves it out." if small else ""
@@ -121,8 +121,8 @@ def score(
 ) -> None:
     """Rank images from odd to usual: writes NAME.heat.png, anomalies.csv and .json, and with labels roc.png.
 
-    A score of 0 is usual, above 1 rare. Heat maps show where an image is odd, by its errors or, where `alone`
-    counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty exceeds.
+    A score of 0 is usual, above 1 rare. Heat maps show where an image is odd, by its errors or, where only
+    `alone` counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty has.
     """
     from latentvae.explore.calibration import load_calibration
     from latentvae.images import find_images

@@ -86,9 +86,12 @@ def fit(
         made = fit_diffusion(latents, settings, device=place)
     else:
         made = fit_mixture(latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed)
+    stopped = made.card.fit.get("steps_done", steps) < steps
+    if stopped:
+        folder = free_place(folder)
     made.save(folder)
     tell(made, folder, json)
-    if made.card.fit.get("steps_done", steps) < steps:
+    if stopped:
         typer.echo("stopped: the prior holds what was learned by then.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -111,6 +114,19 @@ def check(kind: Kind, settings: "DiffusionSettings", folder: Path) -> None:
         need("sklearn")
     check_target(folder.resolve())
     make_folder(folder.resolve().parent)
+
+
+def free_place(folder: Path) -> Path:
+    """The folder, or FOLDER.stopped where an earlier prior is: it may have taken hours.
+
+    Raises:
+        LatentVAEError: that one holds other things.
+    """
+    from latentvae.explore.prior import check_target
+
+    place = folder.with_name(f"{folder.name}.stopped") if folder.exists() else folder
+    check_target(place.resolve())
+    return place
 
 
 def read(store: Path, size: int | None, model: str | None, device: str | None) -> "LatentSet":

@@ -49,7 +49,7 @@ class Verdict:
         quantiles: every term's share of normal images with a lower value.
         heat: (H, W), where it is odd, from 0; 1 is as odd as the worst place of one normal image in twenty.
             Of the root of the squared error or, where only `alone` counts, of the distance to the nearest
-            place that looks alike, above the image's median.
+            place that looks alike, above the image's median or, if that is lower, normal images' median.
     """
 
     score: float
@@ -132,6 +132,11 @@ class Calibration:
                 f"the terms {sorted(missing)} are not in both the image's measures and the calibration: "
                 "measure with the LPIPS network the calibration was made with, or with none if it had none."
             )
+        if self.counted == ["alone"] and one.lonely is not None and not one.lonely.isfinite().any():
+            raise LatentVAEError(
+                "the image is too small for its places to have like ones elsewhere, and this calibration "
+                "counts nothing else: use larger images, or fit with --no-lpips."
+            )
         score = self.score(terms)
         quantiles = {name: share_below(value, self.quantiles[name]) for name, value in terms.items()}
         rarity = share_below(score, self.quantiles["score"])
@@ -140,8 +145,8 @@ class Calibration:
     def _heat(self, one: Look) -> torch.Tensor:
         if self.counted != ["alone"] or one.lonely is None:
             return (one.error / max(self.quantiles["patch"][HIGH], 1e-12)).sqrt()
-        usual = float(one.lonely.nanmedian())
-        unit = max(self.quantiles["alone"][HIGH] - usual, 1e-3 * usual, 1e-12)
+        usual = min(float(one.lonely.nanmedian()), self.quantiles["alone"][MIDDLE])
+        unit = max(self.quantiles["alone"][HIGH] - usual, 1e-12)
         above = ((one.lonely - usual) / unit).clamp(min=0).nan_to_num()  # NaN: not known
         return interpolate(above[None, None], tuple(one.error.shape), mode="bilinear")[0, 0]
 
@@ -206,11 +211,11 @@ def check_place(path: Path) -> None:
             f"normal{SUFFIX}. Nothing was written."
         )
     if path.exists() and not _is_calibration(path):
-        raise LatentVAEError(f"{path} is there and is no calibration: name another file.")
+        raise LatentVAEError(f"{path} is there and is no calibration: name another file, or delete it first.")
 
 
 def _is_calibration(path: Path) -> bool:
-    """Whether a file is one, of this format or an earlier one."""
+    """Whether a file is one, of this format or an earlier one of safetensors."""
     try:
         with safe_open(path, "numpy") as file:
             return (file.metadata() or {}).get("format", "").startswith(FORMAT.rstrip("0123456789"))

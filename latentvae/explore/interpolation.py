@@ -95,9 +95,9 @@ def interpolate(
 def interpolate_latents(start: Tensor, end: Tensor, frames: int, route: Route) -> list[Tensor]:
     """Latents from `start` to `end`, (1, c, h, w) each; the first and the last are those two themselves.
 
-    "spherical" turns about the mean of both per channel. On photographs, with the bundled weights, half-way
-    frames then keep 0.99 of the images' contrast (about 0: 0.93, linear: 0.64), encode back to their latents
-    more closely than those of a line, and LPIPS steps are more even.
+    "spherical" turns about the mean of both per channel. On photographs, with f8c4-small's first weights,
+    half-way frames then keep 0.99 of the images' contrast (about 0: 0.93, linear: 0.64), encode back to their
+    latents more closely than those of a line, and LPIPS steps are more even.
 
     Args:
         frames: how many, both ends counted.
