@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from machine import machine
 
-from latentvae.presets import build
-from latentvae.training.config import Config
+from latentvae.models.presets import build
+from latentvae.training.config import Config, load_config
 from latentvae.training.record import read_records
-from latentvae.training.settings import load_config
 
 VARIANTS: dict[str, list[str]] = {
     "base": [],

@@ -22,11 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import latentvae
-from latentvae.codec import compress, decompress
-from latentvae.images import find_images, from_uint8, load_image, to_pil
-from latentvae.metrics import Metrics
-from latentvae.model import bundled
-from latentvae.perceptual import load_lpips
+from latentvae.codec.compression import compress, decompress
+from latentvae.images.reading import find_images, load_image
+from latentvae.images.saving import to_pil
+from latentvae.images.tensors import from_uint8
+from latentvae.measure.lpips import load_lpips
+from latentvae.measure.metrics import Metrics
+from latentvae.models.loading import bundled
 
 QUALITIES = {"JPEG": (5, 8, 12, 16, 20, 30, 50), "WebP": (0, 2, 5, 10, 20, 35, 50)}
 OURS = (8, 16, 24, 32, 40, 50, 70)

@@ -28,12 +28,12 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 import latentvae
-from latentvae.images import find_images, load_image
-from latentvae.latents import reconstruct
-from latentvae.perceptual import LPIPS, load_lpips
-from latentvae.pictures import grid
-from latentvae.rfid import FeatureStatistics, frechet_distance
-from latentvae.training.settings import load_config
+from latentvae.images.drawing import grid
+from latentvae.images.reading import find_images, load_image
+from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.measure.rfid import FeatureStatistics, frechet_distance
+from latentvae.models.latents import reconstruct
+from latentvae.training.config import load_config
 
 TERM = "regularise.equivariance.probability"
 SIDE = 128  # px of the crops that are encoded

@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
-from latentvae.images import save_image
-from latentvae.rfid import frechet_distance
+from latentvae.images.saving import save_image
+from latentvae.measure.rfid import frechet_distance
 
 SIDE = 32  # pixels; the scans have 8
 SURE = 0.9  # probability from which the judge counts as sure

@@ -21,8 +21,8 @@ from odd_scores import areas, fit_pca, flat, our_scores, squared_error, table
 from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
-from latentvae.explore.anomaly import look
-from latentvae.explore.calibration import calibrate
+from latentvae.toolbox.anomaly.calibration import calibrate
+from latentvae.toolbox.anomaly.terms import look
 
 RANKS = (2, 4, 8, 16, 32, 64)
 

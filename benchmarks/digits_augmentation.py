@@ -23,7 +23,7 @@ from odd_scores import flat
 from sklearn.svm import SVC
 from tqdm import tqdm
 
-from latentvae.latents import decode, encode
+from latentvae.models.latents import decode, encode
 
 SIZES = (5, 10, 20)  # of each class
 TEMPERATURES = (0.0, 1.0, 2.0, 4.0)

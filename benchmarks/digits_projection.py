@@ -25,15 +25,15 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 import latentvae
-from latentvae.explore.clustering import cluster, nmi
-from latentvae.explore.features import pool
-from latentvae.explore.gallery import raw_pixels
-from latentvae.explore.interpolation import thumbnail
-from latentvae.explore.projection import normalise, project
-from latentvae.images import find_images, load_image
-from latentvae.latents import encode
+from latentvae.images.reading import find_images, load_image
+from latentvae.images.resizing import thumbnail
+from latentvae.models.latents import encode
+from latentvae.toolbox.atlas.clusters import cluster, nmi
+from latentvae.toolbox.atlas.features import pool
+from latentvae.toolbox.atlas.gallery import raw_pixels
+from latentvae.toolbox.atlas.projection import normalise, project
+from latentvae.training.config import load_config
 from latentvae.training.loop import train
-from latentvae.training.settings import load_config
 
 PER_CLASS, DRAWS, SEEDS = 10, 20, 5
 GRIDS = (0, 2, 4, 8)

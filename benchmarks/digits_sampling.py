@@ -27,10 +27,10 @@ from machine import machine
 from PIL import Image
 
 import latentvae
-from latentvae.explore.prior import StandardNormal, load_prior
-from latentvae.explore.sampling import sample, sample_labels
-from latentvae.latents import reconstruct
-from latentvae.pictures import grid
+from latentvae.images.drawing import grid
+from latentvae.models.latents import reconstruct
+from latentvae.toolbox.priors.prior import StandardNormal, load_prior
+from latentvae.toolbox.priors.sampling import sample, sample_labels
 
 COUNT = 500
 SHOWN = 10  # pictures of a row

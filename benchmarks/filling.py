@@ -23,8 +23,9 @@ from skimage.restoration import inpaint_biharmonic
 from tqdm import tqdm
 
 import latentvae
-from latentvae.explore.imputation import fill, hole_psnr
-from latentvae.images import find_images, from_uint8, load_image, to_uint8
+from latentvae.images.reading import find_images, load_image
+from latentvae.images.tensors import from_uint8, to_uint8
+from latentvae.toolbox.editing.fill import fill, hole_psnr
 
 RADIUS = 3  # pixels, of OpenCV's methods: the usual choice
 Row = tuple[str, str, float, float]  # hole, method, dB, seconds

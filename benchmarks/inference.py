@@ -23,9 +23,9 @@ from diffusers import AutoencoderTiny
 from machine import DEVICE, Peak, convolution_roof, machine, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentvae.optimization import optimize
-from latentvae.presets import build
-from latentvae.tiling import enable_exact_tiling
+from latentvae.models.presets import build
+from latentvae.runtime.optimize import optimize
+from latentvae.runtime.tiling.switch import enable_exact_tiling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VERBS = ("decode", "encode")

@@ -24,16 +24,16 @@ from machine import DEVICE, machine, seconds
 from tqdm import tqdm
 
 import latentvae
-from latentvae.codec import DEFAULT_QUALITY
-from latentvae.doctor import compare_halves
-from latentvae.evaluation import evaluate
-from latentvae.exporting import SIDECAR
-from latentvae.fingerprint import weight_hash
-from latentvae.images import find_images, load_image
-from latentvae.latents import reconstruct
-from latentvae.model import WEIGHTS_DIR, WEIGHTS_NAME, bundled, cast
-from latentvae.perceptual import load_lpips
-from latentvae.pictures import grid
+from latentvae.codec.compression import DEFAULT_QUALITY
+from latentvae.images.drawing import grid
+from latentvae.images.reading import find_images, load_image
+from latentvae.measure.evaluate import evaluate
+from latentvae.measure.lpips import load_lpips
+from latentvae.models.exporting import SIDECAR
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.latents import reconstruct
+from latentvae.models.loading import WEIGHTS_DIR, WEIGHTS_NAME, bundled, cast
+from latentvae.pipelines.doctor.halves import compare_halves
 from latentvae.training.record import read_records
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
-from latentvae.explore.calibration import Verdict
-from latentvae.explore.roc import auroc
+from latentvae.toolbox.anomaly.calibration import Verdict
+from latentvae.toolbox.anomaly.roc import auroc
 
 RANKS = (8, 16, 32, 64)
 Scores = dict[str, list[float]]  # of each detector, one for each image

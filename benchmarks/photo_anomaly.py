@@ -22,11 +22,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import latentvae
-from latentvae.explore.anomaly import look
-from latentvae.explore.calibration import calibrate
-from latentvae.images import find_images, from_uint8, load_image, to_pil
-from latentvae.perceptual import load_lpips
-from latentvae.pictures import grid
+from latentvae.images.drawing import grid
+from latentvae.images.reading import find_images, load_image
+from latentvae.images.saving import to_pil
+from latentvae.images.tensors import from_uint8
+from latentvae.measure.lpips import load_lpips
+from latentvae.toolbox.anomaly.calibration import calibrate
+from latentvae.toolbox.anomaly.terms import look
 
 PATCH = 16  # pixels a side
 PATCHES = 64  # drawn from each normal photograph for PCA to learn

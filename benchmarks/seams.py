@@ -15,8 +15,8 @@ from machine import Peak, machine
 from PIL import Image
 
 import latentvae
-from latentvae.images import from_uint8
-from latentvae.pictures import grid
+from latentvae.images.drawing import grid
+from latentvae.images.tensors import from_uint8
 
 AMPLIFY = 8
 

@@ -21,15 +21,11 @@ from diffusers import AutoencoderKL
 from machine import DEVICE, machine
 
 import latentvae
-from latentvae.images import find_images
-from latentvae.model import spatial_compression_ratio
-from latentvae.store import Workload, encode_folder
-from latentvae.store.computing import Computer
-from latentvae.store.feeding import feed
-from latentvae.store.loading import Loaded, Loader
-from latentvae.store.planning import plan_shards
-from latentvae.store.settings import BATCH_SIZE, SHARD_SIZE, preprocessing
-from latentvae.store.sources import find_sources
+from latentvae.images.reading import find_images
+from latentvae.models.loading import spatial_compression_ratio
+from latentvae.store.encoding import Workload, encode_folder
+from latentvae.store.pipeline import Computer, Loaded, Loader, feed
+from latentvae.store.planning import BATCH_SIZE, SHARD_SIZE, find_sources, plan_shards, preprocessing
 
 
 def ready(vae: AutoencoderKL, folder: Path) -> list[list[Loaded]]:

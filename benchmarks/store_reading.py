@@ -20,9 +20,18 @@ from typing import Any
 import numpy as np
 import psutil
 
+from latentvae.images.resizing import Preprocessing
 from latentvae.store.dataset import LatentDataset
-from latentvae.store.manifest import Manifest, Preprocessing, ShardRecord, write_manifest
-from latentvae.store.shard import Entry, index_path, shard_name, tensor_name, tensors_path
+from latentvae.store.format import (
+    Entry,
+    Manifest,
+    ShardRecord,
+    index_path,
+    shard_name,
+    tensor_name,
+    tensors_path,
+    write_manifest,
+)
 
 CHANNELS, SIDE = 4, 32  # of f8c4 latents of 256 x 256 pixels
 MOMENTS_BYTES = 2 * CHANNELS * SIDE * SIDE * 2  # bf16

@@ -26,15 +26,14 @@ from machine import DEVICE, machine
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from latentvae.latents import Posterior
-from latentvae.losses import VAELoss
-from latentvae.perceptual import load_lpips
-from latentvae.presets import build
+from latentvae.measure.lpips import load_lpips
+from latentvae.models.latents import Posterior
+from latentvae.models.presets import build
 from latentvae.training.config import OptimConfig
-from latentvae.training.memory import keep_freed_memory
+from latentvae.training.losses import VAELoss
 from latentvae.training.module import TrainableVAE
 from latentvae.training.optim import build_optimizer
-from latentvae.training.precision import has_fast_bfloat16
+from latentvae.training.setup import has_fast_bfloat16, keep_freed_memory
 
 Step = Callable[[], None]
 

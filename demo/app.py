@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from latentvae.cli import main
+from latentvae.cli.main import main
 
 if __name__ == "__main__":
     hosted = ["--host", "0.0.0.0"] if "SPACE_ID" in os.environ else []

@@ -7,66 +7,66 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentvae.errors import LatentVAEError as LatentVAEError
-    from latentvae.evaluation import evaluate as evaluate
-    from latentvae.exporting import export as export
-    from latentvae.formats.writing import save as save
-    from latentvae.images import find_images as find_images
-    from latentvae.images import load_image as load_image
-    from latentvae.images import save_image as save_image
-    from latentvae.latents import Posterior as Posterior
-    from latentvae.latents import compute_latent_statistics as compute_latent_statistics
-    from latentvae.latents import decode as decode
-    from latentvae.latents import encode as encode
-    from latentvae.latents import reconstruct as reconstruct
-    from latentvae.latents import scale as scale
-    from latentvae.latents import unscale as unscale
-    from latentvae.model import bundled as bundled
-    from latentvae.model import load as load
-    from latentvae.optimization import optimize as optimize
-    from latentvae.patches import restore as restore
-    from latentvae.pipelines import agree as agree
-    from latentvae.pipelines import swap as swap
-    from latentvae.presets import PRESETS as PRESETS
-    from latentvae.presets import build as build
+    from latentvae.base.errors import LatentVAEError as LatentVAEError
+    from latentvae.images.reading import find_images as find_images
+    from latentvae.images.reading import load_image as load_image
+    from latentvae.images.saving import save_image as save_image
+    from latentvae.measure.evaluate import evaluate as evaluate
+    from latentvae.models.exporting import export as export
+    from latentvae.models.formats.writing import save as save
+    from latentvae.models.latents import Posterior as Posterior
+    from latentvae.models.latents import compute_latent_statistics as compute_latent_statistics
+    from latentvae.models.latents import decode as decode
+    from latentvae.models.latents import encode as encode
+    from latentvae.models.latents import reconstruct as reconstruct
+    from latentvae.models.latents import scale as scale
+    from latentvae.models.latents import unscale as unscale
+    from latentvae.models.loading import bundled as bundled
+    from latentvae.models.loading import load as load
+    from latentvae.models.presets import PRESETS as PRESETS
+    from latentvae.models.presets import build as build
+    from latentvae.pipelines.agree import agree as agree
+    from latentvae.pipelines.swap import swap as swap
+    from latentvae.runtime.optimize import optimize as optimize
+    from latentvae.runtime.patches import restore as restore
+    from latentvae.runtime.tiling.planning import plan as plan
+    from latentvae.runtime.tiling.switch import enable_exact_tiling as enable_exact_tiling
     from latentvae.store.buckets import BucketBatchSampler as BucketBatchSampler
     from latentvae.store.dataset import LatentDataset as LatentDataset
     from latentvae.store.encoding import encode_folder as encode_folder
     from latentvae.store.webdataset import export_webdataset as export_webdataset
-    from latentvae.tiling import enable_exact_tiling as enable_exact_tiling
-    from latentvae.tiling import plan as plan
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "LatentVAEError": "errors",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "save": "formats.writing",
-    "find_images": "images",
-    "load_image": "images",
-    "save_image": "images",
-    "Posterior": "latents",
-    "compute_latent_statistics": "latents",
-    "decode": "latents",
-    "encode": "latents",
-    "reconstruct": "latents",
-    "scale": "latents",
-    "unscale": "latents",
-    "PRESETS": "presets",
-    "build": "presets",
-    "bundled": "model",
-    "load": "model",
-    "optimize": "optimization",
-    "restore": "patches",
-    "agree": "pipelines",
-    "swap": "pipelines",
+    "LatentVAEError": "base.errors",
+    "evaluate": "measure.evaluate",
+    "export": "models.exporting",
+    "save": "models.formats.writing",
+    "find_images": "images.reading",
+    "load_image": "images.reading",
+    "save_image": "images.saving",
+    "Posterior": "models.latents",
+    "compute_latent_statistics": "models.latents",
+    "decode": "models.latents",
+    "encode": "models.latents",
+    "reconstruct": "models.latents",
+    "scale": "models.latents",
+    "unscale": "models.latents",
+    "PRESETS": "models.presets",
+    "build": "models.presets",
+    "bundled": "models.loading",
+    "load": "models.loading",
+    "optimize": "runtime.optimize",
+    "restore": "runtime.patches",
+    "agree": "pipelines.agree",
+    "swap": "pipelines.swap",
     "BucketBatchSampler": "store.buckets",
     "LatentDataset": "store.dataset",
     "encode_folder": "store.encoding",
     "export_webdataset": "store.webdataset",
-    "enable_exact_tiling": "tiling",
-    "plan": "tiling",
+    "enable_exact_tiling": "runtime.tiling.switch",
+    "plan": "runtime.tiling.planning",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605

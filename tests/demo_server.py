@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import latentvae
-from latentvae.exporting import export
+from latentvae.models.exporting import export
 
 
 def free_port() -> int:
@@ -31,7 +31,7 @@ def tiny_export(folder: Path) -> Path:
 def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[Any]:
     """A page that is served, with the tiny model alone, and without LPIPS."""
     from latentvae.demo import models, server
-    from latentvae.demo.limits import Limits
+    from latentvae.demo.guard import Limits
 
     patch.setattr(models, "bundled", list)
     patch.setattr(models, "_is_faster", lambda swift, exact: False)  # as measured: not the same on every run

@@ -13,7 +13,9 @@ import latentvae
 import latentvae.store.encoding
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["latentvae.store.encoding", "latentvae.presets"])  # installed, so found
+context.set_forkserver_preload(
+    ["latentvae.store.encoding", "latentvae.models.presets"]
+)  # installed, so found
 
 
 def run(photos: Path, store: Path, environment: dict[str, str]) -> None:

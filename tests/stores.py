@@ -6,8 +6,18 @@ from typing import Any
 
 import torch
 
-from latentvae.store.manifest import DTYPES, Manifest, Preprocessing, ShardRecord, write_manifest
-from latentvae.store.shard import Entry, flipped_name, shard_name, tensor_name, write_shard
+from latentvae.images.resizing import Preprocessing
+from latentvae.store.format import (
+    DTYPES,
+    Entry,
+    Manifest,
+    ShardRecord,
+    flipped_name,
+    shard_name,
+    tensor_name,
+    write_manifest,
+    write_shard,
+)
 
 Size = tuple[int, int]  # of latents: height, width
 RATIO = 8  # pixels of one latent

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from latentvae.kernels import groupnorm, winograd
-from latentvae.presets import block_types
+from latentvae.models.presets import block_types
+from latentvae.runtime.kernels import groupnorm, winograd
 
 
 def build(

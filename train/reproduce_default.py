@@ -26,11 +26,10 @@ from typing import Any
 
 import torch
 
-from latentvae.errors import LatentVAEError
+from latentvae.base.errors import LatentVAEError
 from latentvae.training.checkpoint import newest
-from latentvae.training.config import Config
+from latentvae.training.config import Config, load_config, recipes
 from latentvae.training.record import read_records
-from latentvae.training.settings import load_config, recipes
 
 STOPPED = 4  # exit code of `latentvae train`: saved, and there is more to do
 FAILED = 2

@@ -5,7 +5,7 @@ Everything is in latentvae/training; `latentvae train` is the same in one proces
 
 import sys
 
-from latentvae.cli import main
+from latentvae.cli.main import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

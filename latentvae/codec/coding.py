@@ -7,9 +7,9 @@ from typing import Any
 import constriction
 import numpy as np
 
+from latentvae.base.errors import CodecError
 from latentvae.codec.context import LIMIT, Context, Front
 from latentvae.codec.tables import FRACTIONS, REACH, TOTAL, tables
-from latentvae.errors import CodecError
 
 MAX_BITS = 16  # of what lies beyond REACH: distances are below 2 * LIMIT
 Exchange = Callable[[int, Front, np.ndarray, np.ndarray], np.ndarray]

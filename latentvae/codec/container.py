@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from latentvae.errors import CodecError
-from latentvae.images import MAX_PIXELS, Padding
+from latentvae.base.errors import CodecError
+from latentvae.images.reading import MAX_PIXELS
+from latentvae.images.tensors import Padding
 
 MAGIC, VERSION = b"LVAE", 1
 FIXED = struct.Struct("<4sB8sIIBBBBBI")

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from latentvae.errors import CodecError
-from latentvae.latents import Posterior
+from latentvae.base.errors import CodecError
+from latentvae.models.latents import Posterior
 
 QUALITY_OF_ONE_STD = 30  # the quality whose step is the latents' standard deviation
 MOST = 2.0  # times larger or smaller than the mean a channel's step may be

@@ -1,4 +1,4 @@
-"""The demo: a page in the browser on which every capability is tried; the only importer of gradio.
+"""The page in the browser, one file per tab; the only room that imports gradio.
 
-`server.start` serves it, `page.build` lays it out, `limits` and `gate` keep it safe, and each tab has a file.
+In: pictures of visitors. Out: pictures, figures, and files to take home.
 """

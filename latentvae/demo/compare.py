@@ -6,14 +6,14 @@ from typing import Any, Literal, get_args
 import gradio as gr
 import torch
 
-from latentvae import codec
+from latentvae.base.errors import LatentVAEError
+from latentvae.codec import compression as codec
 from latentvae.demo import equal_bytes, panes, views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import Photo, read_photo
-from latentvae.errors import LatentVAEError
-from latentvae.images import to_pil
-from latentvae.latents import reconstruct
-from latentvae.metrics import Metrics
+from latentvae.demo.guard import Photo, read_photo
+from latentvae.images.saving import to_pil
+from latentvae.measure.metrics import Metrics
+from latentvae.models.latents import reconstruct
 
 MOST = 3
 Side = Literal["64", "128", "256", "512"]  # as text: so gradio describes choices to clients

@@ -5,14 +5,14 @@ from typing import Any
 import gradio as gr
 import torch
 
-from latentvae import codec
+from latentvae.base.errors import CodecError, LatentVAEError
+from latentvae.codec import compression as codec
 from latentvae.demo import latents_file, views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import check_side, read_bytes, read_photo
+from latentvae.demo.guard import check_side, read_bytes, read_photo
 from latentvae.demo.models import Model
-from latentvae.errors import CodecError, LatentVAEError
-from latentvae.latents import decode
-from latentvae.metrics import Metrics
+from latentvae.measure.metrics import Metrics
+from latentvae.models.latents import decode
 
 MAGIC = b"LVAE"
 INVITATION = (

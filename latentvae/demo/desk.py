@@ -4,19 +4,18 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
 
 from latentvae.demo import views
-from latentvae.demo.limits import Limits, guarded
+from latentvae.demo.guard import Limits, guarded
 from latentvae.demo.models import Models
 from latentvae.demo.theme import SIDES
-from latentvae.images import load_image
+from latentvae.images.reading import load_image
+from latentvae.models.loading import SAMPLE_PICTURE
 
-EXAMPLE = Path(__file__).parents[1] / "assets" / "chelsea.png"
 PART = 160  # pixels of a side of the odd example's parts
 SESSION_SECONDS = 3600  # what a visitor saw last is kept
 HEAVY = "heavy"  # the queue of all that computes: one job at a time
@@ -25,13 +24,15 @@ HEAVY = "heavy"  # the queue of all that computes: one job at a time
 class Desk:
     """One server's models and limits, handed to every tab."""
 
-    example = EXAMPLE
+    example = SAMPLE_PICTURE
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
 
     @staticmethod
-    def photo(label: str = "Picture", value: str = str(EXAMPLE), offer_example: bool = True) -> gr.Image:
+    def photo(
+        label: str = "Picture", value: str = str(SAMPLE_PICTURE), offer_example: bool = True
+    ) -> gr.Image:
         """An input for one picture: drop, paste, take, or the example. Handlers get its path, unread."""
         photo = gr.Image(
             value,
@@ -54,7 +55,7 @@ class Desk:
     @staticmethod
     def second_example() -> torch.Tensor:
         """The example (C, H, W) in its mirror, for a way from one to the other."""
-        return load_image(EXAMPLE).flip(2)
+        return load_image(SAMPLE_PICTURE).flip(2)
 
     @staticmethod
     def photos(label: str, images: Sequence[torch.Tensor]) -> gr.Gallery:
@@ -76,7 +77,7 @@ class Desk:
     @staticmethod
     def parts(painted: int | None = None) -> list[torch.Tensor]:
         """Nine parts (C, H, W) of the example, one of them painted over if its number is given."""
-        image = load_image(EXAMPLE)
+        image = load_image(SAMPLE_PICTURE)
         places = [(top, left) for top in (0, 70, 140) for left in (20, 110, 200)]
         parts = [image[:, top : top + PART, left : left + PART].clone() for top, left in places]
         if painted is not None:
@@ -199,4 +200,4 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
 
 def take_example() -> str:
     """The example picture."""
-    return views.keep(EXAMPLE.read_bytes(), EXAMPLE.name)
+    return views.keep(SAMPLE_PICTURE.read_bytes(), SAMPLE_PICTURE.name)

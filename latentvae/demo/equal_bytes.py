@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from latentvae.images import load_image, to_pil
+from latentvae.images.reading import load_image
+from latentvae.images.saving import to_pil
 
 Format = Literal["JPEG", "WebP"]
 

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from latentvae.base.errors import ImageError
 from latentvae.demo import painter, views
 from latentvae.demo.desk import HEAVY, Desk
-from latentvae.demo.limits import guarded, read_photo
-from latentvae.errors import ImageError
-from latentvae.explore.imputation import STEPS, fill
-from latentvae.explore.interpolation import thumbnail
-from latentvae.images import load_image, to_pil
+from latentvae.demo.guard import guarded, read_photo
+from latentvae.images.reading import load_image
+from latentvae.images.resizing import thumbnail
+from latentvae.images.saving import to_pil
+from latentvae.toolbox.editing.fill import STEPS, fill
 
 MASK_BYTES = 4 << 20
 SHAPE_SLACK = 0.03  # of the ratio of width to height, in which mask and picture may differ

@@ -7,8 +7,9 @@ import gradio as gr
 
 from latentvae.demo import views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import read_photo
-from latentvae.explore.interpolation import interpolate, match_size, step_sizes, strip, thumbnail
+from latentvae.demo.guard import read_photo
+from latentvae.images.resizing import thumbnail
+from latentvae.toolbox.editing.interpolate import interpolate, match_size, step_sizes, strip
 
 FPS = 8.0
 

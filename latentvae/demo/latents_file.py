@@ -8,12 +8,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from latentvae.demo.limits import Limits, check_side
+from latentvae.base.errors import LatentVAEError
+from latentvae.demo.guard import Limits, check_side
 from latentvae.demo.models import Model
-from latentvae.errors import LatentVAEError
-from latentvae.images import Padding
-from latentvae.latents import Posterior
-from latentvae.model import spatial_compression_ratio
+from latentvae.images.tensors import Padding
+from latentvae.models.latents import Posterior
+from latentvae.models.loading import spatial_compression_ratio
 
 MAX_HEADER = 1 << 20  # bytes that are searched for the hash
 AGAIN = "Download the latents again in the tab Reconstruct."
@@ -38,7 +38,7 @@ def write(model: Model, posterior: Posterior, latents: torch.Tensor, padding: Pa
         "padding": torch.tensor(astuple(padding), dtype=torch.int64),
     }
     about = {
-        "format": "latentvae.latents.1",
+        "format": "latentvae.models.latents.1",
         "model": model.name,
         "weights_sha256": model.weights_sha256,
         "padding": "left, top, right, bottom, height, width",

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from latentvae.errors import LatentVAEError, MissingWeightsError, ModelError
-from latentvae.fingerprint import weight_hash
-from latentvae.model import DEFAULT_MODEL, bundled, describe, load
-from latentvae.optimization import optimize
-from latentvae.perceptual import LPIPS, load_lpips
-from latentvae.tiling import enable_exact_tiling
+from latentvae.base.errors import LatentVAEError, MissingWeightsError, ModelError
+from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.loading import DEFAULT_MODEL, bundled, describe, load
+from latentvae.runtime.optimize import optimize
+from latentvae.runtime.tiling.switch import enable_exact_tiling
 
 logger = logging.getLogger(__name__)
 

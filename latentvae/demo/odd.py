@@ -8,15 +8,15 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from latentvae.base.errors import LatentVAEError
 from latentvae.demo import views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import Photo, read_photo
-from latentvae.errors import LatentVAEError
-from latentvae.explore.anomaly import LPIPS_TERMS, TERMS, Look, look
-from latentvae.explore.calibration import LEAST, Verdict, calibrate
-from latentvae.explore.interpolation import thumbnail
-from latentvae.images import from_uint8
-from latentvae.pictures import colour_heat
+from latentvae.demo.guard import Photo, read_photo
+from latentvae.images.drawing import colour_heat
+from latentvae.images.resizing import thumbnail
+from latentvae.images.tensors import from_uint8
+from latentvae.toolbox.anomaly.calibration import LEAST, Verdict, calibrate
+from latentvae.toolbox.anomaly.terms import LPIPS_TERMS, TERMS, Look, look
 
 SHADE = 0.55  # how much of a heat map covers its picture
 

@@ -8,8 +8,8 @@ from latentvae.demo.compare import Compare
 from latentvae.demo.compress import Compress
 from latentvae.demo.desk import Desk
 from latentvae.demo.fill import FillIn
+from latentvae.demo.guard import Limits, LocalBlocks
 from latentvae.demo.interpolate import Interpolate
-from latentvae.demo.limits import Limits, LocalBlocks
 from latentvae.demo.models import Models
 from latentvae.demo.odd import FindOdd
 from latentvae.demo.reconstruct import Reconstruct

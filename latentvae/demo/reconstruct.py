@@ -8,13 +8,13 @@ from typing import Any, Literal
 import gradio as gr
 import torch
 
+from latentvae.base.errors import LatentVAEError
 from latentvae.demo import latents_file, views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import read_photo
-from latentvae.errors import LatentVAEError
-from latentvae.latents import decode, encode
-from latentvae.metrics import ImageMetrics, Metrics, MetricsSummary
-from latentvae.pictures import ERROR_WHITE
+from latentvae.demo.guard import read_photo
+from latentvae.images.drawing import ERROR_WHITE
+from latentvae.measure.metrics import ImageMetrics, Metrics, MetricsSummary
+from latentvae.models.latents import decode, encode
 
 SCALE = f"Error: black is none, white is {ERROR_WHITE} of 255 levels or more."
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import gradio as gr
 
+from latentvae.base.errors import LatentVAEError
 from latentvae.demo import views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import read_photo
+from latentvae.demo.guard import read_photo
 from latentvae.demo.models import Model
-from latentvae.errors import LatentVAEError
-from latentvae.explore.interpolation import match_size
-from latentvae.images import save_image
+from latentvae.images.saving import save_image
+from latentvae.toolbox.editing.interpolate import match_size
 
 if TYPE_CHECKING:
-    from latentvae.explore.prior import Prior
+    from latentvae.toolbox.priors.prior import Prior
 
 MOST = 12
 Side = Literal["64", "128", "256"]  # as text: so gradio describes choices to clients
@@ -52,8 +52,8 @@ class Sample:
         Returns:
             The new pictures; what was drawn from, as JSON.
         """
-        from latentvae.explore.prior import StandardNormal
-        from latentvae.explore.sampling import sample
+        from latentvae.toolbox.priors.prior import StandardNormal
+        from latentvae.toolbox.priors.sampling import sample
 
         if prior not in ("gaussian", "standard") or side not in get_args(Side):
             raise LatentVAEError(f"prior {prior!r} and side {side} came; choose from those that are offered.")
@@ -72,9 +72,9 @@ class Sample:
 
     def _fit(self, files: list[str], model: Model, side: int) -> "Prior":
         """A Gaussian fitted to squares of the pictures and their mirror images."""
-        from latentvae.explore.latent_set import LatentSet
-        from latentvae.explore.mixture import fit_mixture
         from latentvae.store.encoding import encode_folder
+        from latentvae.toolbox.priors.latent_set import LatentSet
+        from latentvae.toolbox.priors.mixture import fit_mixture
 
         most = self.desk.limits.images
         if not LEAST_LEARNED <= len(files) <= most:

@@ -7,13 +7,53 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from latentvae.demo.limits import Limits
-from latentvae.errors import LatentVAEError
+from latentvae.base.errors import LatentVAEError
+from latentvae.demo.guard import Limits
+
+
+class Sweeper(threading.Thread):
+    """Deletes what is older than `keep_seconds` below a folder, every `sweep_seconds`, until that is gone.
+
+    Files that are there when it is made belong to the page, and stay.
+    """
+
+    def __init__(self, folder: Path, keep_seconds: float, sweep_seconds: float) -> None:
+        super().__init__(name="sweeper", daemon=True)
+        self.folder, self.keep_seconds, self.sweep_seconds = folder, keep_seconds, sweep_seconds
+        self.own = {Path(place, name) for place, _, names in os.walk(folder) for name in names}
+
+    def run(self) -> None:
+        """Sweep again and again."""
+        while self.folder.is_dir():
+            self.sweep(time.time())
+            time.sleep(self.sweep_seconds)
+
+    def sweep(self, now: float) -> None:
+        """Delete what is too old at this time (seconds since 1970), and folders that are empty then."""
+        for place, _, names in os.walk(self.folder, topdown=False):
+            emptied = False
+            for file in (Path(place, name) for name in names):
+                if file not in self.own and self._is_old(file, now):
+                    with suppress(OSError):  # gone already, or open on Windows: the next time
+                        file.unlink()
+                        emptied = True
+            if Path(place) != self.folder and (emptied or self._is_old(Path(place), now)):
+                with suppress(OSError):  # not empty
+                    Path(place).rmdir()
+
+    def _is_old(self, path: Path, now: float) -> bool:
+        try:
+            found = path.lstat()
+        except OSError:
+            return False
+        return max(found.st_mtime, found.st_ctime) < now - self.keep_seconds
+
 
 HOST, PORT = "127.0.0.1", 7860
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -91,10 +131,9 @@ def start(
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from latentvae.demo.gate import Gate
+    from latentvae.demo.guard import Gate
     from latentvae.demo.models import Models
     from latentvae.demo.page import build
-    from latentvae.demo.sweeping import Sweeper
     from latentvae.demo.theme import CSS, make_theme
 
     limits = limits or Limits()

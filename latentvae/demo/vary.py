@@ -7,9 +7,9 @@ import torch
 
 from latentvae.demo import views
 from latentvae.demo.desk import Desk
-from latentvae.demo.limits import read_photo
-from latentvae.explore.interpolation import thumbnail
-from latentvae.explore.variation import Reference, Variations
+from latentvae.demo.guard import read_photo
+from latentvae.images.resizing import thumbnail
+from latentvae.toolbox.editing.vary import Reference, Variations
 
 FPS = 3.0
 MOST = 9

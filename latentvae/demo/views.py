@@ -13,10 +13,11 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from latentvae.explore.interpolation import save_animation, thumbnail
-from latentvae.images import to_pil
-from latentvae.metrics import ImageMetrics
-from latentvae.pictures import colour_error, error_map
+from latentvae.images.drawing import colour_error, error_map
+from latentvae.images.resizing import thumbnail
+from latentvae.images.saving import to_pil
+from latentvae.measure.metrics import ImageMetrics
+from latentvae.toolbox.editing.interpolate import save_animation
 
 VIEW_SIDE = 1600  # pixels that a screen shows of a picture's longer side; downloads are whole
 CHANNEL_SIDE = 256  # pixels to which channels of latents are enlarged

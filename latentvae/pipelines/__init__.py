@@ -1,8 +1,4 @@
-"""Putting a VAE into a diffusers pipeline, and whether that can work."""
+"""A VAE in a diffusers pipeline. Imports runtime, measure, models, images, base.
 
-from latentvae.pipelines.agreement import Agreement, agree
-from latentvae.pipelines.checks import LatentSpaceError
-from latentvae.pipelines.structure import SwapError
-from latentvae.pipelines.swapping import swap
-
-__all__ = ["Agreement", "LatentSpaceError", "SwapError", "agree", "swap"]
+In: a pipeline and a VAE. Out: the pipeline with that VAE in it, or why that cannot work.
+"""

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from latentvae.errors import StoreError
+from latentvae.base.errors import StoreError
 from latentvae.store.dataset import LatentDataset
-from latentvae.store.shard import latent_size
+from latentvae.store.format import latent_size
 
 
 class BucketBatchSampler(Sampler[list[int]]):

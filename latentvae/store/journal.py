@@ -11,25 +11,22 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from latentvae.errors import StoreError
-from latentvae.store.manifest import (
+from latentvae.base.errors import StoreError
+from latentvae.base.files import partial_path, write_atomically
+from latentvae.store.format import (
     MANIFEST,
-    Manifest,
-    ShardRecord,
-    partial_path,
-    read_manifest,
-    to_bytes,
-    write_atomically,
-    write_manifest,
-)
-from latentvae.store.shard import (
     Entry,
     Failure,
+    Manifest,
+    ShardRecord,
     place_shard,
+    read_manifest,
     remove_shard,
     shard_files,
     shard_number,
     stage_shard,
+    to_bytes,
+    write_manifest,
 )
 
 FOLDER, DONE = ".run", ".run-done"  # renamed before it is deleted, so that it is never there in part

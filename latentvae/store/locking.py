@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from latentvae.errors import StoreError
+from latentvae.base.errors import StoreError
 
 LOCK = ".lock"
 OTHERS = ".lock-others"  # of the processes besides the first

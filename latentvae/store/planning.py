@@ -1,4 +1,4 @@
-"""Which image is in which shard and which batch: from the sorted keys and the images' sizes, nothing else."""
+"""Which image is in which shard and batch, and what a store is made with."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,181 @@ from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from latentvae.store.geometry import Size
-from latentvae.store.manifest import ShardRecord
+from diffusers import AutoencoderKL
+
+from latentvae.base.errors import StoreError
+from latentvae.images import captions
+from latentvae.images.captions import Caption
+from latentvae.images.reading import PathLike, find_images
+from latentvae.images.resizing import Preprocessing, Size
+from latentvae.store.format import (
+    DTYPES,
+    MANIFEST,
+    DtypeName,
+    Manifest,
+    ShardRecord,
+    damage,
+    model_config,
+    read_entries,
+    read_failures,
+    shard_name,
+    shard_number,
+)
+from latentvae.store.journal import DONE, FOLDER
+from latentvae.store.locking import LOCK, OTHERS
 from latentvae.store.salvage import Loss, Remains, find_losses, read_remains
-from latentvae.store.shard import damage, read_entries, read_failures, shard_name, shard_number
+
+BATCH_SIZE = 8
+SHARD_SIZE = 1024
+MAX_SIZE = 8192  # pixels
+
+
+def preprocessing(vae: AutoencoderKL, size: int | None, crop: bool) -> Preprocessing:
+    """The policy that `size` and `crop` mean for a model.
+
+    Raises:
+        StoreError: a crop without a size, a size out of range, or a model that takes no images from files.
+    """
+    channels = vae.config["in_channels"]
+    if channels not in (1, 3):
+        raise StoreError(f"this model takes {channels} channels; image files have 1 or 3.")
+    if size is None:
+        if crop:
+            raise StoreError("crop came without a size: give the side of the squares to crop, --size.")
+        return Preprocessing(channels=channels)
+    least = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if not least <= size <= MAX_SIZE:
+        raise StoreError(f"size={size} came; wanted {least} to {MAX_SIZE} pixels.")
+    return Preprocessing(policy="centre-crop" if crop else "size", size=size, channels=channels)
+
+
+def new_settings(
+    vae: AutoencoderKL,
+    dtype: DtypeName,
+    policy: Preprocessing,
+    flips: bool,
+    batch_size: int,
+    shard_size: int,
+    weights_sha256: str,
+) -> Manifest:
+    """The manifest of a new store, without shards.
+
+    Raises:
+        StoreError: a dtype that no store has, or sizes below 1.
+    """
+    names = {value: name for name, value in DTYPES.items()}
+    if dtype not in DTYPES or vae.dtype not in names:
+        raise StoreError(
+            f"dtype {dtype} and a model in {vae.dtype} came; wanted one of {', '.join(DTYPES)} each."
+        )
+    if min(batch_size, shard_size) < 1:
+        raise StoreError(f"batch_size={batch_size}, shard_size={shard_size} came; wanted 1 or more.")
+    return Manifest(
+        weights_sha256=weights_sha256,
+        config=model_config(vae),
+        scaling_factor=vae.config["scaling_factor"],
+        shift_factor=vae.config["shift_factor"],
+        preprocessing=policy,
+        dtype=dtype,
+        precision=names[vae.dtype],
+        flips=flips,
+        batch_size=batch_size,
+        shard_size=shard_size,
+    )
+
+
+def check_same(store: Path, old: Manifest, new: Manifest) -> None:
+    """Refuse to add to a store what is made otherwise.
+
+    Raises:
+        StoreError: says what differs.
+    """
+    names = [name for name in Manifest.model_fields if name != "shards"]
+    differing = [name for name in names if getattr(old, name) != getattr(new, name)]
+    if "weights_sha256" in differing or {"config", "scaling_factor", "shift_factor"} & set(differing):
+        raise StoreError(
+            f"{store} was encoded with another VAE (weights {old.weights_sha256[:12]}, scaling_factor "
+            f"{old.scaling_factor:g}; this one has {new.weights_sha256[:12]}, {new.scaling_factor:g}). Name "
+            "that VAE with --model, or another folder."
+        )
+    if differing:
+        was, came = (_listed(differing, manifest) for manifest in (old, new))
+        raise StoreError(
+            f"{store} was encoded with {was}; {came} came. Give the same options, or another folder."
+        )
+
+
+def check_folder(store: Path) -> None:
+    """Create a store's folder where it is missing.
+
+    Raises:
+        StoreError: something else is there, or it cannot be made.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in store.iterdir()}
+    except OSError as error:
+        raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
+    if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
+        raise StoreError(
+            f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
+            "names the store: give a new or an empty folder."
+        )
+
+
+def _listed(names: Iterable[str], manifest: Manifest) -> str:
+    parts = []
+    for name in names:
+        value = getattr(manifest, name)
+        if isinstance(value, Preprocessing):
+            value = f"{value.policy} {value.size or ''} (version {value.version}, {value.channels} channels)"
+        parts.append(f"{name} {value}")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image file.
+
+    Attributes:
+        path: as it was found.
+        root: the folder that its key is relative to.
+    """
+
+    path: Path
+    root: Path
+
+    def caption(self) -> tuple[Caption, list[str]]:
+        """What is said about it, and notes on what cannot be read: see `captions.read_caption`."""
+        return captions.read_caption(self.path, self.root)
+
+
+def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str, Source]:
+    """The images below the paths, by key, sorted; those inside the store are left out.
+
+    A key is the POSIX path below the folder that was named, with its suffix; of a file named itself its name.
+
+    Raises:
+        ImageError: no images, or a path that is missing.
+        StoreError: two images of one key.
+    """
+    named = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    captions.forget()
+    found: dict[str, Source] = {}
+    inside = store.resolve()
+    for path in find_images(named):
+        if inside in path.resolve().parents:
+            continue
+        root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)
+        key = path.relative_to(root).as_posix()
+        if key in found and not found[key].path.samefile(path):
+            raise StoreError(
+                f"{found[key].path} and {path} would both have the key {key!r}: name a folder that holds "
+                "both, or encode them to two stores."
+            )
+        found[key] = Source(path, root)
+    return dict(sorted(found.items()))
+
 
 BATCH_PIXELS = 512 * 512  # a batch size is meant for images of so many; of larger ones fewer make a batch
 LARGE = 1024 * 1024  # pixels above which an image is a batch of its own, and may be tiled

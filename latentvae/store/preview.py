@@ -7,13 +7,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
 
-from latentvae.errors import ImageError, StoreError
-from latentvae.images import PathLike, load_image
-from latentvae.latents import Posterior, decode
-from latentvae.pictures import grid
-from latentvae.store.geometry import Geometry
-from latentvae.store.manifest import Manifest, read_manifest
-from latentvae.store.shard import Entry, read_entries, tensors_path
+from latentvae.base.errors import ImageError, StoreError
+from latentvae.images.drawing import grid
+from latentvae.images.reading import PathLike, load_image
+from latentvae.images.resizing import Geometry
+from latentvae.models.latents import Posterior, decode
+from latentvae.store.format import Entry, Manifest, read_entries, read_manifest, tensors_path
 
 PREVIEW = "preview.png"
 LARGEST = 1024 * 1024  # pixels of an image that is shown

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from torch.distributed.distributed_c10d import Store
 
-from latentvae.errors import StoreError
+from latentvae.base.errors import StoreError
 
 POLL_SECONDS = 0.05
 _runs = itertools.count()

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from latentvae.errors import StoreError
-from latentvae.store.manifest import ShardRecord
-from latentvae.store.shard import index_path
+from latentvae.base.errors import StoreError
+from latentvae.store.format import ShardRecord, index_path
 
 NAMED = 5  # lost images and shards that a refusal names
 

@@ -6,20 +6,22 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from latentvae.errors import StoreError
-from latentvae.images import PathLike
-from latentvae.store.journal import FOLDER
-from latentvae.store.manifest import Manifest, ShardRecord, read_manifest
-from latentvae.store.shard import (
+from latentvae.base.errors import StoreError
+from latentvae.images.reading import PathLike
+from latentvae.store.format import (
     Entry,
+    Manifest,
+    ShardRecord,
     damage,
     flipped_name,
     index_path,
     latent_size,
     read_entries,
     read_failures,
+    read_manifest,
     tensors_path,
 )
+from latentvae.store.journal import FOLDER
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as safetensors calls them
 

@@ -15,11 +15,10 @@ from urllib.parse import quote
 import numpy as np
 import torch
 
-from latentvae.errors import StoreError
-from latentvae.store.dataset import NO_LABEL, caption, label
-from latentvae.store.manifest import Manifest, write_atomically
-from latentvae.store.reading import StoreReader
-from latentvae.store.shard import Entry
+from latentvae.base.errors import StoreError
+from latentvae.base.files import write_atomically
+from latentvae.store.dataset import NO_LABEL, StoreReader, caption, label
+from latentvae.store.format import Entry, Manifest
 
 DATASET = "dataset.json"
 LONGEST_NAME = 200  # bytes; file systems, where people unpack tars, take 255 with the suffix

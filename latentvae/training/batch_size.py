@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from latentvae.errors import LatentVAEError
+from latentvae.base.errors import LatentVAEError
 from latentvae.training.config import Config
-from latentvae.training.data import Batch
+from latentvae.training.data.crops import Batch
 from latentvae.training.record import peak_memory
-from latentvae.training.run import Run, set_up
+from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
 PROBES = (2, 6)

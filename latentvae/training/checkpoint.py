@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from latentvae.errors import ConfigError, LatentVAEError
-from latentvae.formats.writing import let_others_read
-from latentvae.model import check_keys
+from latentvae.base.errors import ConfigError, LatentVAEError
+from latentvae.models.formats.writing import let_others_read
+from latentvae.models.loading import check_keys
 from latentvae.training.adversary import Adversary
-from latentvae.training.ema import EMA
+from latentvae.training.optim import EMA
 
 logger = logging.getLogger(__name__)
 

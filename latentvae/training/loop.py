@@ -14,13 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from latentvae.errors import LatentVAEError
+from latentvae.base.errors import LatentVAEError
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
-from latentvae.training.curves import draw_curves
-from latentvae.training.data import Batch, training_batches
-from latentvae.training.record import peak_memory
-from latentvae.training.run import Run, set_up
+from latentvae.training.data.crops import Batch, training_batches
+from latentvae.training.record import draw_curves, peak_memory
+from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
 SAME_SIGNAL = 2.0  # seconds

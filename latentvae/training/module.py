@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from latentvae.latents import Posterior
+from latentvae.models.latents import Posterior
 from latentvae.training.draws import Transform
 
 

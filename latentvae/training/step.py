@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch.nn.grad import conv2d_weight
 
-from latentvae.latents import Posterior
-from latentvae.losses import adaptive_weight, distillation_loss, latent_cosine
-from latentvae.model import spatial_compression_ratio
+from latentvae.models.latents import Posterior
+from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.adversary import Adversary
-from latentvae.training.data import Batch
+from latentvae.training.data.crops import Batch
 from latentvae.training.draws import Stream, draw_transform, mask, sample_noise
+from latentvae.training.losses import adaptive_weight, distillation_loss, latent_cosine
 from latentvae.training.module import Outputs
 from latentvae.training.optim import set_learning_rate
-from latentvae.training.run import Run
+from latentvae.training.setup import Run
 
 Terms = dict[str, torch.Tensor]
 

@@ -9,18 +9,18 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latentvae.card import Provenance
-from latentvae.errors import LatentVAEError
-from latentvae.evaluation import evaluate
-from latentvae.exporting import export
-from latentvae.latents import LatentStatistics, compute_latent_statistics, reconstruct
-from latentvae.metrics import MetricsSummary
-from latentvae.perceptual import LPIPS, load_lpips
-from latentvae.pictures import grid
+from latentvae.base.errors import LatentVAEError
+from latentvae.images.drawing import grid
+from latentvae.measure.evaluate import evaluate
+from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.measure.metrics import MetricsSummary
+from latentvae.models.card import Provenance
+from latentvae.models.exporting import export
+from latentvae.models.latents import LatentStatistics, compute_latent_statistics, reconstruct
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, DataConfig
-from latentvae.training.data import validation_images
-from latentvae.training.sources import ImageSource, Selection, evenly
+from latentvae.training.data.crops import validation_images
+from latentvae.training.data.sources import ImageSource, Selection, evenly
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,268 @@
+"""`latentvae anomaly fit | score`: which images are odd, compared with normal ones."""
+
+import csv
+import json as json_module
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model
+from latentvae.cli.session import (
+    check_output,
+    find_lpips,
+    finish,
+    load_model,
+    make_folder,
+    print_json,
+    read_images,
+    short_names,
+    skip,
+    with_ending,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.measure.lpips import LPIPS
+    from latentvae.toolbox.anomaly.calibration import Calibration, Verdict
+
+SHOWN = 20  # rows of the table that are printed; the CSV has all
+
+anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
+CalibrationFile = Annotated[
+    Path, typer.Argument(help="File of the calibration (safetensors).", show_default=False)
+]
+
+
+@anomaly.command()
+def fit(
+    normal: Annotated[list[Path], typer.Argument(help="Normal images or folders.", show_default=False)],
+    calibration: CalibrationFile,
+    model: Model = None,
+    lpips: Annotated[
+        bool, typer.Option("--lpips/--no-lpips", help="Use LPIPS too, where its weights are there.")
+    ] = True,
+    lpips_net: LPIPSNet = "alex",
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Learn from normal images what is usual: quantiles of every term, for this model."""
+    import torch
+
+    from latentvae.images.reading import find_images
+    from latentvae.toolbox.anomaly.calibration import calibrate, check_place
+    from latentvae.toolbox.anomaly.terms import TERMS, look
+
+    check_place(calibration)
+    files = find_images(normal)
+    make_folder(calibration.parent)  # before minutes of looking
+    vae = load_model(model, device, "fp32")
+    network, reason = find_lpips(lpips_net, lpips_weights, vae.device) if lpips else (None, "--no-lpips")
+    skipped: list[dict[str, str]] = []
+    looks = []
+    for path, image, _ in read_images(files, vae, skipped):
+        try:
+            # without its map of errors, which is as large as the image
+            looks.append(replace(look(vae, image[None], network), error=torch.empty(0), lonely=None))
+        except LatentVAEError as error:
+            small = network is not None and min(image.shape[-2:]) < network.min_size
+            remedy = " --no-lpips leaves it out." if small else ""
+            skip(path, LatentVAEError(f"{path}: {error}{remedy}"), skipped)
+    if not looks:
+        finish(skipped, 0)
+    made = calibrate(vae, looks, lpips_net if network else None)
+    made.save(calibration)
+    if json:
+        quantiles = {
+            "images": len(looks),
+            "quantiles": made.quantiles,
+            "counted": made.counted,
+            "lpips_missing_reason": reason,
+        }
+        print_json({"calibration": str(calibration), **quantiles, "skipped": skipped})
+    else:
+        typer.echo(f"{len(looks)} normal images; median and 95 % quantile:")
+        for name, values in made.quantiles.items():
+            typer.echo(
+                f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {TERMS.get(name, 'all terms as one')}"
+            )
+        alike = "alike, so all terms count" if len(made.counted) > 1 else "not alike, so one term counts"
+        typer.echo(f"The images are {alike} in the score: {', '.join(made.counted)}.")
+        if reason:
+            typer.echo(f"Without LPIPS: {reason}")
+        typer.echo(f"Written: {calibration}")
+    finish(skipped, len(looks))
+
+
+@anomaly.command()
+def score(
+    calibration: CalibrationFile,
+    photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for table and pictures.")] = Path(
+        "latentvae-output"
+    ),
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="CSV of name,label (1 odd, 0 normal) for each image: adds the ROC and its area."),
+    ] = None,
+    by: Annotated[str, typer.Option(help="Rank by this term instead: layout, alone, pixel, ...")] = "score",
+    model: Model = None,
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Rank images from odd to usual: writes NAME.heat.png, anomalies.csv and .json, and with labels roc.png.
+
+    A score of 0 is usual, above 1 rare. Heat maps show where an image is odd, by its errors or, where only
+    `alone` counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty has.
+    """
+    from latentvae.images.reading import find_images
+    from latentvae.toolbox.anomaly.calibration import load_calibration
+
+    check_output(output, photos)
+    usual = load_calibration(calibration)
+    check_term(by, list(usual.quantiles))
+    files = find_images(photos)
+    names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
+    odd = None if labels is None else read_labels(labels, set(names.values()))
+    vae = load_model(model, device, "fp32")
+    usual.check(vae)
+    network = load_network(usual, lpips_weights, vae.device)
+    make_folder(output)
+    skipped: list[dict[str, str]] = []
+    rows = judge_all(_Judge(vae, usual, network, output), files, names, skipped)
+    if rows:
+        rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))
+        both = odd is not None and len({odd[row["name"]] for row in rows}) == 2
+        areas = write_roc(output, rows, odd) if odd is not None and both else None
+        if odd is not None and not both:
+            typer.echo("no ROC: all images that could be read are of one kind.", err=True)
+        result = {"calibration": str(calibration), "images": rows, "auroc": areas, "skipped": skipped}
+        write_tables(output, rows, result)
+        print_json(result) if json else typer.echo("\n".join(report(output, rows, areas)))
+    finish(skipped, len(rows))
+
+
+def check_term(name: str, known: list[str]) -> None:
+    """Raises LatentVAEError where the calibration has no such term."""
+    if name not in known:
+        raise LatentVAEError(f"this calibration has no term {name!r}; choose one of {', '.join(known)}.")
+
+
+def load_network(usual: "Calibration", weights: Path | None, device: "torch.device") -> "LPIPS | None":
+    """The LPIPS network of the calibration; an error where its weights are not there."""
+    from latentvae.measure.lpips import load_lpips
+
+    if usual.lpips_net is None:
+        return None
+    net: Any = usual.lpips_net
+    return load_lpips(net, weights).to(device)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    vae: Any
+    usual: "Calibration"
+    network: "LPIPS | None"
+    output: Path
+
+
+def judge_all(
+    judge: _Judge, files: list[Path], names: dict[Path, str], skipped: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """One row for each image, its heat map written."""
+    from latentvae.toolbox.anomaly.terms import look
+
+    rows = []
+    for path, image, _ in read_images(files, judge.vae, skipped):
+        try:
+            verdict = judge.usual.judge(look(judge.vae, image[None], judge.network))
+        except LatentVAEError as error:
+            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            continue
+        place = judge.output / names[path]
+        place = place.with_name(with_ending(place.name, ".heat.png"))
+        make_folder(place.parent)
+        write_heat(place, image, verdict)
+        figures = {"score": verdict.score, "quantile": verdict.quantile, "terms": verdict.terms}
+        rows.append({"name": names[path], **figures, "quantiles": verdict.quantiles, "heat_map": str(place)})
+    return rows
+
+
+def write_heat(place: Path, image: "torch.Tensor", verdict: "Verdict") -> None:
+    """Draw an image beside its heat map."""
+    from latentvae.images.drawing import HEAT_WHITE, colour_heat, grid
+    from latentvae.images.tensors import from_uint8
+
+    heat = from_uint8(colour_heat(verdict.heat.numpy()))
+    colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
+    title = f"score {verdict.score:.2f} (white: {HEAT_WHITE} x usual worst)"
+    grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
+
+
+def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
+    """Which image names are odd.
+
+    Raises:
+        LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
+    """
+    from latentvae.toolbox.atlas.features import match, read_table
+
+    table = read_table(path)
+    for name, label in table.items():
+        if label not in ("0", "1"):
+            raise LatentVAEError(f"{path} has the line {f'{name},{label}'!r}; wanted NAME,0 or NAME,1.")
+    match(path, table, names, whole=True)
+    if len(set(table.values())) < 2:
+        raise LatentVAEError(
+            f"{path} labels every image {next(iter(table.values()))}; an ROC needs images of both kinds. "
+            "Leave --labels out for the ranking alone."
+        )
+    return {name: label == "1" for name, label in table.items()}
+
+
+def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
+    """The area under the ROC of the score and of every term alone; draws the score's."""
+    from latentvae.toolbox.anomaly.roc import auroc, draw_roc, roc_curve
+
+    labels = [odd[row["name"]] for row in rows]
+    scores = [row["score"] for row in rows]
+    areas = {"score": auroc(scores, labels)}
+    areas |= {name: auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
+    title = f"AUROC {areas['score']:.3f}, {sum(labels)} odd of {len(labels)}"
+    draw_roc(roc_curve(scores, labels), title).save(output / "roc.png")
+    return areas
+
+
+def write_tables(output: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Write anomalies.csv, ranked, and anomalies.json."""
+    terms = list(rows[0]["terms"])
+    with (output / "anomalies.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rank", "name", "score", "quantile", *terms])
+        for rank, row in enumerate(rows, 1):
+            values = (row["terms"][term] for term in terms)
+            writer.writerow([rank, row["name"], row["score"], row["quantile"], *values])
+    text = json_module.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "anomalies.json").write_text(text + "\n", encoding="ascii")
+
+
+def report(output: Path, rows: list[dict[str, Any]], areas: dict[str, float] | None) -> list[str]:
+    """The ranked table, each term as the share of normal images below it."""
+    terms = list(rows[0]["quantiles"])
+    width = max(len(row["name"]) for row in rows[:SHOWN])
+    lines = ["  ".join(["image".ljust(width), "score", "rarer than", *(f"{term:>9}" for term in terms)])]
+    for row in rows[:SHOWN]:
+        cells = (f"{100 * row['quantiles'][term]:7.0f} %" for term in terms)
+        name, share = row["name"].ljust(width), f"{100 * row['quantile']:8.0f} %"
+        lines.append("  ".join([name, f"{row['score']:5.2f}", share, *cells]))
+    if len(rows) > SHOWN:
+        lines.append(f"... and {len(rows) - SHOWN} more in {output / 'anomalies.csv'}.")
+    lines.append("Per cent: normal images with a lower value. Score: 0 usual, above 1 rare.")
+    if areas:
+        lines.append("AUROC: " + ", ".join(f"{name} {area:.3f}" for name, area in areas.items()) + ".")
+    return [*lines, f"Look at {rows[0]['heat_map']}."]

@@ -1,0 +1,27 @@
+"""`latentvae demo`: the page in the browser."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentvae.base.errors import LatentVAEError
+
+
+def demo(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to your network.")
+    ] = "127.0.0.1",
+    model: Annotated[
+        list[Path] | None,
+        typer.Option("--model", "-m", help="A model beside the bundled ones: folder or file. Repeatable."),
+    ] = None,
+) -> None:
+    """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
+    if find_spec("gradio") is None:
+        raise LatentVAEError("the demo needs gradio, which is not installed: pip install latentvae[demo]")
+    from latentvae.demo.server import serve
+
+    serve(model or [], host, port)

@@ -1,0 +1,292 @@
+"""`latentvae doctor`: whether a model survives half precision, and a rescaled copy that does."""
+
+import json as json_module
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentvae.base.errors import ImageError, LatentVAEError
+from latentvae.cli.options import Device, Json, ModelArgument, SameModel
+from latentvae.cli.session import finish, load_model, print_json, skip
+from latentvae.models.loading import SAMPLE_PICTURE
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.models.card import Provenance
+    from latentvae.pipelines.doctor.diagnosis import Diagnosis, DtypeReport
+    from latentvae.pipelines.doctor.rescaling import Rescaling
+
+EXIT_OVERFLOWS = 5
+TABLE_LAYERS = 8
+THIN_HEADROOM = 2.0  # other images than the probes may well give twice their largest values
+
+
+def doctor(
+    model: ModelArgument = None,
+    same: SameModel = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Image or folder to probe with, beside the synthetic extremes; may be given several times. "
+            "Default: a sample picture."
+        ),
+    ] = None,
+    size: Annotated[
+        int, typer.Option(min=16, help="Side of the probes, pixels; of images, the centre is taken.")
+    ] = 256,
+    fix: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a rescaled copy: the same in fp32, finite in fp16, force_upcast False."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Let --fix replace an earlier export.")] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Say whether fp16 and bf16 give what fp32 gives: each layer's largest value, overflows, error in dB.
+
+    Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
+    """
+    from latentvae.models.loading import DEFAULT_MODEL
+
+    name = model or same or DEFAULT_MODEL
+    check_output(fix, overwrite)
+    vae = load_model(name, device, "fp32")
+    skipped: list[dict[str, str]] = []
+    probes, count = read_probes(images, vae, size, skipped)
+    diagnosis, rescaling, problem = examine(vae, probes, rescaled=fix is not None)
+    if fix is not None and rescaling is not None:
+        write(rescaling, fix, name, overwrite)
+    if json:
+        fixed = fix_as_dict(rescaling, fix, problem) if fix else None
+        print_json({"model": name, **diagnosis.as_dict(), "fix": fixed, "skipped": skipped})
+    else:
+        typer.echo("\n".join([*report(name, diagnosis), *outcome(diagnosis, rescaling, fix, problem)]))
+    if rescaling is None and not diagnosis.fp16_works:
+        raise typer.Exit(EXIT_OVERFLOWS)
+    finish(skipped, count)
+
+
+def examine(
+    vae: "AutoencoderKL", probes: dict[str, "torch.Tensor"], rescaled: bool
+) -> tuple["Diagnosis", "Rescaling | None", str | None]:
+    """The model's diagnosis; if asked for, the rescaled copy, or why there is none."""
+    from latentvae.pipelines.doctor.diagnosis import diagnose
+    from latentvae.pipelines.doctor.rescaling import UnfixableError, rescale
+
+    if not rescaled:
+        return diagnose(vae, probes), None, None
+    try:
+        rescaling = rescale(vae, probes)
+    except UnfixableError as error:
+        return error.diagnosis, None, str(error)
+    return rescaling.before, rescaling, None
+
+
+def check_output(folder: Path | None, overwrite: bool) -> None:
+    """Refuse a folder that the export would refuse, before minutes are spent.
+
+    Raises:
+        LatentVAEError: it holds something.
+    """
+    if folder is None or not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not overwrite):
+        raise LatentVAEError(
+            f"--fix {folder} is there already; wanted a new or empty folder. Choose another, or pass "
+            "--overwrite to replace an earlier export."
+        )
+
+
+def read_probes(
+    images: list[Path] | None, vae: "AutoencoderKL", size: int, skipped: list[dict[str, str]]
+) -> tuple[dict[str, "torch.Tensor"], int]:
+    """Synthetic extremes and the centres of images, by name, and how many images there are.
+
+    Raises:
+        LatentVAEError: none of the images can be read, or the model takes other channels than images have.
+    """
+    from latentvae.images.reading import find_images, load_image
+    from latentvae.pipelines.doctor.diagnosis import synthetic_probes
+
+    channels = vae.config["in_channels"]
+    if channels not in (1, 3) and images:
+        raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
+    paths = find_images(images or [SAMPLE_PICTURE]) if channels in (1, 3) else []
+    probes = {}
+    for path in paths:
+        try:
+            image = load_image(path, channels=channels)
+        except ImageError as error:
+            skip(path, error, skipped)
+            continue
+        top, left = (max(side - size, 0) // 2 for side in image.shape[-2:])
+        probes[str(path) if images else path.name] = image[None, :, top : top + size, left : left + size]
+    if paths and not probes:
+        finish(skipped, 0)
+    return {**probes, **synthetic_probes(channels, size)}, len(probes)
+
+
+def write(rescaling: "Rescaling", folder: Path, source: str, overwrite: bool) -> None:
+    """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
+    from latentvae.models.exporting import SIDECAR, export
+
+    sidecar = read_sidecar(source)
+    export(rescaling.vae, folder, provenance=provenance(rescaling, source, sidecar), overwrite=overwrite)
+    if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
+        path = folder / SIDECAR
+        written = json_module.loads(path.read_text(encoding="utf-8"))
+        written["latent_statistics"] = sidecar["latent_statistics"]
+        path.write_text(json_module.dumps(written, indent=1), encoding="utf-8")
+
+
+def provenance(rescaling: "Rescaling", source: str, sidecar: dict[str, Any]) -> "Provenance":
+    """The source's, and what was done to it."""
+    from latentvae.models.card import Provenance
+
+    known = {field.name: sidecar[field.name] for field in fields(Provenance) if field.name in sidecar}
+    origin = Provenance(**known)
+    if source.count("/") == 1 and not Path(source).exists():
+        origin.base_model = source  # a hub id
+    done = "nothing had to be rescaled"
+    if rescaling.scales:
+        done = f"{len(rescaling.scales)} scales changed for a headroom of {rescaling.headroom:g}"
+    origin.training += (
+        f" Then `latentvae doctor --fix`: {done}, force_upcast False; the largest error of its fp32 "
+        f"reconstructions against the source's is {rescaling.images_error:.2g} of their range."
+    )
+    return origin
+
+
+def read_sidecar(source: str) -> dict[str, Any]:
+    """The sidecar of an export; empty for models that have none."""
+    from latentvae.models.exporting import SIDECAR
+    from latentvae.models.loading import WEIGHTS_DIR
+
+    for folder in (WEIGHTS_DIR / source, Path(source), Path(source) / "vae", Path(source).parent):
+        if (folder / SIDECAR).is_file():
+            return json_module.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    return {}
+
+
+def fix_as_dict(rescaling: "Rescaling | None", folder: Path, problem: str | None) -> dict[str, Any]:
+    """What --fix did, as JSON values."""
+    if rescaling is None:
+        return {"output": None, "problem": problem}
+    return {
+        "output": str(folder),
+        "problem": None,
+        "headroom": rescaling.headroom,
+        "scales": rescaling.scales,
+        "images_error": rescaling.images_error,
+        "moments_error": rescaling.moments_error,
+        "after": rescaling.after.as_dict(),
+    }
+
+
+def report(name: str, diagnosis: "Diagnosis") -> list[str]:
+    """The diagnosis for people: hottest layers, dtypes, verdict."""
+    layers = diagnosis.hottest(TABLE_LAYERS)
+    rows = [("layer", "kind", "largest", "headroom")]
+    rows += [(one.name, one.kind, f"{one.largest:.4g}", f"{one.headroom:.3g}x") for one in layers]
+    return [
+        f"{name}: {len(diagnosis.probes)} probes ({', '.join(diagnosis.probes)})",
+        "",
+        *table(rows),
+        f"(largest absolute value in fp32, of {len(diagnosis.layers)} layers; headroom to fp16's 65504)",
+        "",
+        *dtype_lines(diagnosis),
+    ]
+
+
+def dtype_lines(diagnosis: "Diagnosis") -> list[str]:
+    """One row for each dtype, and where it overflows."""
+    reports = list(diagnosis.dtypes.values())
+    rows = [("against fp32", "finite", "latents error", "images dB", "first overflow")]
+    for one in reports:
+        error, psnr = one.worst_latents_error, one.worst_psnr
+        first = one.first_overflow
+        cells = ("-" if error is None else f"{error:.2g}", "-" if psnr is None else f"{psnr:.1f}")
+        rows.append((one.dtype, "no" if first else "yes", *cells, first.layer if first else "-"))
+    return [
+        *table(rows),
+        "(of the worst probe; latents: |difference| / |latents|; images decoded from fp32's latents: PSNR)",
+        f"(arithmetic {reports[0].arithmetic})",
+        *(line for one in reports for line in overflow_lines(one)),
+    ]
+
+
+def overflow_lines(dtype: "DtypeReport") -> list[str]:
+    """Each overflow of a dtype in a sentence."""
+    return [
+        f"{dtype.dtype}, {what}: {one.layer} ({one.kind}) overflows first, "
+        + ("its weights do already" if one.in_weights else f"for the probe {one.probe!r}")
+        for what, one in (("encoding", dtype.encode_overflow), ("decoding", dtype.decode_overflow))
+        if one
+    ]
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Aligned columns, the first row a heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def outcome(
+    diagnosis: "Diagnosis", rescaling: "Rescaling | None", folder: Path | None, problem: str | None
+) -> list[str]:
+    """The verdict, and what --fix did."""
+    lines = ["", f"verdict: {verdict(diagnosis)}", f"force_upcast: {upcast(diagnosis)}"]
+    if problem:
+        return [*lines, f"--fix: {problem} Nothing was written."]
+    if rescaling is None:
+        return lines
+    scales = [f"  {layer}: times {scale:g}" for layer, scale in rescaling.scales.items()]
+    largest = rescaling.after.hottest(1)[0]
+    return [
+        *lines,
+        "",
+        f"--fix: wrote {folder}, force_upcast False; {len(scales)} scales changed"
+        + (f" for a headroom of {rescaling.headroom:g} (each at its first layer):" if scales else "."),
+        *scales,
+        f"in fp32 it differs by {rescaling.images_error:.2g} of the range of the reconstructions and by "
+        f"{rescaling.moments_error:.2g} of the moments' (allowed: 1e-4)",
+        f"in fp16 it is finite, {rescaling.after.dtypes['fp16'].worst_psnr:.1f} dB from fp32; largest value "
+        f"{largest.largest:.4g} ({largest.headroom:.3g}x headroom) at {largest.name}",
+    ]
+
+
+def verdict(diagnosis: "Diagnosis") -> str:
+    """Whether fp16 works, in a sentence."""
+    from latentvae.pipelines.doctor.diagnosis import MIN_PSNR
+
+    fp16, top = diagnosis.dtypes["fp16"], diagnosis.hottest(1)[0]
+    if fp16.first_overflow:
+        return f"fp16 overflows at {fp16.first_overflow.layer}: use bf16 or fp32, or try --fix OUT."
+    if not diagnosis.fp16_works:
+        return (
+            f"fp16 is finite, but only {fp16.worst_psnr:.1f} dB from fp32 (wanted: {MIN_PSNR:g}): use fp32."
+        )
+    if top.headroom < THIN_HEADROOM:
+        return (
+            f"fp16 works, but barely: {top.name} has a headroom of {top.headroom:.3g}x; --fix OUT adds some."
+        )
+    return f"fp16 works: the least headroom is {top.headroom:.3g}x, at {top.name}."
+
+
+def upcast(diagnosis: "Diagnosis") -> str:
+    """The config's force_upcast against what it should be."""
+    current, wanted = diagnosis.force_upcast, diagnosis.wanted_force_upcast
+    if current == wanted:
+        return f"{current}, as it should be."
+    cost = "pipelines decode in fp32 needlessly" if current else "pipelines decode in fp16"
+    return f"{current}, should be {wanted} ({cost})" + ("; --fix OUT sets it." if current else ".")

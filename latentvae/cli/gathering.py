@@ -1,0 +1,225 @@
+"""What `project` and `features` begin with: the pooled latents of images, or of a store of latents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentvae.base.errors import LatentVAEError, StoreError
+from latentvae.cli.decode import Skipped, check_hashes, load_same_model, skip_all
+from latentvae.cli.session import load_model, read_images, short_names, skip
+from latentvae.cli.vary import root_of
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.store.dataset import LatentDataset
+    from latentvae.toolbox.atlas.gallery import Gallery
+
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Images or folders; or one store of latents, by `latentvae encode`.", show_default=False
+    ),
+]
+Grid = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=64,
+        help="Besides mean and std per channel, pool the means of GRID x GRID cells, which keeps where "
+        "things are; 0: none, which suits photographs of which only the look counts.",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="CSV of name,label. Default: 'label' in the images' captions (NAME.json, metadata.jsonl), else "
+        "the subfolders they lie in."
+    ),
+]
+Size = Annotated[
+    int,
+    typer.Option(min=16, help="Shrink larger images to this longer side first. A store's stay as encoded."),
+]
+
+
+@dataclass
+class Gathering:
+    """What was found.
+
+    Attributes:
+        gallery: the images.
+        skipped: those that could not be used.
+        notes: for people.
+    """
+
+    gallery: "Gallery"
+    skipped: Skipped = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: see the options of the same names."""
+
+    sources: list[Path]
+    model: str | None
+    device: str | None
+    grid: int
+    labels: Path | None
+    size: int
+    with_pictures: bool
+
+
+def gather(request: Request) -> Gathering:
+    """Pool the latents of all images; those that cannot be used are skipped and named.
+
+    Raises:
+        LatentVAEError: no image, no such model or device, labels that do not match, a store beside others.
+    """
+    from latentvae.store.format import MANIFEST
+
+    stores = [source for source in request.sources if (source / MANIFEST).is_file()]
+    if stores and len(request.sources) > 1:
+        raise LatentVAEError(
+            f"the store {stores[0]} came beside {len(request.sources) - 1} other path(s): name one store "
+            "alone, or images and folders."
+        )
+    return _from_store(stores[0], request) if stores else _from_images(request)
+
+
+def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
+    """The table, where one was named, if it is of these images; `names` holds the skipped ones too."""
+    from latentvae.toolbox.atlas.features import match, read_table
+
+    if path is None:
+        return None
+    table = read_table(path)
+    match(path, table, names, whole=False)
+    return table
+
+
+def _side(request: Request, count: int) -> int:
+    """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
+    from latentvae.toolbox.atlas.page import picture_side
+
+    return picture_side(count) if request.with_pictures else 0
+
+
+def _from_images(request: Request) -> Gathering:
+    import torch
+
+    from latentvae.images import captions
+    from latentvae.images.reading import find_images
+    from latentvae.models.fingerprint import weight_hash
+    from latentvae.models.latents import encode
+    from latentvae.toolbox.atlas.features import label_of
+    from latentvae.toolbox.atlas.gallery import Gallery
+
+    files = find_images(request.sources)
+    names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
+    labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
+    vae = load_model(request.model, request.device, "fp32")
+    found = Gathering(Gallery(weight_hash(vae), request.grid, _side(request, len(files))))
+    captions.forget()
+    for path, image, _ in read_images(files, vae, found.skipped, longest=request.size):
+        caption, notes = captions.read_caption(path, root_of(path, request.sources))
+        found.notes += [f"{names[path]}: {note}" for note in notes]
+        try:
+            with torch.no_grad():
+                latents = encode(vae, image[None])[0].mode()
+            found.gallery.add(names[path], label_of(caption), latents, image)
+        except LatentVAEError as error:
+            skip(path, LatentVAEError(f"{path}: {error}"), found.skipped)
+    found.gallery.label(labels)
+    return found
+
+
+def _from_store(store: Path, request: Request) -> Gathering:
+    from tqdm import tqdm
+
+    from latentvae.store.dataset import LatentDataset
+    from latentvae.toolbox.atlas.features import stored_images
+    from latentvae.toolbox.atlas.gallery import Gallery
+
+    dataset = LatentDataset(store, mode="mode", scaled=False)
+    if request.model is not None:
+        load_same_model(dataset, request.model, request.device, "fp32")
+    side = _side(request, len(dataset))
+    found = Gathering(Gallery(dataset.manifest.weights_sha256, request.grid, side))
+    pictures = _Pictures(dataset, request)
+    progress = tqdm(total=len(dataset), unit="image", disable=len(dataset) < 2)
+    for numbers in _whole_shards(dataset, found.skipped):
+        for each in stored_images(dataset.reader, numbers):
+            image, decoded = pictures.of(each.index, each.latents) if request.with_pictures else (None, False)
+            found.gallery.add(each.key, each.label, each.latents, image, decoded=decoded)
+            progress.update()
+    progress.close()
+    found.notes += pictures.notes()
+    if found.gallery.keys:  # names of images in damaged shards are not known
+        found.gallery.label(_labels(request.labels, found.gallery.keys))
+    return found
+
+
+def _whole_shards(dataset: "LatentDataset", skipped: Skipped) -> Iterator[range]:
+    """Image numbers shard by shard; those of damaged shards are skipped."""
+    first = 0
+    for shard in dataset.manifest.shards:
+        numbers = range(first, first + shard.count)
+        first += shard.count
+        try:
+            check_hashes(dataset.reader.store, shard)
+        except StoreError as error:
+            skip_all([f"{shard.name}:{line}" for line in range(shard.count)], error, skipped)
+            continue
+        yield numbers
+
+
+@dataclass
+class _Pictures:
+    """Pictures of a store's images: from their files, else decoded, else none."""
+
+    dataset: "LatentDataset"
+    request: Request
+    vae: "AutoencoderKL | None" = None
+    reason: str | None = None  # why there is no model to decode with
+    decoded: int = 0
+    missing: int = 0
+
+    def of(self, index: int, latents: "torch.Tensor") -> tuple[Any, bool]:
+        """The image (C, H, W), and whether it was decoded."""
+        import torch
+
+        from latentvae.models.latents import decode
+        from latentvae.store.preview import original_image
+
+        entry = self.dataset.entry(index)
+        image = original_image(entry, self.dataset.manifest)
+        if image is not None:
+            return image, False
+        if self.vae is None and self.reason is None:
+            try:
+                self.vae = load_same_model(self.dataset, self.request.model, self.request.device, "fp32")
+            except LatentVAEError as error:
+                self.reason = str(error)
+        if self.vae is None:
+            self.missing += 1
+            return None, False
+        self.decoded += 1
+        with torch.no_grad():
+            return decode(self.vae, latents, entry.image_padding)[0].clamp(-1, 1).cpu(), True
+
+    def notes(self) -> list[str]:
+        """What a person should know of them."""
+        found = []
+        if self.decoded:
+            found.append(f"{self.decoded} image files are gone: their pictures are decoded from the latents.")
+        if self.missing:
+            found.append(
+                f"{self.missing} image files are gone, and there is no picture of them: {self.reason}"
+            )
+        return found

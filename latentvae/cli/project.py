@@ -1,0 +1,252 @@
+"""`latentvae project`: a map of images by their latents, clusters, and how both agree with labels."""
+
+import csv
+import json as json_module
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sources, gather
+from latentvae.cli.options import Device, Json, Model
+from latentvae.cli.session import check_output, finish, make_folder, print_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from latentvae.toolbox.atlas.clusters import Clustering
+    from latentvae.toolbox.atlas.gallery import Gallery
+    from latentvae.toolbox.atlas.page import Card
+    from latentvae.toolbox.atlas.projection import Projection
+
+NEAR = 8  # neighbours of each image that the page shows
+MANY = 1000  # images from which on finding clusters takes seconds
+PER_CLASS = 10  # labels that the classifier learns from
+SOURCES = {"table": "the table", "captions": "their captions", "folders": "their folders"}
+Measured = dict[str, dict[str, Any]]
+
+
+def project(
+    sources: Sources,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for page, pictures and tables.")
+    ] = Path("latentvae-output"),
+    model: Model = None,
+    method: Annotated[
+        Literal["pca", "umap"], typer.Option(help="Of the map. umap: extra package umap-learn.")
+    ] = "pca",
+    clusters: Annotated[
+        int | None, typer.Option(min=1, help="Their number. Default: the best of 2 to 12 by silhouette.")
+    ] = None,
+    grid: Grid = 4,
+    labels: Labels = None,
+    size: Size = 256,
+    title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the folder's name")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of UMAP, k-means and the labels drawn.")] = 0,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Map images by their latents: writes projection.html to hover over, .png, .json, and clusters.csv.
+
+    Where there are labels: how clusters agree with them (NMI), and how well a classifier does that learns
+    from 10 labels a class, each beside the same on raw pixels.
+    """
+    from latentvae.base.optional import need
+    from latentvae.toolbox.atlas.clusters import cluster
+    from latentvae.toolbox.atlas.projection import project as run
+
+    check_output(output, sources)
+    for package in ("sklearn", "matplotlib", *["umap"] * (method == "umap")):
+        need(package)  # before minutes of encoding
+    make_folder(output)
+    found = gather(Request(sources, model, device, grid, labels, size, with_pictures=True))
+    gallery = found.gallery
+    if not gallery.keys:
+        finish(found.skipped, 0)
+    values = gallery.features.values
+    if len(values) < 2:
+        raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
+    mapped = run(values, method, seed)
+    grouped = cluster(values, clusters, seed, progress=len(values) >= MANY)
+    result = summarise(found, mapped, grouped, seed)
+    cards = make_cards(gallery, mapped, grouped)
+    files = write_all(output, title or sources[0].resolve().name, cards, mapped, result)
+    if json:
+        print_json({**result, "files": [str(file) for file in files]})
+    else:
+        typer.echo("\n".join([*report(found, mapped, grouped, result), f"\nOpen {files[0]} in a browser."]))
+    finish(found.skipped, len(gallery))
+
+
+def summarise(found: Gathering, mapped: "Projection", grouped: "Clustering", seed: int) -> dict[str, Any]:
+    """What projection.json holds."""
+    gallery = found.gallery
+    return {
+        "images": len(gallery),
+        **gallery.features.about(),
+        "method": mapped.method,
+        "explained_variance": mapped.explained,
+        "seed": seed,
+        "clusters": {"count": grouped.count, "silhouettes": grouped.silhouettes},
+        "labels_from": gallery.labels_from,
+        **measure(gallery, grouped, seed, found.notes),
+        "notes": found.notes,
+        "skipped": found.skipped,
+    }
+
+
+def measure(gallery: "Gallery", grouped: "Clustering", seed: int, notes: list[str]) -> Measured:
+    """NMI of clusters, and accuracy from few labels, of latents and of pixels; what cannot be is left out."""
+    from latentvae.toolbox.atlas.clusters import cluster, few_label_accuracy, nmi
+
+    if gallery.labels_from is None:
+        return {}
+    raw = gallery.raw()
+    if raw is None:
+        notes.append("Raw pixels are not compared: the files of some images are gone.")
+    tables: dict[str, np.ndarray] = {"latents": gallery.features.values} | (
+        {} if raw is None else {"pixels": raw}
+    )
+    agreement = {"latents": nmi(grouped.numbers, gallery.labels)}
+    if raw is not None:
+        same = min(grouped.count, distinct(raw))
+        agreement["pixels"] = nmi(cluster(raw, same, seed).numbers, gallery.labels)
+    try:
+        few = {
+            name: asdict(few_label_accuracy(table, gallery.labels, PER_CLASS, seed=seed))
+            for name, table in tables.items()
+        }
+    except LatentVAEError as error:
+        notes.append(f"No classifier from few labels: {error}")
+        few = {}
+    return {"nmi": agreement, "few_labels": few}
+
+
+def distinct(rows: "np.ndarray") -> int:
+    """How many rows differ."""
+    import numpy as np
+
+    return len(np.unique(rows, axis=0))
+
+
+def make_cards(gallery: "Gallery", mapped: "Projection", grouped: "Clustering") -> list["Card"]:
+    """What the page shows of each image."""
+    from latentvae.toolbox.atlas.page import Card
+    from latentvae.toolbox.atlas.projection import neighbours
+
+    near = neighbours(gallery.features.values, NEAR).tolist()
+    points = mapped.points.tolist()
+    rows = zip(
+        gallery.keys, gallery.labels, grouped.numbers.tolist(), points, gallery.pictures, near, strict=True
+    )
+    return [
+        Card(key, label, number, (x, y), picture, others)
+        for key, label, number, (x, y), picture, others in rows
+    ]
+
+
+def write_all(
+    output: Path, name: str, cards: list["Card"], mapped: "Projection", result: dict[str, Any]
+) -> list[Path]:
+    """Write page, pictures, figures and table; the page first in what is returned."""
+    from latentvae.base.files import write_whole
+    from latentvae.toolbox.atlas.page import write_page
+    from latentvae.toolbox.atlas.scatter import draw_pictures, draw_scatter
+
+    about = f"{len(cards):,} images, {axes_text(mapped)}, {result['clusters']['count']} clusters"
+    page = write_page(cards, name, about, figure_rows(result))
+    text = json_module.dumps(result, ensure_ascii=True, indent=1)
+    scatter = draw_scatter(cards, f"{name}: {about}", axis_names(mapped))
+    files = [
+        write_whole(output / "projection.html", lambda path: path.write_text(page, encoding="utf-8")),
+        write_whole(output / "projection.png", lambda path: scatter.save(path, "PNG")),
+        write_whole(output / "projection.json", lambda path: path.write_text(text + "\n", encoding="ascii")),
+        write_whole(output / "clusters.csv", lambda path: write_table(path, cards)),
+    ]
+    drawn = draw_pictures(cards)
+    if drawn is not None:
+        place = output / "projection-pictures.png"
+        files.append(write_whole(place, lambda path: drawn.save(path, "PNG")))
+    return files
+
+
+def write_table(path: Path, cards: list["Card"]) -> None:
+    """key, label, cluster, x, y of each image; names keep their bytes."""
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["key", "label", "cluster", "x", "y"])
+        writer.writerows([card.key, card.label, card.cluster, *card.point] for card in cards)
+
+
+def axes_text(mapped: "Projection") -> str:
+    """What the map is, in words."""
+    if mapped.explained is None:
+        return "UMAP"
+    return f"PCA ({100 * sum(mapped.explained):.0f} % of the variance)"
+
+
+def axis_names(mapped: "Projection") -> tuple[str, str]:
+    """What to write along the axes."""
+    if mapped.explained is None:
+        return "UMAP 1", "UMAP 2"
+    first, second = (
+        f"component {number} ({100 * share:.0f} % of the variance)"
+        for number, share in enumerate(mapped.explained, 1)
+    )
+    return first, second
+
+
+def figure_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured, as rows: what, of latents, of pixels."""
+    nmi, few = result.get("nmi"), result.get("few_labels")
+    rows = []
+    if nmi:
+        rows.append(("Clusters against labels (NMI)", figure(nmi["latents"]), figure(nmi.get("pixels"))))
+    if few:
+        what = f"Accuracy from {PER_CLASS} labels a class"
+        rows.append((what, share(few["latents"]), share(few.get("pixels"))))
+    return rows
+
+
+def share(found: dict[str, Any] | None) -> str:
+    """An accuracy and its spread over draws, in per cent."""
+    if found is None:
+        return "-"
+    return f"{100 * found['accuracy']:.1f} \N{PLUS-MINUS SIGN} {100 * found['spread']:.1f} %"
+
+
+def figure(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def report(
+    found: Gathering, mapped: "Projection", grouped: "Clustering", result: dict[str, Any]
+) -> list[str]:
+    """The figures for people."""
+    import numpy as np
+
+    from latentvae.toolbox.atlas.gallery import known
+
+    gallery = found.gallery
+    lines = [
+        f"{len(gallery)} images, {gallery.features.values.shape[1]} features each; map: {axes_text(mapped)}."
+    ]
+    sizes = ", ".join(map(str, np.bincount(grouped.numbers)))
+    chosen = (
+        f", chosen by silhouette ({grouped.silhouettes[grouped.count]:.2f})" if grouped.silhouettes else ""
+    )
+    lines.append(f"{grouped.count} clusters{chosen}, of {sizes} images.")
+    if gallery.labels_from is None:
+        lines.append("No labels: --labels, captions or subfolders would give them.")
+    else:
+        names = len(set(gallery.labels) - {""})
+        lines.append(
+            f"{names} labels of {known(gallery.labels)} images, from {SOURCES[gallery.labels_from]}."
+        )
+    if rows := figure_rows(result):
+        lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
+        lines += [f"{what:34}{latents:>16}{pixels:>16}" for what, latents, pixels in rows]
+    return [*lines, *(f"Note: {note}" for note in found.notes)]

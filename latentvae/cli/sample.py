@@ -1,0 +1,125 @@
+"""`latentvae sample`: new images from a prior."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.cli.options import Device, Json, Model
+from latentvae.cli.session import image_channels, load_model, make_folder, print_json
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.toolbox.priors.prior import Prior
+
+GRID = 64  # images at most that the grid shows
+HONEST = (
+    "Without a prior, latents come from the standard normal distribution. A VAE with a small KL weight does "
+    "not fill it: expect textures and no objects. Learn a prior with `latentvae prior fit`."
+)
+
+
+def sample(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PRIOR]", help="Folder that `prior fit` wrote. Default: standard normal."),
+    ] = None,
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path(
+        "latentvae-output"
+    ),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Of images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Other seeds, other images.")] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="Draw this class alone, from a prior that was fitted --by-class.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels of each side, without a prior.", show_default="256")
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.
+
+    Image n depends on the prior, the seed and n alone: a larger --count does not change the first ones.
+    """
+    from latentvae.toolbox.priors.prior import load_prior
+    from latentvae.toolbox.priors.sampling import check_request, sample_batches, sample_labels
+
+    if folder is not None and size is not None:
+        raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
+    made = load_prior(folder) if folder is not None else None
+    vae = load_model(model, device, "fp32")
+    image_channels(vae)
+    chosen = made or standard(vae, size or 256)
+    chosen.check(vae)
+    labels = [label] * count if label is not None else None
+    check_request(chosen, count, seed, 0, labels)
+    make_folder(output / "samples")
+    result: dict[str, Any] = {
+        "prior": str(folder) if folder is not None else None,
+        "kind": chosen.card.kind,
+        "seed": seed,
+        "count": count,
+        "note": None if folder is not None else HONEST,
+    }
+    batches = sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
+    write(batches, labels or sample_labels(chosen, count, seed), output, result)
+    if json:
+        print_json(result)
+        return
+    height, width = result["size"]
+    typer.echo(f"{count} images of {width}x{height} px, {chosen.card.kind} prior.")
+    if result["note"]:
+        typer.echo(f"Note: {HONEST}")
+    typer.echo(f"Look at {output / 'samples.png'}.")
+
+
+def standard(vae: "AutoencoderKL", size: int) -> "Prior":
+    """What is drawn from without a prior."""
+    from latentvae.toolbox.priors.prior import StandardNormal
+
+    return StandardNormal(vae, size, size)
+
+
+def write(
+    batches: Iterable["torch.Tensor"], labels: list[int] | None, output: Path, result: dict[str, Any]
+) -> None:
+    """Write each image as it comes, then the grid of the first ones and the JSON, which names them all."""
+    import json
+
+    import torch
+
+    from latentvae.images.saving import save_image
+
+    paths: list[Path] = []
+    shown: list[torch.Tensor] = []
+    for image in (image for batch in batches for image in batch):
+        paths.append(output / f"samples/seed{result['seed']}-{len(paths):05d}.png")
+        save_image(image, paths[-1])
+        shown += [image] * (len(shown) < GRID)
+    sheet(torch.stack(shown)).save(output / "samples.png")
+    result["size"] = list(shown[0].shape[-2:])
+    result["images"] = [
+        {"path": str(path), **({"label": labels[n]} if labels else {})} for n, path in enumerate(paths)
+    ]
+    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "samples.json").write_text(text + "\n", encoding="ascii")
+
+
+def sheet(images: "torch.Tensor") -> Any:
+    """Images (N, C, H, W) in [-1, 1] in a grid that is about as wide as high."""
+    import torch
+
+    from latentvae.images.drawing import grid
+
+    columns = math.ceil(math.sqrt(len(images)))
+    missing = -len(images) % columns
+    cells = [*images, *torch.ones(missing, *images.shape[1:])]
+    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
+    return grid(rows, [""] * columns)

@@ -1,0 +1,245 @@
+"""`latentvae vary`: copies of images that differ as their posteriors allow, and by how much."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.cli.options import (
+    Device,
+    Json,
+    LPIPSNet,
+    LPIPSWeights,
+    Model,
+    Precision,
+    Seed,
+    Store,
+    TileSize,
+)
+from latentvae.cli.session import (
+    check_output,
+    find_lpips,
+    finish,
+    load_model,
+    make_folder,
+    print_json,
+    read_images,
+    short_names,
+    shrink,
+    skip,
+    with_ending,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.measure.lpips import LPIPS
+    from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
+
+COPIES = "copies"  # folder below the output that holds nothing but copies, to train from
+ALIKE, VISIBLE = 0.02, 0.1  # of the latents' own standard deviation: noise that nobody sees, and a little
+SHEET_ROWS, SHEET_COLUMNS, SHEET_CELL = 6, 6, 384
+
+
+def vary(
+    paths: Annotated[list[Path], typer.Argument(help="Images or folders.")],
+    model: Model = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder; the copies go below its folder 'copies'.")
+    ] = Path("latentvae-output"),
+    copies: Annotated[int, typer.Option("--copies", "-n", min=1, help="Of each image.")] = 4,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            min=0,
+            help="In multiples of the posterior's standard deviation; give it several times to compare.",
+            show_default="1",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    lpips_net: LPIPSNet = "alex",
+    lpips_weights: LPIPSWeights = None,
+    device: Device = None,
+    precision: Precision = "fp32",
+    tile_size: TileSize = None,
+    store: Store = None,
+    json: Json = False,
+) -> None:
+    """Vary images: writes copies (their captions too) and a contact sheet, and prints how far they are.
+
+    A copy depends on its image's pixels, the seed and its number alone.
+    """
+    from latentvae.images import captions
+    from latentvae.images.reading import find_images
+    from latentvae.toolbox.editing.vary import Variations
+
+    check_output(output, paths)
+    files = find_images(paths)
+    names = short_names(files, paths)
+    vae = load_model(model, device, precision)
+    make_folder(output / COPIES)
+    lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
+    study = Study(sorted(set(temperature or [1.0])), copies, lpips, reason)
+    captions.forget()
+    skipped: list[dict[str, str]] = []
+    for path, image, _ in read_images(files, vae, skipped, tile_size, store):
+        caption, notes = captions.read_caption(path, root_of(path, paths))
+        try:
+            study.add(path, image, Variations(vae, image, seed), output / COPIES / names[path], caption)
+        except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
+            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            continue
+        study.notes += [f"{names[path].as_posix()}: {note}" for note in notes]
+    if study.images:
+        report(study, {"seed": seed, "skipped": skipped}, output, json)
+    finish(skipped, len(study.images))
+
+
+@dataclass
+class Study:
+    """Writes the copies of one image after the other, and gathers figures and pictures of them."""
+
+    temperatures: list[float]
+    copies: int
+    lpips: "LPIPS | None"
+    reason: str | None
+    images: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rows: list[list["torch.Tensor"]] = field(default_factory=list)  # of the contact sheet
+    spreads: list["Spread"] = field(default_factory=list)
+    found: dict[float, list[tuple["Distance", "Distance"]]] = field(default_factory=dict)
+
+    def add(self, path: Path, image: Any, variations: "Variations", place: Path, caption: Any) -> None:
+        """Write one image's copies as PLACE.tTEMPERATURE.COPY.png."""
+        import json
+
+        from latentvae.toolbox.editing.vary import Reference
+
+        reconstruction = variations.reconstruction.cpu()
+        references = [Reference(each, self.lpips) for each in (image, reconstruction)]
+        self._measure(0.0, reconstruction, references)
+        make_folder(place.parent)
+        written, row = [], [image, reconstruction]
+        for temperature in self.temperatures:
+            for copy in range(self.copies):
+                varied = variations.image(temperature, copy).cpu()
+                if temperature > 0:  # whose figures are there already
+                    self._measure(temperature, varied, references)
+                file = place.with_name(with_ending(place.name, f".t{temperature:g}.{copy}.png"))
+                save(varied, file)
+                written.append(str(file))
+                if caption is not None:
+                    text = json.dumps(caption, ensure_ascii=False)
+                    file.with_suffix(".json").write_text(text, encoding="utf-8")
+                if (temperature, copy) in self.shown():
+                    row.append(varied)
+        self.images.append({"path": str(path), "copies": written})
+        self.spreads.append(variations.spread)
+        if len(self.rows) < SHEET_ROWS:
+            self.rows.append([shrink(each, SHEET_CELL) for each in row])
+
+    def shown(self) -> list[tuple[float, int]]:
+        """Temperature and copy of the contact sheet's columns: a copy each, or several of the only one."""
+        if len(self.temperatures) == 1:
+            return [(self.temperatures[0], copy) for copy in range(min(self.copies, SHEET_COLUMNS))]
+        return [(temperature, 0) for temperature in self.temperatures]
+
+    def table(self) -> list[dict[str, float | None]]:
+        """Mean figures per temperature, beginning with 0, the reconstruction; None where there are none."""
+        rows = []
+        for temperature, pairs in self.found.items():
+            row: dict[str, float | None] = {"temperature": temperature}
+            for other, name in enumerate(("original", "reconstruction")):
+                row[f"psnr_to_{name}"] = mean([pair[other].psnr for pair in pairs])
+                row[f"lpips_to_{name}"] = mean([pair[other].lpips for pair in pairs])
+            rows.append(row)
+        return rows
+
+    def _measure(self, temperature: float, varied: Any, references: list["Reference"]) -> None:
+        original, reconstruction = (reference.distance(varied) for reference in references)
+        self.found.setdefault(temperature, []).append((original, reconstruction))
+
+
+def mean(figures: list[float | None]) -> float | None:
+    """Of what was measured; None where nothing was, or where identical images make it infinite."""
+    measured = [figure for figure in figures if figure is not None]
+    average = math.fsum(measured) / len(measured) if measured else math.inf
+    return average if math.isfinite(average) else None
+
+
+def save(image: "torch.Tensor", file: Path) -> None:
+    """Write a copy."""
+    from latentvae.images.saving import save_image
+
+    save_image(image, file)
+
+
+def root_of(path: Path, sources: list[Path]) -> Path:
+    """The folder up to which captions of an image are looked for."""
+    return next((each for each in sources if each.is_dir() and path.is_relative_to(each)), path.parent)
+
+
+def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> None:
+    """Write the contact sheet and the figures, and print them."""
+    import json
+
+    from latentvae.images.drawing import grid
+
+    titles = ["Original", "Temperature 0", *(f"Temperature {t:g}, copy {c}" for t, c in study.shown())]
+    sheet = output / "contact-sheet.png"
+    grid(study.rows, titles).save(sheet)
+    spread = {
+        name: mean([getattr(each, name) for each in study.spreads])
+        for name in ("posterior_std", "latents_std", "ratio")
+    }
+    result = {
+        "temperature_unit": "standard deviations of the posterior",
+        "spread": spread,
+        "temperatures": study.table(),
+        "lpips_net": study.lpips.net if study.lpips else None,
+        "lpips_missing_reason": None if study.lpips else study.reason,
+        "images": study.images,
+        "notes": study.notes,
+        **extra,
+    }
+    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
+    (output / "variations.json").write_text(text, encoding="ascii")
+    if as_json:
+        print_json(result)
+        return
+    typer.echo("\n".join(lines(result)))
+    written = sum(len(each["copies"]) for each in study.images)
+    copies = "1 copy" if written == 1 else f"{written} copies"
+    typer.echo(f"\nLook at {sheet}; {copies} in {output / COPIES}.")
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The figures for people."""
+    spread = result["spread"]
+    header = ("temperature", "PSNR dB", "LPIPS", "PSNR dB to t=0", "LPIPS to t=0")
+    keys = ("psnr_to_original", "lpips_to_original", "psnr_to_reconstruction", "lpips_to_reconstruction")
+    found = ["  ".join(header)]
+    for row in result["temperatures"]:
+        cells = [f"{row['temperature']:g}"]
+        for key in keys:
+            digits = 2 if key.startswith("psnr") else 4
+            cells.append("-" if row[key] is None else f"{row[key]:.{digits}f}")
+        found.append("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, header, strict=True)))
+    found.append("")
+    share = "" if spread["ratio"] is None else f": {100 * spread['ratio']:.2g} % of the latents' own"
+    found.append(
+        f"Temperature 1 is the posterior's standard deviation, {spread['posterior_std']:.3g} here{share} "
+        f"({spread['latents_std']:.3g})."
+    )
+    largest = result["temperatures"][-1]["temperature"]
+    if spread["ratio"] is not None and 0 < largest * spread["ratio"] < ALIKE:
+        visible = float(f"{VISIBLE / spread['ratio']:.1g}")
+        found.append(f"The copies are all but alike; try --temperature {visible:g}.")
+    if result["lpips_missing_reason"] is not None:
+        found.append(f"Note: LPIPS was not measured: {result['lpips_missing_reason']}")
+    return found + [f"Note: {note}" for note in result["notes"]]

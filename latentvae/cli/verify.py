@@ -1,0 +1,37 @@
+"""`latentvae verify`: whether a store is whole."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentvae.base.errors import StoreError
+from latentvae.cli.options import Json
+from latentvae.cli.session import print_json
+
+
+def verify(
+    store: Annotated[
+        Path, typer.Argument(help="A folder that `latentvae encode` wrote.", show_default=False)
+    ],
+    json: Json = False,
+) -> None:
+    """Check every shard of a store against its hashes and its index; exit code 2 where something is wrong."""
+    from latentvae.store.format import read_manifest
+    from latentvae.store.verification import verify as run
+
+    problems = run(store, progress=not json)
+    manifest = read_manifest(store)
+    if json:
+        print_json({"store": str(store), "images": manifest.count, "problems": problems})
+        if problems:
+            raise typer.Exit(2)
+        return
+    if problems:
+        for problem in problems:
+            typer.echo(problem, err=True)
+        raise StoreError(
+            f"{store} is damaged, as named above. `latentvae encode` with its images encodes those "
+            "shards again."
+        )
+    typer.echo(f"{manifest.count} images in {len(manifest.shards)} shards: whole.")

@@ -1,0 +1,89 @@
+"""Images as tensors in [-1, 1] and as bytes, padded and cropped."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latentvae.base.errors import ImageError
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Pixels added on each side of a picture of `height` x `width`; `crop` takes them off again."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    height: int
+    width: int
+
+    def crop(self, images: torch.Tensor) -> torch.Tensor:
+        """Cut the padding off images (..., H, W) of the padded size; a view, not a copy."""
+        wanted = (self.top + self.height + self.bottom, self.left + self.width + self.right)
+        if tuple(images.shape[-2:]) != wanted:
+            raise ImageError(
+                f"images to crop have shape {tuple(images.shape)}, but this padding was made for "
+                f"{wanted[0]} x {wanted[1]} (H x W): pass what was decoded from the padded images, unresized"
+            )
+        return images[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def channels_last_array(samples: np.ndarray) -> np.ndarray:
+    return samples[..., None] if samples.ndim == 2 else samples
+
+
+def channels_first_tensor(samples: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(np.moveaxis(channels_last_array(samples), -1, -3), order="C"))
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Round images (..., C, H, W) in [-1, 1] to uint8 in 0..255; values outside are clamped.
+
+    Raises ImageError where a value is NaN or infinite: a picture would hide it.
+    """
+    bad = images.numel() - int(torch.isfinite(images).sum())
+    if bad:
+        raise ImageError(
+            f"{bad} of {images.numel()} values are NaN or infinite, but numbers in [-1, 1] were wanted: "
+            "compute in float32 or bfloat16 (float16 overflows in many VAEs)"
+        )
+    return images.detach().float().mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def from_uint8(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Scale uint8 to float32 in [-1, 1]: an array (H, W) or (..., H, W, C), or a tensor (..., C, H, W)."""
+    if str(array.dtype).removeprefix("torch.") != "uint8":
+        raise ImageError(f"{array.dtype} values came, but uint8 (0 to 255) was wanted: convert them first")
+    images = channels_first_tensor(array) if isinstance(array, np.ndarray) else array
+    return images.float().div_(127.5).sub_(1)
+
+
+def pad_to_multiple(images: torch.Tensor, multiple: int) -> tuple[torch.Tensor, Padding]:
+    """Reflect the right and bottom edges until H and W are multiples; the images themselves where they are.
+
+    Args:
+        images: (..., H, W), of any size down to 1 x 1 and any dtype.
+        multiple: pixels, for instance the spatial_compression_ratio of a VAE.
+    """
+    height, width = images.shape[-2:]
+    if multiple < 1 or 0 in (height, width):
+        raise ImageError(f"images of {height} x {width} pixels cannot be padded to a multiple of {multiple}")
+    padding = Padding(0, 0, -width % multiple, -height % multiple, height, width)
+    for dim, added in ((-2, padding.bottom), (-1, padding.right)):
+        if added:
+            images = images.index_select(dim, _reflected(images.shape[dim], added, images.device))
+    return images, padding
+
+
+def crop_padding(images: torch.Tensor, padding: Padding) -> torch.Tensor:
+    """Cut off what `pad_to_multiple` added."""
+    return padding.crop(images)
+
+
+def _reflected(size: int, added: int, device: torch.device) -> torch.Tensor:
+    """Index 0..size-1, then back and forth without repeating an edge, as often as it takes."""
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(size + added, device=device) % period
+    return torch.where(index < size, index, period - index)

@@ -1,0 +1,89 @@
+"""Measuring a VAE's reconstructions of many images."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.measure.lpips import LPIPS
+from latentvae.measure.metrics import Metrics, MetricsSummary
+from latentvae.measure.rfid import RFID, Inception, RFIDProtocol
+from latentvae.models.latents import reconstruct
+
+
+@dataclass(frozen=True)
+class Evaluation(MetricsSummary):
+    """The figures of every image and their means, and rFID, which is one figure of all images together."""
+
+    rfid: float | None = None
+    rfid_protocol: RFIDProtocol | None = None
+    rfid_missing_reason: str | None = None  # None when rFID was measured, or not asked for
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say why figures are missing or not finite, and what rFID must not be compared with."""
+        if self.rfid_missing_reason is not None:
+            return (*super().notes, f"rFID was not measured: {self.rfid_missing_reason}")
+        return (*super().notes, *(self.rfid_protocol.notes if self.rfid_protocol else ()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: as MetricsSummary, with `rfid` and `rfid_protocol` (None without it)."""
+        protocol = asdict(self.rfid_protocol) if self.rfid_protocol else None
+        return {**super().as_dict(), "rfid": self.rfid, "rfid_protocol": protocol}
+
+    def table(self) -> str:
+        """Return the table of MetricsSummary, with rFID on a line of its own."""
+        table = super().table()
+        if self.rfid is None or self.rfid_protocol is None:
+            return table
+        biased = f": biased, fewer than {self.rfid_protocol.feature_count:,} images"
+        count = f"n = {self.rfid_protocol.image_count:,}{biased if self.rfid_protocol.biased else ''}"
+        figures, foot = table.rsplit("\n\n", 1)
+        how = f"rFID: {self.rfid_protocol.extractor}; {self.rfid_protocol.resize}."
+        return f"{figures}\n\nrFID {self.rfid:.3f} ({count})\n{how}\n{foot}"
+
+
+@torch.no_grad()
+def evaluate(
+    vae: AutoencoderKL,
+    images: Iterable[tuple[str, torch.Tensor]],
+    lpips: LPIPS | None = None,
+    lpips_missing_reason: str | None = None,
+    latents: Literal["mode", "sample"] = "mode",
+    seed: int = 0,
+    inception: Inception | None = None,
+    rfid_missing_reason: str | None = None,
+) -> Evaluation:
+    """Reconstruct images one by one, each at its own size, and compare them with the originals.
+
+    Args:
+        vae: any AutoencoderKL.
+        images: (name, (C, H, W) in [-1, 1]) pairs.
+        lpips: network from `load_lpips`, or None to leave LPIPS out.
+        lpips_missing_reason: why it is left out, for the report.
+        latents: decode the posterior's mode or a sample of it.
+        seed: of the samples.
+        inception: network from `load_inception`, or None to leave rFID out.
+        rfid_missing_reason: why it is left out although asked for, for the report.
+    """
+    metrics = Metrics(lpips=lpips, lpips_missing_reason=lpips_missing_reason, latents=latents)
+    rfid = RFID(inception) if inception else None
+    generator = torch.Generator().manual_seed(seed)
+    for name, image in images:
+        result = reconstruct(vae, image[None], sample=latents == "sample", generator=generator)
+        reconstructions = result.reconstructions.float()
+        try:
+            metrics.add(name, image[None].to(reconstructions.device), reconstructions, result.posterior.kl())
+        except LatentVAEError as error:
+            raise LatentVAEError(f"{name}: {error}") from error
+        if rfid is not None:
+            rfid.add(image[None], reconstructions)
+    figures = vars(metrics.summary())
+    if rfid is None:
+        return Evaluation(**figures, rfid_missing_reason=rfid_missing_reason)
+    if rfid.count < 2:
+        return Evaluation(**figures, rfid_missing_reason="it takes two images or more, got one")
+    return Evaluation(**figures, rfid=rfid.value(), rfid_protocol=rfid.protocol())

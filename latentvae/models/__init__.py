@@ -1,0 +1,4 @@
+"""The VAE itself, always a stock AutoencoderKL. Imports images, base.
+
+In: a name, folder, file or hub id. Out: a model, its latents, exports that stock diffusers loads.
+"""

@@ -1,0 +1,185 @@
+"""From images to latents and back, at any size: encode, decode, scale, statistics."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.base.errors import ImageError
+from latentvae.images.tensors import Padding, crop_padding, pad_to_multiple
+from latentvae.models.loading import spatial_compression_ratio
+
+# The clamp of diffusers and LDM: exp(20) is the largest variance, and keeps the KL finite in float32.
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+
+
+class Posterior:
+    """The diagonal normal distribution q(latents | images) that an encoder's moments describe.
+
+    Args:
+        moments: (B, 2C, h, w), means then log-variances. Computed with in float32, or in float64 if they are.
+    """
+
+    def __init__(self, moments: torch.Tensor) -> None:
+        if moments.dtype != torch.float64:
+            moments = moments.float()
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviations, (B, C, h, w)."""
+        return torch.exp(0.5 * self.logvar)
+
+    def mode(self) -> torch.Tensor:
+        """The most likely latents, (B, C, h, w)."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Latents drawn from the posterior, (B, C, h, w); the draw is the generator's, on its own device."""
+        device = generator.device if generator is not None else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.at(noise.to(self.mean.device))
+
+    def at(self, noise: torch.Tensor) -> torch.Tensor:
+        """The latents that standard normal `noise` (B, C, h, w) stands for (the reparametrisation trick)."""
+        return self.mean + self.std * noise
+
+    def kl_map(self) -> torch.Tensor:
+        """KL divergence to the standard normal of every latent element in nats, (B, C, h, w).
+
+        Kingma & Welling 2013, appendix B.
+        """
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar)
+
+    def kl(self) -> torch.Tensor:
+        """`kl_map` summed over C, h, w: (B,). Never in half precision: fp16 overflows at 4x64x64 latents."""
+        return self.kl_map().flatten(1).sum(1)
+
+
+class Reconstruction(NamedTuple):
+    """What `reconstruct` returns: reconstructions (B, C, H, W) in [-1, 1], and the posterior behind them."""
+
+    reconstructions: torch.Tensor
+    posterior: Posterior
+
+
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[Posterior, Padding]:
+    """Encode images of any size; sizes that the compression ratio does not divide are padded by reflection.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1], any float dtype, any device.
+
+    Returns:
+        The posterior over latents (B, c, h, w), and the padding that `decode` takes to give H x W back.
+
+    Raises:
+        ImageError: images of another number of channels than the model's.
+    """
+    channels = vae.config["in_channels"]
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ImageError(
+            f"images of shape {tuple(images.shape)} came; this model takes (B, {channels}, H, W)."
+        )
+    padded, padding = pad_to_multiple(images, spatial_compression_ratio(vae))
+    return Posterior(vae.encode(padded.to(vae.device, vae.dtype)).latent_dist.parameters), padding
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor, padding: Padding | None = None) -> torch.Tensor:
+    """Decode unscaled latents (B, c, h, w) to images (B, C, H, W) near [-1, 1], float32, padding cropped off.
+
+    float32 whatever the model's dtype (float64 stays), and not clamped: rounding is the caller's matter.
+    """
+    images = vae.decode(latents.to(vae.device, vae.dtype)).sample
+    if images.dtype != torch.float64:
+        images = images.float()
+    return crop_padding(images, padding) if padding is not None else images
+
+
+@torch.no_grad()
+def reconstruct(
+    vae: AutoencoderKL,
+    images: torch.Tensor,
+    *,
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+) -> Reconstruction:
+    """Encode and decode images of any size, from the posterior's mode or from a sample of it."""
+    posterior, padding = encode(vae, images)
+    latents = posterior.sample(generator) if sample else posterior.mode()
+    return Reconstruction(decode(vae, latents, padding), posterior)
+
+
+def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents to those a diffusion model sees: (latents - shift_factor) * scaling_factor."""
+    return (latents - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+
+
+def unscale(vae: AutoencoderKL, scaled_latents: torch.Tensor) -> torch.Tensor:
+    """A diffusion model's latents to those the decoder takes: the inverse of `scale`."""
+    return scaled_latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """First and second moments of unscaled latent samples over a set of images.
+
+    `scaling_factor` is one over the standard deviation pooled over channels, each about its own mean, so that
+    `(latents - latents_mean) * scaling_factor` has unit variance over all. `shift_factor` is the mean of all
+    channels' means, for models that export their shift instead of folding it in.
+    """
+
+    latents_mean: list[float]
+    latents_std: list[float]
+    scaling_factor: float
+    shift_factor: float
+    image_count: int
+
+    @property
+    def pooled_std(self) -> float:
+        """Standard deviation over all channels about `shift_factor`."""
+        squares = [m * m + s * s for m, s in zip(self.latents_mean, self.latents_std, strict=True)]
+        return math.sqrt(sum(squares) / len(squares) - self.shift_factor**2)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def compute_latent_statistics(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> LatentStatistics:
+    """Mean and standard deviation per channel of posterior samples, in float64, without drawing any.
+
+    The variance of a sample is the variance of the means plus the mean of the variances (law of total
+    variance), so nothing is drawn and the figures depend on the images alone.
+
+    Args:
+        images: batches (B, C, H, W) in [-1, 1], of any size each. Every latent pixel has the same weight.
+
+    Raises:
+        ValueError: no images.
+    """
+    count = image_count = 0
+    total = square = torch.zeros(1, dtype=torch.float64)
+    for batch in images:
+        posterior, _ = encode(vae, batch)
+        mean = posterior.mean.cpu().double()  # in this order, because MPS has no float64
+        variance = posterior.logvar.cpu().double().exp()
+        total = total + mean.sum((0, 2, 3))
+        square = square + (mean.square() + variance).sum((0, 2, 3))
+        count += mean.shape[0] * mean.shape[2] * mean.shape[3]
+        image_count += mean.shape[0]
+    if count == 0:
+        raise ValueError("no images to compute latent statistics from; give at least one batch.")
+    mean = total / count
+    variance = square / count - mean.square()
+    return LatentStatistics(
+        latents_mean=mean.tolist(),
+        latents_std=variance.sqrt().tolist(),
+        scaling_factor=variance.mean().rsqrt().item(),
+        shift_factor=mean.mean().item(),
+        image_count=image_count,
+    )

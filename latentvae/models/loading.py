@@ -1,0 +1,300 @@
+"""Loading an `AutoencoderKL` from wherever it is, every weight accounted for."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.base.errors import ModelError
+from latentvae.models.formats.deriving import derive_config
+from latentvae.models.formats.files import StoredVAE, config_in_metadata, read, read_shards
+from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
+from latentvae.models.presets import PRESETS, nearest
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+SAMPLE_PICTURE = Path(__file__).parent / "assets" / "chelsea.png"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+DEFAULT_MODEL = "f8c4-small"
+
+PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+BELONGS = "Use the config.json that belongs to these weights."
+DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
+
+
+def bundled() -> list[str]:
+    """Names of the models whose trained weights are installed with this package."""
+    return sorted(path.parent.name for path in WEIGHTS_DIR.glob(f"*/{WEIGHTS_NAME}"))
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> AutoencoderKL:
+    """Load an `AutoencoderKL` in eval mode, every weight accounted for.
+
+    A file may have diffusers' names or LDM's, bare or behind `first_stage_model.` or `vae.`, and be a whole
+    checkpoint, of which only the VAE is read. Its config is that in its metadata, or else the config.json
+    beside it, or else derived from its shapes; then a warning says what is not in them.
+
+    Args:
+        source: None for the bundled default; the name of a bundled model; a diffusers folder (of the VAE
+            itself, or of a pipeline with a `vae/` in it); one `*.safetensors` file; or a hub id.
+        dtype: the weights' dtype, whatever the file holds; None keeps the file's (a hub id's: float32).
+        device: where to put it.
+
+    Raises:
+        ModelError: nothing there, not an AutoencoderKL, pickled weights, or missing, extra or misshaped keys.
+    """
+    vae = _load(DEFAULT_MODEL if source is None else source, dtype)
+    return vae.to(device).eval()
+
+
+def _load(source: str | Path, dtype: torch.dtype | None) -> AutoencoderKL:
+    name, path = str(source), Path(source)
+    if name in bundled():
+        return _load_folder(WEIGHTS_DIR / name, dtype)
+    if path.is_dir():
+        return _load_folder(path, dtype)
+    if path.suffix in PICKLED_SUFFIXES:
+        raise ModelError(_refuse_pickle(path))
+    if path.suffix == ".safetensors":
+        return _load_file(path, dtype)
+    if path.is_file():
+        raise ModelError(f"{path} is no model: wanted a *.safetensors file or a folder with a config.json.")
+    if name in PRESETS:
+        raise ModelError(
+            f"the preset {name!r} comes without trained weights. Bundled models: "
+            f"{', '.join(bundled()) or 'none'}. Train it (`latentvae train`), or call "
+            f"latentvae.build({name!r}) for random weights."
+        )
+    return _load_hub(name, dtype)
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    config = _read_config(folder)
+    files = _weight_files(folder)
+    if not files:
+        pickled = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLED_SUFFIXES]
+        if pickled:
+            raise ModelError(_refuse_pickle(pickled[0]))
+        raise ModelError(f"{folder} has a config.json and no weights. Wanted {WEIGHTS_NAME} beside it.")
+    return _assemble(config, read_shards(files, files[0] if len(files) == 1 else folder), dtype)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards of an index, or else a variant (fp16)."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    indexes = sorted(folder.glob(f"{WEIGHTS_NAME}.index*.json"), key=lambda path: len(path.name))
+    if indexes:
+        try:
+            shards = set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{indexes[0]} is no index of shards: {error!r}. Download it again.") from error
+        return [folder / Path(name).name for name in sorted(shards)]
+    return sorted(folder.glob(f"{WEIGHTS_NAME.removesuffix('.safetensors')}.*.safetensors"))[:1]
+
+
+def _load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL:
+    if not path.is_file():
+        raise ModelError(f"no such file: {path}.")
+    stored = read(path)
+    config = _own_config(stored)
+    if config is not None:
+        return _assemble(config, stored, dtype)
+    config, note = derive_config(stored)
+    logger.warning(note)
+    return _assemble(config, stored, dtype, DAMAGED)
+
+
+def _own_config(stored: StoredVAE) -> dict[str, Any] | None:
+    """The config in a file's metadata, or else beside it; None where neither is.
+
+    Beside LDM's files, and inside them, configs of other models are common: those are not the VAE's.
+    """
+    beside = stored.path.parent / "config.json"
+    config, place = config_in_metadata(stored), stored.path
+    if stored.layout == "ldm" and _class_name(config) != "AutoencoderKL":
+        config = None
+    if config is None and beside.is_file():
+        config, place = _read_json(beside), beside
+    if stored.layout == "ldm" and _class_name(config) != "AutoencoderKL":
+        return None
+    if config is not None:
+        _check_class(config, place)
+    return config
+
+
+def _load_hub(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        known = [*bundled(), *PRESETS]
+        raise ModelError(
+            f"no model {name!r}: no such file or folder, no bundled model of that name."
+            f"{nearest(name, known)} Wanted {', '.join([*bundled(), ''])}a diffusers folder, a "
+            "*.safetensors file or a hub id (owner/name)."
+        )
+    try:
+        subfolder = _hub_subfolder(name)
+        _check_class(AutoencoderKL.load_config(name, subfolder=subfolder), Path(name))
+        return _from_pretrained(name, dtype, subfolder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no model {name!r}: no such folder here, and the hub did not give it ({error}). "
+            "Check the name and the connection, or download it and pass the folder."
+        ) from error
+
+
+def _hub_subfolder(name: str) -> str:
+    """Where in a hub repository, or in the cache's copy of it, the VAE's config is: "" or "vae".
+
+    Asked before anything is downloaded, because downloads without a connection retry for minutes.
+    """
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    files = {"": "config.json", "vae": "vae/config.json"}
+    for subfolder, file in files.items():
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return subfolder
+    for subfolder, file in files.items():
+        try:
+            if file_exists(name, file):
+                return subfolder
+        except Exception as error:  # what is raised without a connection depends on the hub's HTTP library
+            raise OSError(f"{type(error).__name__}: {error}") from error
+    raise OSError("there is no such repository, or no config.json in it or in its vae/")
+
+
+def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> AutoencoderKL:
+    options: dict[str, Any] = {"subfolder": subfolder, "use_safetensors": True}
+    options["output_loading_info"] = True
+    try:
+        vae, report = AutoencoderKL.from_pretrained(name, **options)
+    except OSError as error:
+        try:  # some repositories have no other than half-precision weights
+            vae, report = AutoencoderKL.from_pretrained(name, variant="fp16", **options)
+        except OSError:
+            raise error from None
+    broken = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if broken:
+        raise ModelError(
+            f"{name} is no complete AutoencoderKL: {len(broken)} keys do not fit, first {broken[0]!r}."
+        )
+    return vae if dtype is None else cast(vae, dtype)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} is no model folder: it has no config.json. Wanted a folder written by "
+            "`latentvae export` or by diffusers' save_pretrained, or one with a vae/ folder in it."
+        )
+    config = _read_json(path)
+    _check_class(config, path)
+    return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+
+
+def _class_name(config: Any) -> str | None:
+    return config.get("_class_name") if isinstance(config, dict) else None
+
+
+def _check_class(config: Any, path: Path) -> None:
+    name = _class_name(config)
+    if name != "AutoencoderKL":
+        raise ModelError(f"{path} describes {name or 'no model class'}; wanted an AutoencoderKL.")
+
+
+def _assemble(
+    config: dict[str, Any], stored: StoredVAE, dtype: torch.dtype | None, hint: str = BELONGS
+) -> AutoencoderKL:
+    """Put tensors into the model that `config` describes, refusing anything left over or left out."""
+    try:
+        vae = AutoencoderKL.from_config(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the config of {stored.path} makes no AutoencoderKL: {error}.") from error
+    state, tensors = vae.state_dict(), dict(stored.tensors)
+    levels = len(vae.config["block_out_channels"])
+    names = file_names(state, stored.layout, stored.prefix, levels, tensors)
+    wanted = {names[key]: tensor for key, tensor in state.items()}
+    if stored.layout == "ldm":
+        for key in filter(is_attention_weight, names):
+            wanted[names[key]] = to_convolution(state[key])
+            if names[key] in tensors:
+                tensors[names[key]] = to_convolution(tensors[names[key]])
+    check_keys(tensors, wanted, stored.path, hint)
+    dtype = dtype or stored.dtype
+    weights = {key: tensors[name].reshape(state[key].shape).to(dtype) for key, name in names.items()}
+    vae.load_state_dict(weights, assign=True)
+    return vae.requires_grad_(True)
+
+
+def check_keys(
+    tensors: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: Path, hint: str = BELONGS
+) -> None:
+    """Compare a file's keys and shapes with a model's state dict, under the names that the file has.
+
+    Raises:
+        ModelError: names the first key that is missing, extra or misshaped, its nearest match, and the count.
+    """
+    missing, extra = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    problems = [f"lacks {key!r}.{nearest(key, extra)}" for key in missing]
+    problems += [f"has {key!r}, which the model has not.{nearest(key, missing)}" for key in extra]
+    problems += [
+        f"has {key!r} of shape {tuple(tensors[key].shape)}; the model's is {tuple(wanted[key].shape)}."
+        for key in tensors.keys() & wanted.keys()
+        if tensors[key].shape != wanted[key].shape
+    ]
+    if problems:
+        raise ModelError(
+            f"{path} does not fit its config: it {min(problems)} ({len(problems)} of {len(wanted)} keys). "
+            f"{hint}"
+        )
+
+
+def cast(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+    """Convert the weights as `vae.to(dtype)` does, without diffusers' warning where nothing has to stay."""
+    if getattr(vae, "_keep_in_fp32_modules", None) or getattr(vae, "is_quantized", False):
+        return vae.to(dtype)  # then diffusers has something to say
+    return torch.nn.Module.to(vae, dtype)
+
+
+def spatial_compression_ratio(vae: AutoencoderKL) -> int:
+    """How many image pixels one latent pixel spans along each side."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+def describe(vae: AutoencoderKL) -> dict[str, Any]:
+    """What a model is, as JSON values: config, parameter counts, compression."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in vae.named_children()}
+    ratio = spatial_compression_ratio(vae)
+    return {
+        "parameters": sum(counts.values()),
+        "encoder_parameters": counts["encoder"] + counts.get("quant_conv", 0),
+        "decoder_parameters": counts["decoder"] + counts.get("post_quant_conv", 0),
+        "spatial_compression_ratio": ratio,
+        "values_ratio": ratio**2 * vae.config["in_channels"] / vae.config["latent_channels"],
+        "config": dict(vae.config),
+    }
+
+
+def _refuse_pickle(path: Path) -> str:
+    return (
+        f"{path} holds pickled weights, which can run code when loaded. Wanted safetensors: convert it once, "
+        "in a place you trust, with `safetensors.torch.save_file(torch.load(path, weights_only=True), out)`."
+    )

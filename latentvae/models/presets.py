@@ -1,0 +1,116 @@
+"""The shapes of VAE that we train, as configs of stock `diffusers.AutoencoderKL`."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from diffusers import AutoencoderKL
+from diffusers.models.activations import ACT2CLS
+
+from latentvae.base.errors import ModelError
+
+# The published Stable Diffusion shape; every preset says only how it differs from it.
+_BASE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    # diffusers derives the tile size of its own tiling from sample_size: less than 256 makes tiny tiles
+    "sample_size": 256,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+}
+# One layer per level: a second costs a fifth of the training speed on a CPU and a third more parameters.
+# No attention: it is the one layer whose cost grows with the square of the area.
+# 8 groups: 32 groups of a 32-channel layer are one channel each, which would erase every channel's mean.
+_SMALL: dict[str, Any] = {
+    "block_out_channels": (32, 64, 128, 256),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "f8c4": _BASE,
+    "f8c16": {**_BASE, "latent_channels": 16},
+    "f16c16": {**_BASE, "latent_channels": 16, "block_out_channels": (128, 128, 256, 512, 512)},
+    "f8c4-small": {**_BASE, **_SMALL},
+    "f8c16-small": {**_BASE, **_SMALL, "latent_channels": 16},
+    "tiny": {**_BASE, **_SMALL, "block_out_channels": (16, 16, 32, 32)},
+}
+
+
+def block_types(block_out_channels: tuple[int, ...] | list[int]) -> dict[str, tuple[str, ...]]:
+    """The block names of an AutoencoderKL of that many levels."""
+    levels = len(block_out_channels)
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
+def preset_config(preset: str, **overrides: Any) -> dict[str, Any]:
+    """The `AutoencoderKL` arguments of a preset, with `overrides` applied.
+
+    Raises:
+        ModelError: unknown preset, or an override that is no argument of AutoencoderKL or of another type.
+    """
+    if preset not in PRESETS:
+        raise ModelError(
+            f"unknown preset {preset!r}.{nearest(preset, PRESETS)} Presets: {', '.join(PRESETS)}."
+        )
+    for key, value in overrides.items():
+        if key not in _BASE:
+            raise ModelError(
+                f"unknown model setting {key!r}.{nearest(key, _BASE)} Settings: {', '.join(_BASE)}."
+            )
+        if not _is_like(value, _BASE[key]):
+            raise ModelError(
+                f"model setting {key}={value!r} is of the wrong type; wanted one like {_BASE[key]!r}."
+            )
+    if (act_fn := overrides.get("act_fn")) is not None and act_fn not in ACT2CLS:
+        raise ModelError(f"unknown act_fn {act_fn!r}.{nearest(act_fn, ACT2CLS)} Known: {', '.join(ACT2CLS)}.")
+    config = {**PRESETS[preset], **overrides}
+    config["block_out_channels"] = tuple(config["block_out_channels"])
+    groups = config["norm_num_groups"]
+    bad = [width for width in config["block_out_channels"] if width % groups]
+    if bad:
+        raise ModelError(
+            f"block_out_channels {bad} cannot be divided into norm_num_groups={groups} groups. "
+            "Choose widths that are multiples of norm_num_groups, or fewer groups."
+        )
+    return {**config, **block_types(config["block_out_channels"])}
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a setting has the example's type; whole numbers count things, so they start at 1."""
+    if isinstance(example, tuple):
+        return isinstance(value, list | tuple) and len(value) > 0 and all(_is_like(v, 1) for v in value)
+    if isinstance(example, float):
+        return isinstance(value, float) or type(value) is int
+    return type(value) is type(example) and (type(value) is not int or value > 0)
+
+
+def build(preset: str, **overrides: Any) -> AutoencoderKL:
+    """An untrained `AutoencoderKL` of a preset's shape, drawn from torch's default generator.
+
+    Args:
+        preset: a name in `PRESETS`.
+        overrides: arguments of AutoencoderKL that differ from the preset, such as `latent_channels=8`.
+
+    Raises:
+        ModelError: unknown preset or setting, or widths that the norm groups do not divide.
+    """
+    return AutoencoderKL(**preset_config(preset, **overrides))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question naming the closest known word, to end a message with; empty where none is close."""
+    match = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,1 @@
+"""Whether a VAE survives half precision, and a rescaled copy that does."""

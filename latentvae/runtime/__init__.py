@@ -1,0 +1,4 @@
+"""The same numbers sooner, or in less memory. Imports models, images, base.
+
+In: any AutoencoderKL. Out: the same object with other forwards, undone by `restore`.
+"""

@@ -1,0 +1,148 @@
+"""Forwards that `optimize` puts in the place of diffusers' own: the same results, to rounding, sooner.
+
+Convolutions, norms and activations take arguments that only these forwards pass to each other, so that work
+can be done in another module's place while each module is still called, and the hooks on it run.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from latentvae.runtime.kernels import groupnorm, winograd
+from latentvae.runtime.patches import is_patched, underlying
+
+
+def is_ours(*modules: Any) -> bool:
+    """Whether these take our arguments: patched, and since then not replaced (as PEFT does) nor watched."""
+    types = (nn.Conv2d, nn.GroupNorm, nn.SiLU)
+    return all(
+        type(module) in types and is_patched(module, "optimize") and not module._forward_hooks
+        for module in modules
+    )
+
+
+# --- upsampling
+
+
+def upsample(
+    self: Upsample2D, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Upsample2D that leaves the upsampling to its convolution."""
+    conv = conv_of(self)
+    if output_size is not None or args or kwargs or not is_ours(conv) or not _can_fold(conv, x):
+        return underlying(self, "optimize")(x, output_size, *args, **kwargs)
+    return conv(x, upsample=True)
+
+
+def conv_of(upsampler: Upsample2D) -> Any:
+    """The convolution after the upsampling."""
+    return upsampler.conv if upsampler.name == "conv" else upsampler.Conv2d_0
+
+
+def _can_fold(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether transposed convolutions are known to work there; cuDNN's are not beyond 32-bit indices."""
+    size = 4 * x.numel() // conv.in_channels * conv.out_channels
+    return x.device.type == "cpu" or (x.device.type == "cuda" and size < 2**31)
+
+
+def folding_conv(self: nn.Conv2d, x: torch.Tensor, upsample: bool = False) -> torch.Tensor:
+    """A 3x3 convolution, after nearest x2 upsampling if so asked: 16 products for four outputs, not 36."""
+    if not upsample:
+        return underlying(self, "optimize")(x)
+    return F.conv_transpose2d(x, folded(self.weight), self.bias, stride=2, padding=1)
+
+
+def folded(weight: torch.Tensor) -> torch.Tensor:
+    """A 3x3 kernel (K, C, 3, 3) after x2 nearest, as that of a transposed convolution: (C, K, 4, 4).
+
+    Its stride is 2, its padding 1. Along each axis (w0, w1, w2) becomes (w2, w1 + w2, w0 + w1, w0), summed in
+    float32 at least and rounded once. Differentiable.
+    """
+    w = weight.to(torch.promote_types(weight.dtype, torch.float32)).transpose(0, 1)
+    w = torch.stack((w[:, :, 2], w[:, :, 1] + w[:, :, 2], w[:, :, 0] + w[:, :, 1], w[:, :, 0]), dim=2)
+    w = torch.stack((w[..., 2], w[..., 1] + w[..., 2], w[..., 0] + w[..., 1], w[..., 0]), dim=3)
+    return w.to(weight.dtype)
+
+
+# --- resnets
+
+
+def resnet(
+    self: ResnetBlock2D, x: torch.Tensor, temb: torch.Tensor | None = None, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """ResnetBlock2D without the steps that do nothing: no dropout, no division by 1, sums in place."""
+    if temb is not None or args or kwargs or (self.training and self.dropout.p):
+        return underlying(self, "optimize")(x, temb, *args, **kwargs)
+    hidden = _normed_conv(self.norm1, self.nonlinearity, self.conv1, x)
+    if self.conv_shortcut is not None:
+        x = self.conv_shortcut(x.contiguous() if self.training else x)
+    hidden = _normed_conv(self.norm2, self.nonlinearity, self.conv2, hidden, plus=x)
+    return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+
+def _normed_conv(
+    norm: nn.Module, activation: nn.Module, conv: nn.Module, x: torch.Tensor, plus: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Norm, activation, convolution and sum: in one go over x where the patches of all three allow it."""
+    hidden = norm(x, deferred=True) if is_ours(norm, activation, conv) else norm(x)
+    if isinstance(hidden, groupnorm.Affine):
+        return conv(x, before=hidden, plus=plus)
+    return _sum(conv(activation(hidden)), plus)
+
+
+def _sum(hidden: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
+    """hidden + plus, written over hidden unless gradients or another dtype are wanted."""
+    if plus is None:
+        return hidden
+    if hidden.requires_grad or plus.requires_grad or hidden.dtype != plus.dtype:
+        return plus + hidden
+    return hidden.add_(plus)
+
+
+def group_norm(
+    self: nn.GroupNorm, x: torch.Tensor, deferred: bool = False
+) -> torch.Tensor | groupnorm.Affine:
+    """GroupNorm that measures large maps well; if `deferred`, it may say what to do to x, and not do it."""
+    if not groupnorm.suits(self, x):
+        return underlying(self, "optimize")(x)
+    affine = groupnorm.affine(self, x)
+    return affine if deferred else groupnorm.apply(x, affine, silu=False)
+
+
+def silu(self: nn.SiLU, x: torch.Tensor) -> torch.Tensor:
+    """SiLU that overwrites its input: for the output of a norm, which nobody else reads."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
+def conv(
+    self: nn.Conv2d,
+    x: torch.Tensor,
+    upsample: bool = False,
+    before: groupnorm.Affine | None = None,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A 3x3 convolution of x normalised and activated as `before` says, or upsampled, with `plus` added."""
+    scheme = winograd.UPSAMPLING if upsample else winograd.CONVOLUTION
+    recorded = plus is not None and plus.requires_grad and torch.is_grad_enabled()
+    if winograd.suits(self, x, scheme) and not recorded:
+        return winograd.convolve(x, self, scheme, before, plus)
+    if before is not None:
+        x = groupnorm.apply(x, before, silu=True)
+    return _sum(folding_conv(self, x, upsample), plus)
+
+
+# --- memory format
+
+
+def conv_in(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A convolution of x in channels_last."""
+    return underlying(self, "optimize")(x.contiguous(memory_format=torch.channels_last))
+
+
+def conv_out(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A convolution with a contiguous result."""
+    return underlying(self, "optimize")(x).contiguous()

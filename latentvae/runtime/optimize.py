@@ -1,0 +1,190 @@
+"""The same numbers from an `AutoencoderKL`, sooner.
+
+Every transformation is a function of its own, that patches the forwards of single modules and changes results
+by no more than rounding. What is derived from weights (folded, transformed) is made again in every call, for
+about a hundredth of its time: so it cannot go stale, however weights were changed, and gradients are right.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from latentvae.base.errors import ModelError
+from latentvae.models.loading import cast
+from latentvae.runtime import forwards
+from latentvae.runtime.patches import check_autoencoder, on_restore, patch, patched, restore
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def optimize(
+    vae: AutoencoderKL,
+    *,
+    upsample: bool = True,
+    norm: bool = True,
+    residual: bool = True,
+    winograd: bool = True,
+    channels_last: bool = True,
+    compile: bool = False,
+    dtype: torch.dtype | None = None,
+) -> AutoencoderKL:
+    """Make encode and decode faster, with the same results to rounding; `restore` undoes it.
+
+    Class, config, state dict, `save_pretrained`, offloading hooks and gradients stay as they were. Called
+    again, the new choice replaces the old one. Blocks of an unknown kind stay stock; the log names them.
+
+    Args:
+        upsample: nearest x2 upsampling and its convolution as one transposed convolution.
+        norm: SiLU overwrites its norm's output; on a CPU norms measure large maps by blocks, because torch's
+            own channels_last norm loses three digits there. Without gradients.
+        residual: resnets without steps that do nothing, and their sums in place (without gradients).
+        winograd: wide 3x3 convolutions with a quarter of the products, on a CPU in float32 and float64,
+            without gradients. Wants channels_last. Keeps buffers of about 60 MB from call to call.
+        channels_last: weights and maps in that memory format; what comes out is contiguous.
+        compile: `torch.compile` both halves for sizes that vary, or warn where that cannot work.
+        dtype: convert the weights first. What rounding takes, `restore` does not bring back.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ModelError: not an AutoencoderKL, or a dtype that no VAE computes in.
+    """
+    check_autoencoder(vae)
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype} came; wanted one of {', '.join(map(str, DTYPES))}.")
+    restore(vae, "optimize")
+    if dtype is not None:
+        cast(vae, dtype)
+    if channels_last:
+        use_channels_last(vae)
+    if winograd:
+        use_winograd(vae)
+    if upsample:
+        fold_upsamplers(vae, winograd=winograd)
+    if norm:
+        replace_norms(vae)
+    if residual:
+        simplify_resnets(vae)
+    if compile:
+        compile_halves(vae)
+    logger.debug("optimized %d modules", len(patched(vae, "optimize")))
+    return vae
+
+
+def _plain_conv(module: Any) -> bool:
+    """Whether it is a 3x3 convolution of stride 1 with a border of zeros, and not wrapped or parametrised."""
+    if type(module) is not nn.Conv2d:
+        return False
+    found = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+    return found == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and module.padding_mode == "zeros"
+
+
+def _plain_resnet(module: Any) -> bool:
+    """Whether it neither takes an embedding nor resamples."""
+    return (
+        type(module) is ResnetBlock2D
+        and module.upsample is None
+        and module.downsample is None
+        and module.time_emb_proj is None
+        and module.time_embedding_norm != "scale_shift"
+    )
+
+
+def fold_upsamplers(vae: AutoencoderKL, *, winograd: bool = True) -> None:
+    """Compute nearest x2 upsampling and the 3x3 convolution after it as one: 16 products instead of 36, or 9.
+
+    Two patches for each, so that a hook that brings the convolution's weights does so: the upsampler hands
+    its input on as it is, and tells the convolution. Upsamplers of another kind stay stock.
+    """
+    for name, module in vae.named_modules():
+        if type(module) is not Upsample2D:
+            continue
+        plain = module.use_conv and module.interpolate and not module.use_conv_transpose and not module.norm
+        if plain and _plain_conv(forwards.conv_of(module)):
+            patch(forwards.conv_of(module), forwards.conv if winograd else forwards.folding_conv, "optimize")
+            patch(module, forwards.upsample, "optimize")
+        else:
+            logger.warning("left as stock: %s is not nearest upsampling and a 3x3 convolution", name)
+
+
+def replace_norms(vae: AutoencoderKL) -> None:
+    """Measure large maps by blocks, and let each SiLU after a GroupNorm overwrite the norm's output."""
+    norms = [(half.conv_norm_out, half.conv_act) for half in (vae.encoder, vae.decoder)]
+    for resnet in filter(_plain_resnet, vae.modules()):
+        norms += [(resnet.norm1, resnet.nonlinearity), (resnet.norm2, resnet.nonlinearity)]
+    for norm, activation in norms:
+        if type(norm) is nn.GroupNorm and type(activation) is nn.SiLU:
+            patch(norm, forwards.group_norm, "optimize")
+            patch(activation, forwards.silu, "optimize")
+
+
+def simplify_resnets(vae: AutoencoderKL) -> None:
+    """Run resnets without the steps that do nothing, the sum written over the second convolution's output."""
+    for name, module in vae.named_modules():
+        if _plain_resnet(module):
+            patch(module, forwards.resnet, "optimize")
+        elif isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D):
+            logger.warning("left as stock: %s takes an embedding or resamples", name)
+
+
+def use_winograd(vae: AutoencoderKL) -> None:
+    """Compute the 3x3 convolutions of resnets with a quarter of the products, where that is faster."""
+    for resnet in filter(_plain_resnet, vae.modules()):
+        for conv in filter(_plain_conv, (resnet.conv1, resnet.conv2)):
+            patch(conv, forwards.conv, "optimize")
+
+
+def use_channels_last(vae: AutoencoderKL) -> None:
+    """Convert the weights to channels_last, and each half's input on its way in and output on its way out."""
+    kernels = [parameter for parameter in vae.parameters() if parameter.ndim == 4]
+    if any(not kernel.is_contiguous() for kernel in kernels):
+        logger.debug("weights are channels_last already, and stay so after restore")
+    else:
+        _set_memory_format(vae, torch.channels_last)
+        on_restore(vae, _use_contiguous, "optimize")
+    for half in (vae.encoder, vae.decoder):
+        patch(half.conv_in, forwards.conv_in, "optimize")
+        patch(half.conv_out, forwards.conv_out, "optimize")
+
+
+def _set_memory_format(vae: nn.Module, memory_format: torch.memory_format) -> None:
+    for parameter in vae.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def _use_contiguous(vae: nn.Module) -> None:
+    _set_memory_format(vae, torch.contiguous_format)
+
+
+def compile_halves(vae: AutoencoderKL) -> None:
+    """Compile encoder and decoder for sizes that vary. Pipelines call `decode`, which calls these."""
+    problem = _compiler_problem(vae.device)
+    if problem:
+        logger.warning("not compiled: %s. Everything else is as fast as it was.", problem)
+        return
+    for half in (vae.encoder, vae.decoder):
+        patch(half, torch.compile(type(half).forward, dynamic=True), "optimize")
+
+
+def _compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "triton is not installed"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as error:  # torch has no public question; what is raised depends on the platform
+        return f"there is no C++ compiler ({error})"
+    return None

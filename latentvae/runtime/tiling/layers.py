@@ -1,0 +1,285 @@
+"""Layers of an `AutoencoderKL` that read only the part of their input that a box of their output needs.
+
+Every layer is a map that may be read box by box: a box is computed from the boxes of its sources, which reach
+a halo of a pixel or two further, by the model's own modules with their own zero padding. What a false border
+has touched is cropped off; at true borders the halo ends as the map does, so that the padding is the right
+one. Nothing but a `Stored` map keeps what was computed: reading anything else twice computes it twice.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latentvae.base.errors import ModelError
+from latentvae.runtime.tiling.maps import Box, Moments, OldEdges, pieces
+
+
+class Map(ABC):
+    """A map that is read box by box.
+
+    Attributes:
+        name: of the module in the encoder or decoder that makes it.
+        moments: the statistics of all of it, once they are known.
+        sources: the maps that it is computed from.
+        flops: what reading one of its pixels takes.
+    """
+
+    def __init__(self, name: str, channels: int, height: int, width: int, flops: float = 0.0) -> None:
+        self.name, self.channels, self.height, self.width, self.flops = name, channels, height, width, flops
+        self.moments: Moments | None = None
+
+    sources: tuple["Map", ...] = ()
+
+    @abstractmethod
+    def read(self, box: Box) -> torch.Tensor:
+        """The values in a box, (1, C, h, w)."""
+
+    @abstractmethod
+    def footprint(self, pixels: int) -> tuple[int, int]:
+        """How many values lie in memory at the worst moment of reading a box of so many pixels, and after."""
+
+    def stored(self) -> set["Stored"]:
+        """The stored maps that this one is computed from."""
+        return set().union(*(source.stored() for source in self.sources))
+
+
+class Stored(Map):
+    """A map that lies in a tensor.
+
+    Args:
+        tensor: (1, C, H, W); None while it is only planned.
+        device: where its tiles are computed with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int, int],
+        tensor: torch.Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(name, *shape)
+        self.tensor, self.device = tensor, device
+        self.freed = False
+        self.halo_kept = 0  # while it is overwritten: how much of the old is kept around the next tile
+        self._edges: OldEdges | None = None
+
+    def whole(self) -> torch.Tensor:
+        """The tensor, (1, C, H, W)."""
+        if self.tensor is None:
+            raise RuntimeError(f"{self.name} was read before it was made, or after it was freed.")
+        return self.tensor
+
+    def read(self, box: Box) -> torch.Tensor:
+        tile = self._edges.read(box) if self._edges is not None else box.of(self.whole())
+        return tile.to(self.device)
+
+    def write(self, box: Box, tile: torch.Tensor) -> None:
+        """Write a tile; where its neighbours still want what was there, it is kept aside for them."""
+        if self._edges is not None:
+            self._edges.overwrite(box, tile)
+        else:
+            box.of(self.whole()).copy_(tile)
+
+    def start_overwriting(self, halo: int) -> None:
+        """From now on read the old values within `halo` pixels of the next tile, until `stop_overwriting`."""
+        self.halo_kept = halo
+        self._edges = OldEdges(self.tensor, halo) if halo and self.tensor is not None else None
+
+    def start_row(self, first: Box) -> None:
+        """Say that a row of tiles begins, with this box."""
+        if self._edges is not None:
+            self._edges.start_row(first)
+
+    def stop_overwriting(self) -> None:
+        """All tiles are written: read what they are from now on."""
+        self.halo_kept, self._edges = 0, None
+
+    def footprint(self, pixels: int) -> tuple[int, int]:
+        copied = self.channels * pixels if self.halo_kept else 0
+        return copied, copied
+
+    def stored(self) -> set["Stored"]:
+        return {self}
+
+    def free(self) -> None:
+        """Give its memory back, unless someone else holds the tensor too."""
+        self.tensor, self.freed = None, True
+
+
+class Norm:
+    """GroupNorm with known statistics and the activation after it, in float32 at least and rounded once."""
+
+    def __init__(self, norm: nn.GroupNorm, activation: nn.Module, moments: Moments | None) -> None:
+        if moments is None:
+            raise RuntimeError("a norm was to be made of a map whose statistics nobody has measured.")
+        self.norm, self.activation, self.moments = norm, activation, moments
+        self._affine: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, tile: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(tile.dtype, torch.float32)
+        scale, shift = (value.to(wide).to(tile.device)[:, None, None] for value in self._scale_and_shift())
+        result = torch.empty_like(tile, memory_format=_layout(tile))
+        for source, target in zip(pieces(tile), pieces(result), strict=True):
+            value = torch.addcmul(shift, source.to(wide), scale, out=target if wide == tile.dtype else None)
+            silu = isinstance(self.activation, nn.SiLU)
+            value = F.silu(value, inplace=True) if silu else self.activation(value)
+            if value is not target:
+                target.copy_(value)
+        return result
+
+    def _scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._affine is None:
+            mean, variance = self.moments.of_groups(self.norm.num_groups)
+            scale = (variance + self.norm.eps).rsqrt()
+            shift = -mean * scale
+            weight, bias = (value.detach().to(mean.device).double() for value in _weight_and_bias(self.norm))
+            self._affine = scale * weight, shift * weight + bias
+        return self._affine
+
+
+def _layout(tile: torch.Tensor) -> torch.memory_format:
+    """The memory format of a tile that was cropped, so that torch's own question fails."""
+    return torch.channels_last if tile.stride(1) == 1 else torch.contiguous_format
+
+
+def _weight_and_bias(norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm's parameters, also where accelerate's sequential offloading keeps them away between calls."""
+    hook: Any = getattr(norm, "_hf_hook", None)
+    if norm.weight.device.type != "meta":
+        return norm.weight, norm.bias
+    if hook is None:
+        raise ModelError("the model's weights are on the meta device. Load them before you encode or decode.")
+    hook.pre_forward(norm)
+    try:
+        return norm.weight.clone(), norm.bias.clone()
+    finally:
+        hook.post_forward(norm, None)
+
+
+class Conv(Map):
+    """A 3x3 convolution of a map, after its norm and activation where there is one. Halo: 1 pixel."""
+
+    def __init__(self, name: str, source: Map, conv: nn.Conv2d, norm: Norm | None = None) -> None:
+        flops = source.flops + 18 * conv.in_channels * conv.out_channels
+        super().__init__(name, conv.out_channels, source.height, source.width, flops)
+        self.source, self.conv, self.norm, self.sources = source, conv, norm, (source,)
+
+    def read(self, box: Box) -> torch.Tensor:
+        outer = box.grown(1, self)
+        return box.cropped(self.apply(self.source.read(outer)), outer)
+
+    def apply(self, tile: torch.Tensor) -> torch.Tensor:
+        """Norm, activation and convolution of a tile; the outermost pixels are right at true borders only."""
+        if self.norm is not None:
+            tile = self.norm(tile)
+        return self.conv(tile)
+
+    def footprint(self, pixels: int) -> tuple[int, int]:
+        peak, read = self.source.footprint(pixels)
+        normed, result = self.source.channels * pixels, self.channels * pixels
+        return max(peak, read + normed, normed + result), result
+
+
+class Residual(Map):
+    """The end of a resnet: the second convolution of `hidden`, the first's output, added to the source.
+
+    Halo: 1 pixel of `hidden`, so 2 of the source where `hidden` is computed from it on the way.
+    """
+
+    def __init__(self, name: str, block: Any, source: Map, hidden: Map) -> None:
+        flops = 18 * block.conv2.in_channels * block.conv2.out_channels + hidden.flops
+        if isinstance(hidden, Stored):
+            flops += source.flops
+        if block.conv_shortcut is not None:
+            flops += 2 * block.conv_shortcut.in_channels * block.conv_shortcut.out_channels
+        super().__init__(name, block.conv2.out_channels, source.height, source.width, flops)
+        self.block, self.source, self.hidden, self.sources = block, source, hidden, (source, hidden)
+        self.norm = Norm(block.norm2, block.nonlinearity, hidden.moments)
+
+    def read(self, box: Box) -> torch.Tensor:
+        block, inner = self.block, box.grown(1, self)
+        source = None
+        if isinstance(self.hidden, Conv):  # one reading of the source serves both
+            outer = inner.grown(1, self)
+            tile = self.source.read(outer)
+            source = box.cropped(tile, outer)
+            hidden = inner.cropped(self.hidden.apply(tile), outer)
+        else:
+            hidden = self.hidden.read(inner)
+        hidden = self.norm(hidden)
+        result = box.cropped(block.conv2(hidden), inner)
+        del hidden
+        if source is None:
+            source = self.source.read(box)
+        if block.conv_shortcut is not None:
+            source = block.conv_shortcut(source)
+        result += source.to(result.device)
+        if block.output_scale_factor != 1:
+            result /= block.output_scale_factor
+        return result
+
+    def footprint(self, pixels: int) -> tuple[int, int]:
+        result = self.channels * pixels
+        middle = self.block.conv2.in_channels * pixels
+        peak, source = self.source.footprint(pixels)
+        conv = self.block.conv_shortcut
+        shortcut = 0 if conv is None else (conv.in_channels + conv.out_channels) * pixels
+        if isinstance(self.hidden, Conv):
+            normed = self.source.channels * pixels
+            steps = [peak, source + normed + middle, source + 2 * middle, source + middle + result]
+        else:
+            hidden_peak, hidden = self.hidden.footprint(pixels)
+            steps = [hidden_peak, hidden + middle, middle + result, result + peak]
+        return max(*steps, result + source + shortcut), result
+
+
+class Up(Map):
+    """Nearest-neighbour upsampling and its convolution. Halo: 1 pixel of the small map."""
+
+    def __init__(self, name: str, source: Map, upsampler: Any) -> None:
+        channels = upsampler.out_channels
+        flops = source.flops / 4 + 18 * source.channels * channels
+        super().__init__(name, channels, 2 * source.height, 2 * source.width, flops)
+        self.source, self.upsampler, self.sources = source, upsampler, (source,)
+
+    def read(self, box: Box) -> torch.Tensor:
+        inner = Box(
+            max((box.top - 1) // 2, 0),
+            min((box.bottom + 2) // 2, self.source.height),
+            max((box.left - 1) // 2, 0),
+            min((box.right + 2) // 2, self.source.width),
+        )
+        return box.cropped(self.upsampler(self.source.read(inner)), Box(*(2 * edge for edge in inner)))
+
+    def footprint(self, pixels: int) -> tuple[int, int]:
+        peak, read = self.source.footprint(pixels // 4)
+        wide, result = self.source.channels * pixels, self.channels * pixels
+        return max(peak, read + wide + wide // 4, wide + wide // 4 + result), result
+
+
+class Down(Map):
+    """A convolution of stride 2, one line of zeros below and to the right. Halo: 1 pixel on those sides."""
+
+    def __init__(self, name: str, source: Map, downsampler: Any) -> None:
+        channels = downsampler.out_channels
+        flops = 4 * source.flops + 18 * source.channels * channels
+        super().__init__(name, channels, source.height // 2, source.width // 2, flops)
+        self.source, self.downsampler, self.sources = source, downsampler, (source,)
+
+    def read(self, box: Box) -> torch.Tensor:
+        inner = Box(
+            2 * box.top,
+            min(2 * box.bottom + 1, self.source.height),
+            2 * box.left,
+            min(2 * box.right + 1, self.source.width),
+        )
+        return self.downsampler(self.source.read(inner))
+
+    def footprint(self, pixels: int) -> tuple[int, int]:
+        peak, read = self.source.footprint(4 * pixels)
+        result = self.channels * pixels
+        return max(peak, 2 * read + result), result

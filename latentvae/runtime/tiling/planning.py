@@ -1,0 +1,242 @@
+"""What exact tiling takes before anything runs: tiles, stages, store, peak, and the cost of attention."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from latentvae.base.errors import ModelError
+from latentvae.runtime.patches import check_autoencoder
+from latentvae.runtime.tiling.layers import Stored
+from latentvae.runtime.tiling.stages import Stage, Walk, choose, decode, encode
+
+DEFAULT_TILE = 512
+DEFAULT_MEMORY = 4e9
+SETTINGS = "_latentvae_tiling"  # the attribute of an encoder or decoder that holds them
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `enable_exact_tiling` was asked for; `place` None is the memory of the input's device."""
+
+    tile_size: int = DEFAULT_TILE
+    place: Path | torch.device | None = None
+    progress: bool = False
+    memory: float = DEFAULT_MEMORY
+
+
+@dataclass(frozen=True)
+class Course:
+    """What encoding or decoding one image takes.
+
+    Attributes:
+        verb: encode or decode.
+        stages: in their order; none where the image is no larger than a tile, and goes the ordinary way.
+        store_bytes: the most that the store holds at any time.
+        peak_bytes: the most that store, tile and result take together, above the weights and the input. With
+            the store in files, `store_bytes` of it are on disk.
+    """
+
+    verb: str
+    stages: tuple[Stage, ...]
+    store_bytes: int
+    peak_bytes: int
+
+    @property
+    def tiles(self) -> int:
+        """Of all stages together."""
+        return sum(stage.tiles for stage in self.stages)
+
+    @property
+    def tflop(self) -> float:
+        """What is computed in all, counting what is computed again."""
+        return sum(stage.flops for stage in self.stages) / 1e12
+
+    @property
+    def attention_tflop(self) -> float:
+        """Of these, those of attention: they grow with the square of the area."""
+        return sum(stage.flops for stage in self.stages if ".attentions." in stage.name) / 1e12
+
+    def __str__(self) -> str:
+        if not self.stages:
+            return f"{self.verb}: not tiled, peak about {self.peak_bytes / 1e9:.2f} GB above the weights"
+        lines = [
+            f"{self.verb}: {len(self.stages)} stages, {self.tiles} tiles, {self.tflop:.2f} TFLOP (attention "
+            f"{self.attention_tflop:.2f}), store {self.store_bytes / 1e9:.2f} GB, peak "
+            f"{self.peak_bytes / 1e9:.2f} GB above the weights",
+            f"  {'stage':48} tiles  side  TFLOP  store GB  tile GB",
+        ]
+        for stage in self.stages:
+            lines.append(
+                f"  {stage.name:48} {stage.tiles:5} {stage.side:5} {stage.flops / 1e12:6.2f} "
+                f"{stage.store_bytes / 1e9:9.2f} {stage.tile_bytes / 1e9:8.2f}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` returns, for one image; of a batch, the results add up. Print it."""
+
+    height: int
+    width: int
+    encode: Course
+    decode: Course
+
+    def __str__(self) -> str:
+        return f"{self.height} x {self.width} px\n{self.encode}\n{self.decode}"
+
+
+def plan(
+    vae: AutoencoderKL,
+    height: int,
+    width: int,
+    *,
+    tile_size: int | None = None,
+    memory: float | None = None,
+) -> Plan:
+    """Say what exact tiling of an image takes, without running it, in the VAE's dtype.
+
+    Args:
+        height, width: of the image in pixels. The latents to decode are those of the image padded to a
+            multiple of the compression ratio.
+        tile_size, memory: as in `enable_exact_tiling`. Default: what that was called with, or its defaults.
+
+    Raises:
+        ModelError: not an AutoencoderKL, or one with blocks that cannot be tiled.
+    """
+    check_autoencoder(vae)
+    check_structure(vae)
+    asked: Settings = getattr(vae.encoder, SETTINGS, Settings())
+    settings = Settings(
+        asked.tile_size if tile_size is None else tile_size,
+        memory=asked.memory if memory is None else memory,
+    )
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    latents = (vae.decoder.conv_in.in_channels, -(-height // factor), -(-width // factor))
+    images = (vae.encoder.conv_in.in_channels, height, width)
+    encoding = _course(vae, "encode", images, max(height, width), settings)
+    decoding = _course(vae, "decode", latents, factor * max(latents[1:]), settings)
+    return Plan(height, width, encoding, decoding)
+
+
+def _course(
+    vae: AutoencoderKL, verb: str, shape: tuple[int, int, int], side: int, settings: Settings
+) -> Course:
+    if side <= settings.tile_size:
+        # measured: Stable Diffusion's decoder peaks at 4.75 full-size maps of its second level's width
+        width = max(vae.config["block_out_channels"][:2])
+        return Course(verb, (), 0, 5 * width * side * side * vae.dtype.itemsize)
+    model = vae.encoder if verb == "encode" else vae.decoder
+    walk = plan_walk(model, shape, vae.dtype.itemsize, settings)
+    return Course(verb, tuple(walk.stages), walk.store_bytes, walk.peak_bytes)
+
+
+def plan_walk(model: Any, shape: Any, itemsize: int, settings: Settings) -> Walk:
+    """The stages of one sample (C, H, W), with what to keep chosen by the settings' memory."""
+    decodes = hasattr(model, "up_blocks")
+    width = model.conv_norm_out.num_channels if decodes else model.conv_in.out_channels
+
+    def walk(kept: frozenset[str]) -> Walk:
+        steps = Walk(itemsize, settings.tile_size, width, kept)
+        (decode if decodes else encode)(steps, model, input_map(shape))
+        return steps
+
+    return choose(walk, settings.memory)
+
+
+def input_map(shape: Any, tensor: torch.Tensor | None = None) -> Stored:
+    """The map that the first stage reads, which belongs to the caller."""
+    device = None if tensor is None else tensor.device
+    return Stored("input", tuple(shape), tensor, device)
+
+
+def check_structure(vae: AutoencoderKL) -> None:
+    """Refuse blocks that would not be computed as they should be.
+
+    Raises:
+        ModelError: names the first such block and what was wanted in its place.
+    """
+    for problem in _problems(vae):
+        raise ModelError(
+            f"exact tiling does not support {problem}. It takes encoders and decoders like those of Stable "
+            "Diffusion, SDXL, SD3 and FLUX, of any depth and width. vae.enable_tiling() of diffusers takes "
+            "more, with seams."
+        )
+
+
+def _problems(vae: AutoencoderKL) -> Iterator[str]:
+    encoder, decoder = vae.encoder, vae.decoder
+    yield from _other("encoder", encoder, Encoder)
+    yield from _other("decoder", decoder, Decoder)
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+        yield from _conv(f"{name}.conv_in", module.conv_in)
+        yield from _conv(f"{name}.conv_out", module.conv_out)
+        yield from _other(f"{name}.conv_norm_out", module.conv_norm_out, nn.GroupNorm)
+        yield from _other(f"{name}.mid_block", module.mid_block, UNetMidBlock2D)
+        yield from _resnets(f"{name}.mid_block", module.mid_block)
+    for number, block in enumerate(encoder.down_blocks):
+        name = f"encoder.down_blocks.{number}"
+        yield from _other(name, block, DownEncoderBlock2D)
+        yield from _resnets(name, block)
+        yield from _samplers(f"{name}.downsamplers", block.downsamplers, Downsample2D)
+    for number, block in enumerate(decoder.up_blocks):
+        name = f"decoder.up_blocks.{number}"
+        yield from _other(name, block, UpDecoderBlock2D)
+        yield from _resnets(name, block)
+        yield from _samplers(f"{name}.upsamplers", block.upsamplers, Upsample2D)
+
+
+def _other(name: str, module: Any, wanted: type) -> Iterator[str]:
+    if type(module) is not wanted:
+        yield f"{name}, a {type(module).__name__}; wanted {wanted.__name__}"
+
+
+def _conv(name: str, conv: Any, padding: int = 1, stride: int = 1) -> Iterator[str]:
+    found = [
+        getattr(conv, key, None) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    ]
+    wanted = [(3, 3), (stride, stride), (padding, padding), (1, 1), "zeros"]
+    if found != wanted:
+        yield f"{name}, {conv}; wanted a 3x3 convolution of stride {stride} with {padding} px of zeros"
+
+
+def _resnets(name: str, block: Any) -> Iterator[str]:
+    for number, resnet in enumerate(block.resnets):
+        path = f"{name}.resnets.{number}"
+        yield from _other(path, resnet, ResnetBlock2D)
+        yield from _conv(f"{path}.conv1", resnet.conv1)
+        yield from _conv(f"{path}.conv2", resnet.conv2)
+        for norm in ("norm1", "norm2"):
+            yield from _other(f"{path}.{norm}", getattr(resnet, norm), nn.GroupNorm)
+        for part in ("time_emb_proj", "upsample", "downsample"):
+            if getattr(resnet, part) is not None:
+                yield f"{path} with its {part}; wanted none"
+        if resnet.dropout.p:
+            yield f"{path} with dropout {resnet.dropout.p}; wanted none"
+
+
+def _samplers(name: str, samplers: Any, wanted: type) -> Iterator[str]:
+    if samplers is None:
+        return
+    if len(samplers) != 1:
+        yield f"{name}, {len(samplers)} of them; wanted one"
+    sampler = samplers[0]
+    yield from _other(f"{name}.0", sampler, wanted)
+    if sampler.norm is not None or not sampler.use_conv or getattr(sampler, "use_conv_transpose", False):
+        yield f"{name}.0 with a norm or without a convolution; wanted {wanted.__name__} as it comes"
+    if wanted is Downsample2D:
+        yield from _conv(f"{name}.0.conv", sampler.conv, padding=0, stride=2)
+    else:
+        yield from _conv(f"{name}.0.conv", sampler.conv)
+        if not sampler.interpolate:
+            yield f"{name}.0 without interpolation"

@@ -1,0 +1,179 @@
+"""Exact tiling on and off: the untiled result to float rounding, in memory set by the tile and a scratch."""
+
+import logging
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput
+from tqdm import tqdm
+
+from latentvae.base.errors import ImageError, LatentVAEError
+from latentvae.runtime.patches import check_autoencoder, on_restore, patch, underlying
+from latentvae.runtime.tiling.layers import Stored
+from latentvae.runtime.tiling.maps import Store, check_folder
+from latentvae.runtime.tiling.planning import (
+    DEFAULT_MEMORY,
+    DEFAULT_TILE,
+    SETTINGS,
+    Plan,
+    Settings,
+    check_structure,
+    input_map,
+    plan,
+    plan_walk,
+)
+from latentvae.runtime.tiling.stages import Run, decode, encode
+
+__all__ = ["DEFAULT_MEMORY", "DEFAULT_TILE", "Plan", "enable_exact_tiling", "plan"]
+
+logger = logging.getLogger(__name__)
+
+MIN_TILE = 16
+
+
+def enable_exact_tiling(
+    vae: AutoencoderKL,
+    tile_size: int = DEFAULT_TILE,
+    store: str | Path | torch.device | None = None,
+    progress: bool = False,
+    memory: float = DEFAULT_MEMORY,
+) -> AutoencoderKL:
+    """Have a VAE encode and decode large images tile by tile, with the numbers it gives without tiles.
+
+    Works on `vae.encode`, `vae.decode` and all that call them, for images with a side above `tile_size`.
+    Smaller ones go the ordinary way, and so does anything that needs gradients. diffusers' own tiling, with
+    its seams, is switched off as long as this is on. `latentvae.restore` undoes it.
+
+    Args:
+        tile_size: largest side of a tile in pixels, from 16. Memory beside the store grows with its square.
+        store: where maps lie between stages. None: the memory of the input's device; "cpu": main memory;
+            otherwise a folder for memory-mapped files, which vanish with the process however it ends.
+        progress: show a progress bar, in TFLOP, for every image.
+        memory: bytes that the store and a tile may take; above, maps are computed again rather than stored,
+            as far as that helps. 0 stores as little as can be, `math.inf` computes nothing twice.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ModelError: not an AutoencoderKL, or one with blocks that cannot be tiled, which are named.
+        LatentVAEError: a tile that is too small, or a store folder that cannot be used.
+    """
+    check_autoencoder(vae)
+    check_structure(vae)
+    settings = Settings(_checked(tile_size), _place(store), progress, memory)
+    for model, forward in ((vae.encoder, _encoder_forward), (vae.decoder, _decoder_forward)):
+        setattr(model, SETTINGS, settings)
+        patch(model, forward, "tiling")
+        on_restore(model, _forget, "tiling")
+    for method in (_tiled_encode, tiled_decode):
+        setattr(vae, method.__name__, types.MethodType(method, vae))
+    on_restore(vae, _restore_methods, "tiling")
+    return vae
+
+
+def _checked(tile_size: int) -> int:
+    if not isinstance(tile_size, int) or tile_size < MIN_TILE:
+        raise LatentVAEError(
+            f"tile_size={tile_size!r} came; wanted a whole number of pixels from {MIN_TILE}: around "
+            f"a smaller tile the halo is larger than the tile. {DEFAULT_TILE} is the default."
+        )
+    return tile_size
+
+
+def _place(store: str | Path | torch.device | None) -> Path | torch.device | None:
+    if store is None or isinstance(store, torch.device):
+        return store
+    if store == "cpu":
+        return torch.device("cpu")
+    check_folder(Path(store))
+    return Path(store)
+
+
+def _forget(model: torch.nn.Module) -> None:
+    model.__dict__.pop(SETTINGS, None)
+
+
+def _restore_methods(vae: torch.nn.Module) -> None:
+    for method in (_tiled_encode, tiled_decode):
+        vae.__dict__.pop(method.__name__, None)
+
+
+def _tiled_encode(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """What stands in for diffusers' own tiling: the encoder gets the whole image, and tiles it exactly."""
+    moments = self.encoder(x)
+    return moments if self.quant_conv is None else self.quant_conv(moments)
+
+
+def tiled_decode(self: Any, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+    """What stands in for diffusers' own tiling: the decoder gets all latents, and tiles them exactly."""
+    images = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+    return DecoderOutput(sample=images) if return_dict else (images,)
+
+
+def _encoder_forward(self: Any, sample: torch.Tensor) -> torch.Tensor:
+    halvings = sum(block.downsamplers is not None for block in self.down_blocks)
+    size = [side >> halvings for side in sample.shape[2:]]
+    channels = self.conv_out.out_channels
+    if _goes_ordinary_way(self, sample, max(sample.shape[2:]), "images") or min(size) == 0:
+        return underlying(self, "tiling")(sample)
+    return _tiled(self, sample, (channels, *size))
+
+
+def _decoder_forward(
+    self: Any, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None
+) -> torch.Tensor:
+    if latent_embeds is not None:
+        raise LatentVAEError("latent_embeds came; an AutoencoderKL's decoder takes none, and tiles none.")
+    doublings = sum(block.upsamplers is not None for block in self.up_blocks)
+    size = [side << doublings for side in sample.shape[2:]]
+    if _goes_ordinary_way(self, sample, max(size), "latents"):
+        return underlying(self, "tiling")(sample)
+    return _tiled(self, sample, (self.conv_out.out_channels, *size))
+
+
+def _goes_ordinary_way(model: torch.nn.Module, sample: torch.Tensor, side: int, what: str) -> bool:
+    tile_size = getattr(model, SETTINGS).tile_size
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (sample, *model.parameters())):
+        if side > tile_size:
+            logger.warning("not tiled, because gradients are wanted: use torch.no_grad() where they are not.")
+        return True
+    if not torch.isfinite(sample).all():
+        raise ImageError(
+            f"{what} came with NaN or infinite values; wanted finite ones. Look at what made them."
+        )
+    return side <= tile_size
+
+
+@torch.no_grad()
+def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Encode or decode a batch, one sample after the other: the statistics are each sample's own."""
+    settings: Settings = getattr(model, SETTINGS)
+    stages, kind = decode if hasattr(model, "up_blocks") else encode, batch.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.dtype
+    store = Store(settings.place or batch.device, dtype, _layout(model, batch))
+    steps = plan_walk(model, batch.shape[1:], dtype.itemsize, settings)
+    store.check_room(steps.store_bytes)
+    result = torch.empty(len(batch), *shape, dtype=dtype, device=batch.device)
+    total = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
+    form = "{l_bar}{bar}| {n:.1f}/{total:.1f} TFLOP [{elapsed}<{remaining}]"
+    with tqdm(
+        total=total * (1 + 1e-9), desc=stages.__name__, bar_format=form, disable=not settings.progress
+    ) as bar:
+        for sample, target in zip(batch.split(1), result.split(1), strict=True):
+            run = Run(steps, store, batch.device, bar)
+            source = input_map(sample.shape[1:], sample.contiguous(memory_format=store.layout))
+            stages(run, model, source, Stored("result", shape, target))
+    return result
+
+
+def _layout(model: Any, batch: torch.Tensor) -> torch.memory_format:
+    """Channels last where that is no slower: on a CPU, in half types, or where the weights are so."""
+    weight = model.conv_in.weight
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    if batch.device.type == "cpu" or (batch.device.type == "cuda" and batch.dtype.itemsize == 2) or last:
+        return torch.channels_last
+    return torch.contiguous_format

@@ -1,0 +1,373 @@
+"""What a store is made of: `store.json`, and shards of moments with an index line for each image.
+
+A shard is a safetensors file of moments and an index with one line of JSON per image.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+
+from latentvae.base.errors import StoreError
+from latentvae.base.files import file_sha256, fsync, partial_path, stage, write_atomically
+from latentvae.images.resizing import Preprocessing
+from latentvae.images.tensors import Padding
+
+MANIFEST = "store.json"
+VERSION = 1
+
+DtypeName = Literal["bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardRecord(_Record):
+    """One shard: NAME.safetensors and NAME.jsonl, and NAME.failed.jsonl where images could not be encoded."""
+
+    name: str = Field(pattern=r"^latents-\d{5,}$")
+    count: int = Field(ge=0)  # images, the failed ones not included; may be 0
+    sha256: str  # of the safetensors file
+    index_sha256: str
+    failed: int = Field(default=0, ge=0)
+    failed_sha256: str | None = None
+
+
+class Manifest(_Record):
+    """All that the shards have in common. Latents in the store are unscaled moments (see `latents`)."""
+
+    format: Literal["latentvae-store"] = "latentvae-store"
+    version: int = VERSION
+    weights_sha256: str  # see `latentvae.models.fingerprint.weight_hash`
+    config: dict[str, Any]  # of the AutoencoderKL
+    scaling_factor: float
+    shift_factor: float | None
+    preprocessing: Preprocessing
+    dtype: DtypeName  # of the stored moments
+    precision: DtypeName  # of the model's arithmetic
+    flips: bool  # whether each image's mirror image was encoded too
+    batch_size: int
+    shard_size: int
+    shards: list[ShardRecord] = Field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many images are in the store."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the stored moments."""
+        return DTYPES[self.dtype]
+
+
+def read_manifest(store: str | Path) -> Manifest:
+    """Read a store's manifest.
+
+    Raises:
+        StoreError: there is none, it is damaged, or of a later version of this format.
+    """
+    path = Path(store) / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{store} is no complete store: it has no {MANIFEST}. Name a folder that `latentvae encode` "
+            "wrote, or run that again to its end."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({error}). Restore it, or delete the folder and encode again."
+        ) from error
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise StoreError(
+            f"{path} is of format version {version}, this package reads up to {VERSION}: update it."
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise StoreError(
+            f"{path} is no manifest of a store: {place}: {first['msg']}. Restore it, or delete the folder "
+            "and encode again."
+        ) from error
+
+
+def write_manifest(store: str | Path, manifest: Manifest) -> None:
+    """Put the manifest in place, whole or not at all."""
+    write_atomically(Path(store) / MANIFEST, lambda path: path.write_bytes(to_bytes(manifest)))
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The manifest as it is in its file."""
+    return manifest.model_dump_json(indent=1).encode() + b"\n"
+
+
+def model_config(vae: AutoencoderKL) -> dict[str, Any]:
+    """The config as JSON values, without what names this machine."""
+    own = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    return json.loads(json.dumps(own)) | {"_class_name": "AutoencoderKL"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a store.
+
+    Its moments are row `offset` of the tensor `tensor` in the shard's safetensors file (and of
+    `flipped_name(tensor)` where mirror images are stored).
+    """
+
+    key: str  # POSIX path below the source folder, with its suffix
+    source: str  # path of the file, as it was named
+    sha256: str  # of the image file
+    size_bytes: int
+    mtime_ns: int
+    width: int  # pixels of the image file, upright
+    height: int
+    resized: tuple[int, int] | None  # width, height after scaling; None: not scaled
+    cropped: tuple[int, int, int, int] | None  # left, top, width, height taken after scaling; None: all
+    padding: tuple[int, int, int, int]  # left, top, right, bottom pixels that the encoder's padding added
+    tensor: str  # for instance "moments.32x48": latent height x width
+    offset: int  # row
+    caption: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def encoded_width(self) -> int:
+        """Pixels of what was encoded: after scaling and cropping, before padding."""
+        return self.cropped[2] if self.cropped else self.resized[0] if self.resized else self.width
+
+    @property
+    def encoded_height(self) -> int:
+        """Pixels of what was encoded: after scaling and cropping, before padding."""
+        return self.cropped[3] if self.cropped else self.resized[1] if self.resized else self.height
+
+    @property
+    def image_padding(self) -> Padding:
+        """What `latents.decode` takes to give an image of encoded_height x encoded_width."""
+        return Padding(*self.padding, height=self.encoded_height, width=self.encoded_width)
+
+    def line(self) -> bytes:
+        """The index line, ASCII, with its end: file names need not be valid Unicode."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+_NAMES = {each.name for each in fields(Entry)}
+_TUPLES = ("resized", "cropped", "padding")
+
+
+def parse_entry(line: bytes) -> Entry:
+    """Read one index line.
+
+    Raises:
+        StoreError: it is none.
+    """
+    try:
+        values = json.loads(line)
+        if not isinstance(values, dict) or values.keys() != _NAMES:
+            raise ValueError(f"keys {sorted(_NAMES)} were wanted")
+        for name in _TUPLES:
+            values[name] = None if values[name] is None else tuple(values[name])
+        return Entry(**values)
+    except (ValueError, TypeError) as error:
+        raise StoreError(
+            f"{line[:80]!r} is no line of a store's index ({error}). Run `latentvae verify` to find the "
+            "damaged shard, and `latentvae encode` to repair it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that belongs to a shard and could not be encoded."""
+
+    key: str
+    source: str
+    sha256: str | None  # None: its bytes could not even be read, so that the next run tries again
+    size_bytes: int
+    mtime_ns: int
+    reason: str
+
+    def line(self) -> bytes:
+        """One line of JSON, ASCII, with its end."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def shard_name(number: int) -> str:
+    """For instance "latents-00000"."""
+    return f"latents-{number:05d}"
+
+
+def shard_number(name: str) -> int:
+    """The inverse of `shard_name`."""
+    return int(name.rpartition("-")[2])
+
+
+def tensors_path(store: str | Path, name: str) -> Path:
+    """The safetensors file of a shard."""
+    return Path(store) / f"{name}.safetensors"
+
+
+def index_path(store: str | Path, name: str) -> Path:
+    """The index of a shard."""
+    return Path(store) / f"{name}.jsonl"
+
+
+def failed_path(store: str | Path, name: str) -> Path:
+    """The list of a shard's images that could not be encoded; there only if there are such."""
+    return Path(store) / f"{name}.failed.jsonl"
+
+
+def tensor_name(height: int, width: int) -> str:
+    """What the moments of latents of height x width are called in a shard."""
+    return f"moments.{height}x{width}"
+
+
+def flipped_name(tensor: str) -> str:
+    """What the moments of the mirror images are called."""
+    return tensor.replace("moments.", "moments_flipped.", 1)
+
+
+def latent_size(tensor: str) -> tuple[int, int]:
+    """Height and width of the latents in a tensor, from its name."""
+    height, _, width = tensor.rpartition(".")[2].partition("x")
+    return int(height), int(width)
+
+
+def line_starts(index: Path) -> np.ndarray:
+    """Where each line starts, and at last the file's size: int64 (count + 1,). No line is parsed."""
+    ends, base = [np.zeros(1, np.int64)], 0
+    with index.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base + 1)
+            base += len(chunk)
+    return np.concatenate(ends)
+
+
+def read_entries(store: str | Path, name: str) -> list[Entry]:
+    """All entries of one shard, sorted by key."""
+    with index_path(store, name).open("rb") as file:
+        return [parse_entry(line) for line in file]
+
+
+def read_failures(store: str | Path, name: str) -> list[Failure]:
+    """The images of one shard that could not be encoded, sorted by key."""
+    path = failed_path(store, name)
+    if not path.exists():
+        return []
+    try:
+        return [Failure(**json.loads(line)) for line in path.read_bytes().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}): run `latentvae encode` to repair it.") from error
+
+
+def write_shard(
+    store: Path,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    entries: Sequence[Entry],
+    failures: Sequence[Failure] = (),
+) -> ShardRecord:
+    """Put a shard in place: its tensors first, its index last, each whole or not at all.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    record = stage_shard(store, name, tensors, entries, failures)
+    place_shard(store, record)
+    return record
+
+
+def stage_shard(
+    store: Path,
+    name: str,
+    tensors: dict[str, torch.Tensor] | str,
+    entries: Sequence[Entry],
+    failures: Sequence[Failure],
+) -> ShardRecord:
+    """Write a shard's files, durably, under temporary names.
+
+    Args:
+        tensors: or the sha256 of the tensors that are in place and stay.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+    if isinstance(tensors, str):
+        sha256 = tensors
+    else:
+        moments = tensors
+        sha256 = _stage(tensors_path(store, name), lambda partial: save_file(moments, partial))
+    failed_sha256 = _stage_lines(failed_path(store, name), failures) if failures else None
+    index_sha256 = _stage_lines(index_path(store, name), entries)
+    fsync(store)
+    return ShardRecord(
+        name=name,
+        count=len(entries),
+        sha256=sha256,
+        index_sha256=index_sha256,
+        failed=len(failures),
+        failed_sha256=failed_sha256,
+    )
+
+
+def place_shard(store: Path, record: ShardRecord) -> None:
+    """Give the staged files of a shard their names, as far as that has not been done; the index last."""
+    for path, sha256 in shard_files(store, record):
+        partial = partial_path(path)
+        if sha256 is None:
+            path.unlink(missing_ok=True)
+        elif partial.exists() and file_sha256(partial) == sha256:
+            partial.replace(path)
+    fsync(store)
+
+
+def shard_files(store: str | Path, record: ShardRecord) -> list[tuple[Path, str | None]]:
+    """A shard's files and their hashes, the index last; None: there is to be no such file."""
+    name = record.name
+    return [
+        (tensors_path(store, name), record.sha256),
+        (failed_path(store, name), record.failed_sha256),
+        (index_path(store, name), record.index_sha256),
+    ]
+
+
+def damage(store: str | Path, record: ShardRecord, *, tensors: bool = True) -> str | None:
+    """What is wrong with a shard's files by their hashes, or None. Without `tensors`, of its lists only."""
+    for path, sha256 in shard_files(store, record)[0 if tensors else 1 :]:
+        if sha256 is None:
+            continue
+        if not path.is_file():
+            return f"{path.name} is missing"
+        try:
+            if file_sha256(path) != sha256:
+                return f"{path.name} does not match its sha256"
+        except OSError as error:
+            return f"{path.name} cannot be read ({error.strerror})"
+    return None
+
+
+def remove_shard(store: Path, name: str) -> None:
+    """Delete a shard's files, its index first."""
+    for path in (index_path(store, name), failed_path(store, name), tensors_path(store, name)):
+        path.unlink(missing_ok=True)
+
+
+def _stage(path: Path, write: Callable[[Path], object]) -> str:
+    stage(path, write)
+    return file_sha256(partial_path(path))
+
+
+def _stage_lines(path: Path, lines: Sequence[Entry | Failure]) -> str:
+    content = b"".join(line.line() for line in sorted(lines, key=lambda line: line.key))
+    return _stage(path, lambda partial: partial.write_bytes(content))

@@ -1,0 +1,1 @@
+"""Which images are odd, compared with normal ones."""

@@ -1,0 +1,1 @@
+"""Features of images, groups and maps of them."""

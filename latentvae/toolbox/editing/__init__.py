@@ -1,0 +1,1 @@
+"""Images changed through their latents: between two, around one, into a hole."""

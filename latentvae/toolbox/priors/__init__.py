@@ -1,0 +1,1 @@
+"""What latents look like, learned, so that new ones can be drawn."""

@@ -1,0 +1,117 @@
+"""The latents that a prior learns: those of a store, all of one size, scaled and normalised per channel."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from latentvae.base.errors import StoreError
+from latentvae.models.latents import Posterior
+from latentvae.store.buckets import BucketBatchSampler
+from latentvae.store.dataset import NO_LABEL, LatentDataset
+from latentvae.store.format import Manifest
+
+LEAST = 2  # images: one has no spread
+MEMORY = 2e9  # bytes kept of a store; of larger ones an even selection
+KEPT = 3 * 4  # bytes of a latent: its mean, and its log-variance as it was stored and within its bounds
+
+
+class LatentSet:
+    """The posteriors of a store's images, read once and kept in float32.
+
+    Attributes:
+        shape: (C, h, w) of the latents.
+        labels: (N,) int64, each image's label; -1 where it has none.
+        mean, std: (C,) of scaled posterior samples over all images, for `batch`.
+        total: images of the store; more than `len` where they would not fit into memory.
+
+    Args:
+        store: the folder that `latentvae encode` wrote.
+        progress: show a bar.
+
+    Raises:
+        StoreError: no store, an empty or damaged one, one image, or images of several sizes.
+    """
+
+    def __init__(self, store: str | Path, *, progress: bool = False) -> None:
+        dataset = LatentDataset(store, mode="moments")
+        self.total = len(dataset)
+        if self.total < LEAST:
+            raise StoreError(f"{store} holds {self.total} image; a prior learns from {LEAST} or more.")
+        channels = dataset.manifest.config["latent_channels"]
+        self.shape = (channels, *_one_size(store, dataset))
+        self.manifest: Manifest = dataset.manifest
+        chosen = _selection(self.total, KEPT * int(np.prod(self.shape)))
+        moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])
+        self.labels = torch.empty(len(chosen), dtype=torch.int64)
+        for place, number in enumerate(tqdm(chosen, unit="image", desc="reading", disable=not progress)):
+            item = dataset[number]
+            moments[place], self.labels[place] = self._scaled(item["moments"]), item["label"]
+        self._posterior = Posterior(moments)
+        self.mean, self.std = _statistics(self._posterior)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, numbers: Sequence[int] | np.ndarray, noise: torch.Tensor) -> torch.Tensor:
+        """Samples of the posteriors of the images with these numbers, normalised, (B, C, h, w) float32.
+
+        Args:
+            numbers: of images, 0 to `len` - 1.
+            noise: (B, C, h, w), standard normal.
+        """
+        places = torch.as_tensor(np.asarray(numbers))
+        std = torch.exp(0.5 * self._posterior.logvar[places])  # of these alone
+        latents = self._posterior.mean[places] + std * noise
+        return (latents - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def classes(self) -> list[int]:
+        """The labels that occur, sorted.
+
+        Raises:
+            StoreError: an image without one.
+        """
+        without = int((self.labels == NO_LABEL).sum())
+        if without:
+            raise StoreError(
+                f"{without} of {len(self)} images have no label, but a prior by class needs one for each: "
+                'write NAME.json with {"label": 3} beside each image and encode again, or leave classes out.'
+            )
+        return sorted(set(self.labels.tolist()))
+
+    def _scaled(self, moments: torch.Tensor) -> torch.Tensor:
+        """Moments of scaled latents from those of unscaled ones, (2C, h, w)."""
+        mean, logvar = moments.float().chunk(2)
+        factor, shift = self.manifest.scaling_factor, self.manifest.shift_factor or 0.0
+        return torch.cat([(mean - shift) * factor, logvar + 2 * np.log(abs(factor))])
+
+
+def _one_size(store: str | Path, dataset: LatentDataset) -> tuple[int, int]:
+    sizes = BucketBatchSampler(dataset, 1).sizes
+    if len(sizes) > 1:
+        shown = ", ".join(f"{count} of {h}x{w}" for (h, w), count in list(sizes.items())[:3])
+        raise StoreError(
+            f"{store} holds latents of {len(sizes)} sizes ({shown}{', ...' if len(sizes) > 3 else ''}); a "
+            "prior learns one. Encode the images to another store with --size 256 --crop."
+        )
+    return next(iter(sizes))
+
+
+def _selection(total: int, bytes_each: int) -> list[int]:
+    """All numbers, or as many as memory holds, evenly spaced."""
+    kept = min(total, max(LEAST, int(MEMORY // bytes_each)))
+    return [total * i // kept for i in range(kept)]
+
+
+def _statistics(posterior: Posterior) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of samples per channel, (C,) float32 each, by the law of total variance."""
+    channels = range(posterior.mean.shape[1])  # one by one: a copy in float64 of all would be twice the set
+    means, deviations = [], []
+    for channel in channels:
+        centres = posterior.mean[:, channel].double()
+        within = torch.exp(posterior.logvar[:, channel].double()).mean()
+        means.append(centres.mean())
+        deviations.append((within + centres.var(correction=0)).sqrt())
+    return torch.stack(means).float(), torch.stack(deviations).clamp_min(1e-6).float()

@@ -1,0 +1,154 @@
+"""Gaussians and mixtures of them, fitted to latents: principal components, and what they leave out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.base.optional import need
+from latentvae.toolbox.editing.vary import copy_noise
+from latentvae.toolbox.priors.latent_set import LatentSet
+from latentvae.toolbox.priors.prior import Card, Prior, card_of
+
+TENSORS = "mixture.safetensors"
+RANK = 256  # of a Gaussian; its covariance costs the square
+PER_COMPONENT = 2  # images for each principal component and mixture component: fewer give no covariance
+REGULARISATION = 1e-6  # added to variances, scikit-learn's; latents have variances near 1
+
+
+class MixturePrior(Prior):
+    """A mixture of K Gaussians over the first R principal components, with independent noise for the rest.
+
+    Latents of D = C*h*w numbers are `centre + basis^T s + residual * n`: s (R,) is drawn from the mixture, n
+    is standard normal noise orthogonal to the basis, and `residual` gives it the variance that R components
+    leave out (probabilistic PCA, Tipping & Bishop 1999). With R = D nothing is left out, and one component
+    has the latents' own mean and covariance.
+
+    Args:
+        card: its kind is "gaussian" (K = 1) or "mixture".
+        tensors: float32: weights (K,), means (K, R), factors (K, R, R) (lower Cholesky factors of the
+            covariances), basis (R, D), centre (D,), residual (1,).
+    """
+
+    def __init__(self, card: Card, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(card)
+        self.tensors = tensors
+
+    def draw(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
+        return torch.stack([self._one(number, seed) for number in numbers])
+
+    def _one(self, number: int, seed: int) -> torch.Tensor:
+        parts = self.tensors
+        rank, dimensions = parts["basis"].shape
+        pick = np.random.default_rng((seed, number)).random()
+        component = int(np.searchsorted(parts["weights"].cumsum(0).numpy(), pick, side="right"))
+        component = min(component, len(parts["weights"]) - 1)
+        noise = copy_noise((rank + dimensions,), seed, self.card.kind, number)
+        scores = parts["means"][component] + parts["factors"][component] @ noise[:rank]
+        rest = noise[rank:] - (parts["basis"] @ noise[rank:]) @ parts["basis"]
+        flat = parts["centre"] + scores @ parts["basis"] + parts["residual"] * rest
+        return flat.reshape(self.card.latent_shape)
+
+    def write(self, folder: Path) -> None:
+        save_file(self.tensors, folder / TENSORS)
+
+    @staticmethod
+    def read(folder: Path, card: Card) -> "MixturePrior":
+        """Of a folder. Raises LatentVAEError where its tensors are damaged."""
+        try:
+            tensors = load_file(folder / TENSORS)
+            (components, rank), dimensions = tensors["means"].shape, int(np.prod(card.latent_shape))
+            wanted = {
+                "weights": (components,),
+                "means": (components, rank),
+                "factors": (components, rank, rank),
+                "basis": (rank, dimensions),
+                "centre": (dimensions,),
+                "residual": (1,),
+            }
+            if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != wanted:
+                raise ValueError("its tensors do not fit the latents")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise LatentVAEError(
+                f"{folder / TENSORS} cannot be used ({error}): make the prior again with "
+                "`latentvae prior fit`."
+            ) from error
+        return MixturePrior(card, tensors)
+
+
+def fit_mixture(
+    latents: LatentSet, *, components: int = 1, rank: int | None = None, seed: int = 0
+) -> MixturePrior:
+    """Fit a Gaussian (one component) or a mixture to posterior samples of a store's images.
+
+    The parts of a mixture differ in as many principal components as the images bear, N / (2 K); in the others
+    all parts share one Gaussian.
+
+    Args:
+        latents: of the store.
+        components: of the mixture, each with a full covariance.
+        rank: principal components; None: 256, or as many as the latents and the number of images allow.
+        seed: of the posterior samples and of the mixture's first means.
+
+    Raises:
+        LatentVAEError: components or rank out of range, or scikit-learn is not installed.
+    """
+    decomposition, mixture = need("sklearn.decomposition"), need("sklearn.mixture")
+    noise = torch.stack([copy_noise(latents.shape, seed, "fit", i) for i in range(len(latents))])
+    flat = latents.draw(range(len(latents)), noise).flatten(1).double().numpy()
+    rank = _check_rank(flat.shape, components, rank)
+    pca = decomposition.PCA(rank, random_state=seed).fit(flat)
+    scores = pca.transform(flat)
+    mixed = rank if components == 1 else max(1, min(rank, len(flat) // (PER_COMPONENT * components)))
+    model = mixture.GaussianMixture(components, random_state=seed, reg_covar=REGULARISATION)
+    model.fit(scores[:, :mixed])
+    left_out = max(0.0, float(flat.var(0).sum() - scores.var(0).sum()))
+    residual = np.sqrt([left_out / max(1, flat.shape[1] - rank)])
+    tensors = {
+        "weights": model.weights_,
+        "means": np.pad(model.means_, ((0, 0), (0, rank - mixed))),
+        "factors": _with_gaussian_rest(np.linalg.cholesky(model.covariances_), scores[:, mixed:].std(0)),
+        "basis": pca.components_,
+        "centre": pca.mean_,
+        "residual": residual,
+    }
+    kind = "gaussian" if components == 1 else "mixture"
+    fit = {
+        "components": components,
+        "rank": rank,
+        "mixed_rank": mixed,
+        "dimensions": flat.shape[1],
+        "variance_in_rank": float(pca.explained_variance_ratio_.sum()),
+        "seed": seed,
+    }
+    learned = {name: torch.from_numpy(value).float().contiguous() for name, value in tensors.items()}
+    return MixturePrior(card_of(latents, kind, fit), learned)
+
+
+def _with_gaussian_rest(factors: np.ndarray, stds: np.ndarray) -> np.ndarray:
+    """Cholesky factors (K, m, m) with more components below, independent and alike in all K: (K, R, R)."""
+    mixed, rank = factors.shape[1], factors.shape[1] + len(stds)
+    whole = np.zeros((len(factors), rank, rank))
+    whole[:, :mixed, :mixed] = factors
+    whole[:, range(mixed, rank), range(mixed, rank)] = stds
+    return whole
+
+
+def _check_rank(shape: tuple[int, ...], components: int, rank: int | None) -> int:
+    """The rank asked for, or the largest that the images bear."""
+    images, dimensions = shape
+    if not 1 <= components <= images:
+        raise LatentVAEError(f"{components} components came; wanted 1 to {images}, the number of images.")
+    most = min(dimensions, images - 1)
+    if rank is None:
+        return min(most, RANK)
+    if not 1 <= rank <= most:
+        raise LatentVAEError(
+            f"a rank of {rank} came; wanted 1 to {most}: these are {images} images, whose latents have "
+            f"{dimensions} numbers."
+        )
+    return rank

@@ -1,0 +1,235 @@
+"""What a prior over latents is: draws by seed and number, and a folder that belongs to one VAE."""
+
+import json
+import math
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.formats.writing import put_in_place
+from latentvae.toolbox.editing.vary import copy_noise
+from latentvae.toolbox.priors.latent_set import LatentSet
+
+FORMAT = 1
+SIDECAR = "prior.json"
+WRITTEN = {SIDECAR, "mixture.safetensors", "model_index.json", "unet", "scheduler"}  # by any kind
+KINDS = ("gaussian", "mixture", "diffusion")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `prior.json` says: whose latents these are, and how they were scaled and learned.
+
+    Attributes:
+        kind: gaussian, mixture or diffusion; standard where nothing was learned.
+        weights_sha256: of the VAE.
+        latent_shape: (C, h, w).
+        mean, std: per channel; x = ((latents - shift_factor) * scaling_factor - mean) / std is what is drawn.
+        images: how many were learned from.
+        labels, label_counts: the classes of a prior by class and their images; None where it has none.
+        fit: how it was learned, for people.
+    """
+
+    kind: str
+    weights_sha256: str
+    latent_shape: tuple[int, int, int]
+    scaling_factor: float
+    shift_factor: float
+    mean: list[float]
+    std: list[float]
+    images: int
+    labels: list[int] | None = None
+    label_counts: list[int] | None = None
+    fit: dict[str, Any] = field(default_factory=dict)
+
+
+class Prior(ABC):
+    """A distribution over latents of one size. Draw number n of a seed does not depend on the other draws."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+
+    @abstractmethod
+    def draw(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
+        """Normalised latents (B, C, h, w), float32 on the CPU, of the draws with these numbers.
+
+        Args:
+            numbers: from 0 on.
+            seed: other seeds, other draws.
+            labels: of each draw, for a prior by class.
+        """
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write what was learned into a folder, the card left out."""
+
+    def to(self, device: torch.device) -> "Prior":
+        """Compute there from now on; only a network does."""
+        return self
+
+    def latents(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
+        """Unscaled latents (B, C, h, w) of these draws, as a decoder takes them."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.card.mean, self.card.std))
+        scaled = self.draw(numbers, seed, labels) * std + mean
+        return scaled / self.card.scaling_factor + self.card.shift_factor
+
+    def noise(self, numbers: Sequence[int], seed: int) -> torch.Tensor:
+        """Standard normal noise of these draws, (B, C, h, w)."""
+        return torch.stack([copy_noise(self.card.latent_shape, seed, "prior", n) for n in numbers])
+
+    def check(self, vae: AutoencoderKL) -> None:
+        """Refuse another VAE: its decoder does not speak these latents.
+
+        Raises:
+            LatentVAEError: the weights' hash is not the card's.
+        """
+        found = weight_hash(vae)
+        if found != self.card.weights_sha256:
+            raise LatentVAEError(
+                f"this prior was learned from latents of the VAE {self.card.weights_sha256[:12]}, but the "
+                f"model is {found[:12]}: name the model that encoded the store (--model), or fit a prior to "
+                "a store of this one."
+            )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder, whole or not at all; an earlier prior there is replaced.
+
+        Raises:
+            LatentVAEError: the folder holds something else, or cannot be written.
+        """
+        final = Path(folder).resolve()
+        check_target(final)
+        partial = final.parent / f".{final.name}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            self.write(partial)
+            text = json.dumps({"format": FORMAT, **asdict(self.card)}, indent=1)
+            (partial / SIDECAR).write_text(text + "\n", encoding="utf-8")
+            put_in_place(partial, final)
+        except OSError as error:
+            reason = error.strerror or error
+            raise LatentVAEError(f"{folder} cannot be written ({reason}): choose another folder.") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return final
+
+
+class StandardNormal(Prior):
+    """The standard normal distribution of scaled latents: what the KL term pulls towards, and not further.
+
+    Args:
+        vae: whose latents.
+        height: of an image in pixels, rounded down to whole latents.
+        width: likewise.
+    """
+
+    def __init__(self, vae: AutoencoderKL, height: int, width: int) -> None:
+        from latentvae.models.loading import spatial_compression_ratio
+
+        channels, ratio = vae.config["latent_channels"], spatial_compression_ratio(vae)
+        if min(height, width) < ratio:
+            raise LatentVAEError(
+                f"a size of {width}x{height} px came; a latent of this model is {ratio} px wide."
+            )
+        shape = (channels, height // ratio, width // ratio)
+        factors = vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0
+        super().__init__(
+            Card("standard", weight_hash(vae), shape, *factors, [0.0] * channels, [1.0] * channels, 0)
+        )
+
+    def draw(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
+        return self.noise(numbers, seed)
+
+    def write(self, folder: Path) -> None:
+        raise LatentVAEError("a standard normal prior has learned nothing that could be saved.")
+
+
+def card_of(latents: LatentSet, kind: str, fit: dict[str, Any], by_class: bool = False) -> Card:
+    """The card of a prior that has learned these latents."""
+    labels = latents.classes() if by_class else None
+    counts = [int((latents.labels == label).sum()) for label in labels] if labels is not None else None
+    manifest = latents.manifest
+    return Card(
+        kind,
+        manifest.weights_sha256,
+        latents.shape,
+        manifest.scaling_factor,
+        manifest.shift_factor or 0.0,
+        latents.mean.tolist(),
+        latents.std.tolist(),
+        len(latents),
+        labels,
+        counts,
+        {"store_images": latents.total, **fit},
+    )
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to write a prior over anything else.
+
+    Raises:
+        LatentVAEError: a file, or a folder that holds no prior, or other things beside one.
+    """
+    if folder.is_file():
+        raise LatentVAEError(f"{folder} is a file; wanted a folder to write the prior to.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SIDECAR).is_file():
+        raise LatentVAEError(f"{folder} is not empty and no earlier prior: choose another folder.")
+    if folder.is_dir() and (others := {each.name for each in folder.iterdir()} - WRITTEN):
+        raise LatentVAEError(
+            f"{folder} holds {min(others)!r} beside an earlier prior, and all in it would be replaced: "
+            "choose another folder, or move that away."
+        )
+
+
+def load_prior(folder: str | Path) -> Prior:
+    """Read what `Prior.save` wrote.
+
+    Raises:
+        LatentVAEError: no prior there, a damaged one, or one of a later version.
+    """
+    from latentvae.toolbox.priors.diffusion import DiffusionPrior
+    from latentvae.toolbox.priors.mixture import MixturePrior
+
+    readers: dict[str, Callable[[Path, Card], Prior]] = {
+        "gaussian": MixturePrior.read,
+        "mixture": MixturePrior.read,
+        "diffusion": DiffusionPrior.read,
+    }
+    card = _read_card(Path(folder))
+    return readers[card.kind](Path(folder), card)
+
+
+def _read_card(folder: Path) -> Card:
+    path = folder / SIDECAR
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format")
+        if version != FORMAT:
+            raise ValueError(f"its format is {version!r}, this package reads {FORMAT}")
+        content["latent_shape"] = tuple(int(side) for side in content["latent_shape"])
+        card = Card(**content)
+        if card.kind not in KINDS:
+            raise ValueError(f"its kind is {card.kind!r}")
+        figures = [card.scaling_factor, card.shift_factor, *card.mean, *card.std]
+        if len(card.mean) != len(card.std) or len(card.std) != card.latent_shape[0]:
+            raise ValueError("its normalisation does not fit its channels")
+        if not all(math.isfinite(figure) for figure in figures):
+            raise ValueError("its normalisation is not finite")
+    except OSError as error:
+        raise LatentVAEError(
+            f"{folder} is no prior (no {SIDECAR}: {error.strerror}): make one with `latentvae prior fit`."
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise LatentVAEError(
+            f"{path} is damaged or no prior's ({error}): make it again with `latentvae prior fit`."
+        ) from error
+    return card

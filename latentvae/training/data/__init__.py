@@ -1,0 +1,1 @@
+"""Training images: sources by number, and the crops drawn from them."""

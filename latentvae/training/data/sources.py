@@ -1,0 +1,173 @@
+"""Where training images come from: files, Hugging Face datasets or WebDataset shards, all by number."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from latentvae.base.errors import ConfigError, ImageError
+from latentvae.images.reading import SUFFIXES, list_files, load_image
+from latentvae.training.data.datasets import open_parquet, open_saved
+from latentvae.training.data.tars import BRACES, TarSource, expand_braces
+
+WANTED = (
+    "a folder of images, .tar shards or .parquet files, one such file, a dataset saved with save_to_disk, "
+    "or a pattern such as shards/{000..011}.tar"
+)
+
+
+class ImageSource(Protocol):
+    """Images by number; the same number is the same image in every process and every run."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What reports call an image, for example "shards/000.tar:cat.jpg"."""
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The file, links resolved, and the place in it: the same for one image under two names."""
+
+    def load(self, index: int, channels: int = 3) -> torch.Tensor:
+        """Load an image as float32 (channels, H, W) in [-1, 1].
+
+        Raises:
+            ImageError: this image cannot be read; others can.
+            SourceError: the source itself is gone.
+        """
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files."""
+
+    paths: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return str(self.paths[index])
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """The path, links resolved."""
+        return self.paths[index].resolve(), 0
+
+    def load(self, index: int, channels: int = 3) -> torch.Tensor:
+        """Load an image as float32 (channels, H, W) in [-1, 1]; raises ImageError."""
+        return load_image(self.paths[index], channels=channels)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some images of a source, in the order of `indices`."""
+
+    source: ImageSource
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """As the source names it."""
+        return self.source.name(int(self.indices[index]))
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """As in the source."""
+        return self.source.place(int(self.indices[index]))
+
+    def load(self, index: int, channels: int = 3) -> torch.Tensor:
+        """As the source loads it."""
+        return self.source.load(int(self.indices[index]), channels)
+
+
+def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
+    """Open image files, a Hugging Face dataset on disk or WebDataset shards, told apart by what is there.
+
+    Args:
+        spec: a folder, a file, or several of them as a pattern such as shards/{000..011}.tar.
+        column: of a dataset: the column with the images, None to find it; of tars: the extension of the
+            members, None for all images; of image files: not used.
+
+    Raises:
+        ImageError: something that is missing or damaged, or no image there.
+        ConfigError: no image column or several, files of several kinds, or `datasets` is not installed.
+    """
+    path = Path(spec)
+    try:
+        saved = ("dataset_dict.json",), ("dataset_info.json", "state.json")
+        if any(all((path / name).is_file() for name in names) for names in saved):
+            return open_saved(path, column)
+        files = [file for part in parts(spec) for file in _files(part, f" ({spec})" if part != path else "")]
+    except OSError as error:
+        raise ImageError(
+            f"{error.filename} cannot be read ({error.strerror}): check its name and permissions"
+        ) from error
+    return _open_files(str(spec), list(dict.fromkeys(files)), column)
+
+
+def parts(spec: str | Path) -> list[Path]:
+    """The files or folders that a pattern names; braces in a name that exists are no pattern."""
+    return [Path(spec)] if Path(spec).exists() else [Path(part) for part in expand_braces(str(spec))]
+
+
+def root(spec: str | Path) -> Path:
+    """The file or folder, links resolved, that everything `spec` names lies in."""
+    path = Path(spec)
+    if not path.exists() and (match := BRACES.search(str(spec))):
+        path = Path(str(spec)[: match.start()] + "-").parent
+    return path.resolve()
+
+
+def _files(path: Path, context: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise ImageError(f"{path} does not exist{context}. Wanted: {WANTED}.")
+    found = list_files(path, (*SUFFIXES, ".tar", ".parquet"))
+    if not found:
+        raise ImageError(f"no image in the folder {path}. Wanted: {WANTED}.")
+    return found
+
+
+def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource:
+    kinds: dict[str, list[Path]] = {}
+    for file in files:
+        suffix = file.suffix.lower()
+        kinds.setdefault("image" if suffix in SUFFIXES else suffix, []).append(file)
+    match list(kinds):
+        case ["image"]:
+            return FolderSource(files)
+        case [".tar"]:
+            return TarSource(files, column)
+        case [".parquet"]:
+            return open_parquet(files, column)
+        case [suffix]:
+            raise ImageError(f"{files[0]} ends in {suffix!r}. Wanted: {WANTED}; unpack other archives first.")
+        case _:
+            counts = " and ".join(f"{len(found)} {kind} files" for kind, found in kinds.items())
+            raise ConfigError(
+                f"{spec} holds {counts}: which are to be used? Name a subfolder, one file, or a pattern "
+                "such as shards/{000..011}.tar."
+            )
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """Numbers of `count` of `total` things, or of all that there are, from the first to the last."""
+    return np.linspace(0, total - 1, min(total, count)).astype(int)
+
+
+def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
+    """Split off up to `count` images, evenly spaced and at most half: (the rest, those)."""
+    most = min(count, len(source) // 2)
+    held_out = evenly(len(source), most)
+    return Selection(source, np.delete(np.arange(len(source)), held_out)), Selection(source, held_out)
+
+
+def without(source: ImageSource, other: ImageSource) -> Selection:
+    """The images of `source` that are not in `other`, however either is spelled."""
+    places = {other.place(index) for index in range(len(other))}
+    rest = [index for index in range(len(source)) if source.place(index) not in places]
+    return Selection(source, np.array(rest, dtype=np.int64))

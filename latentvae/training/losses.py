@@ -1,0 +1,166 @@
+"""Training losses of the VAE: each term named and unweighted, and their weighted total.
+
+Reductions are LDM's (Rombach et al. 2022, `LPIPSWithDiscriminator`): rec_loss and kl_loss are summed over
+C, H, W and averaged over the batch; the perceptual distance counts once for every element of the image. That
+is what `kl_weight = 1e-6` refers to. The total is then divided by C * H * W, which moves no minimum and no
+ratio between terms, and makes the norm of the gradient independent of the crop's size.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import nn
+
+from latentvae.measure.lpips import LPIPS
+from latentvae.models.latents import Posterior
+
+PixelLossName = Literal["l1", "l2", "charbonnier"]
+
+# Charbonnier's rounding of the L1 corner: a twentieth of one 8-bit step (2/255).
+CHARBONNIER_EPS = 4e-4
+
+
+def pixel_loss(
+    images: torch.Tensor, reconstructions: torch.Tensor, kind: PixelLossName = "l1"
+) -> torch.Tensor:
+    """Reconstruction error per element, (B, C, H, W): |d|, d^2, or sqrt(d^2 + eps^2) - eps.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        reconstructions: the same shape.
+        kind: "l1", "l2" or "charbonnier" (Charbonnier et al. 1994; L1 with a smooth minimum).
+    """
+    if images.shape != reconstructions.shape:
+        raise ValueError(
+            f"images {tuple(images.shape)} and reconstructions {tuple(reconstructions.shape)} differ."
+        )
+    difference = reconstructions - images
+    match kind:
+        case "l1":
+            return difference.abs()
+        case "l2":
+            return difference.square()
+        case "charbonnier":
+            return (difference.square() + CHARBONNIER_EPS**2).sqrt() - CHARBONNIER_EPS
+    raise ValueError(f"unknown pixel loss {kind!r}; wanted l1, l2 or charbonnier.")
+
+
+@dataclass
+class LossTerms:
+    """Scalars of one batch: the terms without their weights, and the total that is minimised."""
+
+    total: torch.Tensor
+    rec_loss: torch.Tensor
+    perceptual_loss: torch.Tensor
+    kl_loss: torch.Tensor
+
+    def detached(self) -> dict[str, torch.Tensor]:
+        """The terms by name, without their graph."""
+        return {field.name: getattr(self, field.name).detach() for field in fields(self)}
+
+
+class VAELoss(nn.Module):
+    """rec_loss + perceptual_weight * C*H*W * perceptual_loss + kl_weight * kl_loss, over C*H*W.
+
+    Args:
+        pixel: kind of the pixel loss.
+        lpips: the frozen LPIPS network, or None for no perceptual term.
+        perceptual_weight: weight of LPIPS against the mean pixel loss (LDM: 1).
+        kl_weight: weight of the KL sum against the pixel sum (LDM: 1e-6).
+    """
+
+    def __init__(
+        self,
+        pixel: PixelLossName = "l1",
+        lpips: LPIPS | None = None,
+        perceptual_weight: float = 1.0,
+        kl_weight: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.pixel = pixel
+        self.lpips = lpips
+        self.perceptual_weight = perceptual_weight
+        self.kl_weight = kl_weight
+
+    @property
+    def min_size(self) -> int:
+        """The smallest side of images that every term can judge."""
+        return 1 if self.lpips is None else self.lpips.min_size
+
+    def forward(self, images: torch.Tensor, reconstructions: torch.Tensor, posterior: Posterior) -> LossTerms:
+        """Loss terms of a batch.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            reconstructions: (B, C, H, W).
+            posterior: of the same images.
+        """
+        nll, rec_loss, perceptual_loss = self.reconstruction(images, reconstructions)
+        kl_loss = posterior.kl().mean()
+        total = nll + self.kl_weight * kl_loss / images[0].numel()
+        return LossTerms(total, rec_loss, perceptual_loss, kl_loss)
+
+    def reconstruction(
+        self, images: torch.Tensor, reconstructions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weighted sum of the terms that compare images, over C*H*W; then rec_loss and perceptual_loss."""
+        rec_loss = pixel_loss(images, reconstructions, self.pixel).flatten(1).sum(1).mean()
+        perceptual_loss = self.perceptual(images, reconstructions)
+        nll = rec_loss / images[0].numel() + self.perceptual_weight * perceptual_loss
+        return nll, rec_loss, perceptual_loss
+
+    def perceptual(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Mean LPIPS of the batch, a scalar; the images' side is computed without autograd bookkeeping."""
+        if self.lpips is None:
+            return reconstructions.new_zeros(())
+        with torch.no_grad():
+            target = self.lpips.features(images)
+        return self.lpips.distance_from_features(target, self.lpips.features(reconstructions)).mean()
+
+
+def g_loss(logits_fake: torch.Tensor) -> torch.Tensor:
+    """The generator's adversarial loss, a scalar: minus the mean logit of reconstructions (Lim & Ye 2017)."""
+    return -logits_fake.mean()
+
+
+def d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's hinge loss, a scalar: real logits up to 1, fake ones down to -1 (Lim & Ye 2017)."""
+    return 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
+
+
+# Of squared differences of log-variances in a distillation: where deviations are far below the spread of the
+# latents the Wasserstein distance no longer sees them, and the KL of the student would be left to chance.
+LOGVAR_WEIGHT = 1e-3
+
+
+def distillation_loss(student: Posterior, teacher: Posterior, scaling_factor: float) -> torch.Tensor:
+    """How far a student's posteriors are from its teacher's, a scalar: mean squared 2-Wasserstein distance.
+
+    Of Gaussians it is (difference of means)^2 + (difference of deviations)^2, here per element and in scaled
+    units, so that 1 is the spread of the latents. LOGVAR_WEIGHT ties what is left of the log-variances.
+    """
+    means = ((student.mean - teacher.mean) * scaling_factor).square().mean()
+    deviations = ((student.std - teacher.std) * scaling_factor).square().mean()
+    return means + deviations + LOGVAR_WEIGHT * (student.logvar - teacher.logvar).square().mean()
+
+
+def latent_cosine(student: Posterior, teacher: Posterior) -> torch.Tensor:
+    """Cosine between two models' mean latents of one image, averaged over the batch: 1 where they agree."""
+    return torch.cosine_similarity(student.mean.flatten(1), teacher.mean.flatten(1)).mean()
+
+
+def adaptive_weight(nll_gradient: torch.Tensor, g_gradient: torch.Tensor) -> torch.Tensor:
+    """How much g_loss must be scaled to pull at the decoder's last layer as hard as the other losses.
+
+    Esser et al. 2021 (VQGAN), equation 7. A ratio of norms: average both gradients over ranks and
+    accumulation first, as the mean of ratios is another number.
+
+    Args:
+        nll_gradient: of pixel and perceptual loss at `decoder.conv_out.weight`.
+        g_gradient: of g_loss, at the same weight.
+
+    Returns:
+        A scalar in [0, 1e4].
+    """
+    return (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).clamp(0, 1e4)
