@@ -1,0 +1,146 @@
+"""The latent spaces that people's pipelines use, and autoencoders of any class that speak them.
+
+A diffusion model sees *scaled* latents, `(latents - shift_factor) * scaling_factor`, and is bound to the VAE that
+made them. An AutoencoderKL gives unscaled ones; an AutoencoderTiny (TAESD and its siblings) gives scaled ones and
+no variance. The functions here speak scaled latents with both.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from latentvae.base.errors import ModelError
+from latentvae.models.loading import cast, load, spatial_compression_ratio
+from latentvae.models.presets import nearest
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a family of pipelines agrees on: the shape of latents, and how they are scaled."""
+
+    name: str
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float
+    used_by: str
+
+
+# Factors as in the configs of the original VAEs; all have 8 x 8 pixels to one latent.
+SPACES = {
+    space.name: space
+    for space in (
+        LatentSpace("sd", 4, 0.18215, 0.0, "Stable Diffusion 1.x and 2.x, DiT, PixArt-alpha, LCM"),
+        LatentSpace("sdxl", 4, 0.13025, 0.0, "SDXL, PixArt-Sigma, AuraFlow, Kolors, Playground"),
+        LatentSpace("sd3", 16, 1.5305, 0.0609, "Stable Diffusion 3 and 3.5"),
+        LatentSpace("flux", 16, 0.3611, 0.1159, "FLUX.1, Chroma, HiDream, Lumina 2, Z-Image"),
+    )
+}
+RATIO = 8  # of all of them
+
+
+def find_space(name: str) -> LatentSpace:
+    """A space by its name.
+
+    Raises:
+        ModelError: no such space; names the known ones.
+    """
+    if name not in SPACES:
+        raise ModelError(f"unknown latent space {name!r}.{nearest(name, SPACES)} Known: {', '.join(SPACES)}.")
+    return SPACES[name]
+
+
+def space_of(vae: Autoencoder) -> LatentSpace | None:
+    """The space that a config's channels and factors are those of; None for a space of its own.
+
+    The factors are what a pipeline reads, so they tell what a model claims: whether its latents are really
+    those of the space is for `latentvae.agree` to measure. An AutoencoderTiny does not say.
+    """
+    if isinstance(vae, AutoencoderTiny):
+        return None
+    own = (vae.config["latent_channels"], vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0)
+    for space in SPACES.values():
+        if own == (space.latent_channels, space.scaling_factor, space.shift_factor):
+            return space
+    return None
+
+
+def load_autoencoder(
+    source: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Autoencoder:
+    """`latentvae.load`, which also takes an AutoencoderTiny: a folder of diffusers, or a hub id.
+
+    Raises:
+        ModelError: nothing there, another class, or weights that do not fit.
+    """
+    if source is None or _class_name(str(source)) != "AutoencoderTiny":
+        return load(source, dtype=dtype, device=device)
+    try:
+        tiny = AutoencoderTiny.from_pretrained(str(source), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{source} could not be loaded as an AutoencoderTiny: {error}") from error
+    return cast(tiny, dtype).to(device).eval()
+
+
+def _class_name(source: str) -> str | None:
+    """The model class that a folder or a hub repository names; None where there is no config to ask."""
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+    if not (is_hub_id or (Path(source) / "config.json").is_file()):
+        return None
+    try:
+        return AutoencoderTiny.load_config(source).get("_class_name")
+    except (OSError, ValueError):  # offline, or not a model: `load` says what is wrong
+        return None
+
+
+def latent_shape(vae: Autoencoder) -> tuple[int, int]:
+    """Latent channels, and how many pixels one latent spans along each side."""
+    if isinstance(vae, AutoencoderTiny):
+        return vae.config["latent_channels"], 2 ** (len(vae.config["encoder_block_out_channels"]) - 1)
+    return vae.config["latent_channels"], spatial_compression_ratio(vae)
+
+
+def scaled_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Scaled latents of images, the mode where there is a distribution.
+
+    Args:
+        vae: on the images' device; its dtype is used.
+        images: (B, C, H, W) in [-1, 1], sides multiples of the compression ratio.
+
+    Returns:
+        (B, c, h, w), float32 (float64 of a float64 model).
+    """
+    images = images.to(vae.device, vae.dtype)
+    if isinstance(vae, AutoencoderTiny):
+        latents = vae.encode(images).latents
+    else:
+        latents = _mean(vae.encode(images).latent_dist.parameters)
+        latents = (latents - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+    return latents.to(torch.promote_types(latents.dtype, torch.float32))
+
+
+def decode_scaled(vae: Autoencoder, scaled_latents: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) near [-1, 1] of scaled latents (B, c, h, w); float32 (float64 of a float64 model)."""
+    latents = scaled_latents.to(vae.device, vae.dtype)
+    if not isinstance(vae, AutoencoderTiny):
+        latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+    images = vae.decode(latents).sample
+    return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def _mean(moments: torch.Tensor) -> torch.Tensor:
+    return moments.chunk(2, dim=1)[0]  # (B, 2c, h, w): means, then log-variances
+
+
+def take_factors(vae: AutoencoderKL, space: LatentSpace) -> AutoencoderKL:
+    """Write a space's factors into a model's config, in place; its weights must already speak the space."""
+    settings: dict[str, Any] = {"latents_mean": None, "latents_std": None}
+    vae.register_to_config(scaling_factor=space.scaling_factor, shift_factor=space.shift_factor, **settings)
+    return vae
