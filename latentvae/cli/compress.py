@@ -9,7 +9,7 @@ import typer
 from latentvae.base.errors import CodecError
 from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model, Store, TileSize
 from latentvae.cli.session import find_lpips, finish, image_channels, load_model, print_json, read_images
-from latentvae.runtime.memory import fit
+from latentvae.runtime.tiling.fitting import tile_to_fit
 
 SUFFIX = ".lvae"
 Quality = Annotated[int, typer.Option("--quality", "-q", min=1, max=100, help="14 more: steps half as long.")]
@@ -150,7 +150,7 @@ def decompress(
     vae = load_model(model, device, "fp32")
     check_model(vae, header)
     image_channels(vae)
-    fit(vae, source, *header.padded, tile_size, store)
+    tile_to_fit(vae, source, *header.padded, tile_size, store)
     images = decode_payload(vae, header, payload)
     save_image(images, output)
     if json:

@@ -17,7 +17,8 @@ from latentvae.cli.session import (
     skip,
     with_ending,
 )
-from latentvae.runtime.memory import SHARE, fit, free_memory, ordinary_peak
+from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
+from latentvae.runtime.tiling.fitting import tile_to_fit
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +155,7 @@ def decode_batch(
         entries = [dataset.entry(number) for number in numbers]
         latents = torch.stack([dataset[number]["latents"] for number in numbers])
         height, width = (spatial_compression_ratio(vae) * side for side in latents.shape[-2:])
-        fit(vae, Path(entries[0].key), height, width, *tiling)
+        tile_to_fit(vae, Path(entries[0].key), height, width, *tiling)
     except LatentVAEError as error:
         skip_all([str(number) for number in numbers], error, skipped)
         return []

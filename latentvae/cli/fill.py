@@ -10,7 +10,8 @@ import typer
 from latentvae.base.errors import ImageError
 from latentvae.cli.options import Device, Json, Model, Seed
 from latentvae.cli.session import image_channels, load_model, make_folder, print_json, with_ending
-from latentvae.runtime.memory import TILE_SIZES, fit, free_memory, ordinary_peak
+from latentvae.runtime.memory import free_memory, ordinary_peak
+from latentvae.runtime.tiling.fitting import TILE_SIZES, tile_to_fit
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +143,7 @@ def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int, met
         ImageError: not even the smallest does.
     """
     if method != "optimise":
-        fit(vae, image, height, width, None, None)
+        tile_to_fit(vae, image, height, width, None, None)
         return max(height, width)
     free = free_memory(vae.device)
     if GRADIENTS * ordinary_peak(vae, height, width) <= free:

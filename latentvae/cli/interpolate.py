@@ -18,8 +18,8 @@ from latentvae.cli.session import (
     print_json,
     read_images,
 )
-from latentvae.runtime.memory import fit as fit_memory
 from latentvae.runtime.memory import free_memory
+from latentvae.runtime.tiling.fitting import tile_to_fit
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ def match(
 
     first, *_ = read
     height, width = read[first].shape[-2:]
-    fit_memory(vae, first, height, width, tile_size, store)
+    tile_to_fit(vae, first, height, width, tile_size, store)
     return {path: match_size(image, height, width) for path, image in read.items()}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError
-from latentvae.runtime.memory import fit
+from latentvae.runtime.tiling.fitting import tile_to_fit
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ def read_images(
 ) -> Iterator[tuple[Path, Any, Any]]:
     """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
 
-    While an image is out, the VAE tiles if it must: see `fit`. With `longest`, larger images are
+    While an image is out, the VAE tiles if it must: see `tile_to_fit`. With `longest`, larger images are
     shrunk to that many pixels along their longer side first.
     """
     from tqdm import tqdm
@@ -118,7 +118,7 @@ def read_images(
             if longest is not None:
                 image = shrink(image, longest)
             height, width = image.shape[-2:]
-            fit(vae, path, height, width, tile_size, store)
+            tile_to_fit(vae, path, height, width, tile_size, store)
         except ImageError as error:
             skip(path, error, skipped)
             continue

@@ -15,6 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from latentvae.base.errors import ModelError
+from latentvae.runtime.memory import ordinary_peak
 from latentvae.runtime.patches import check_autoencoder
 from latentvae.runtime.tiling.layers import Stored
 from latentvae.runtime.tiling.stages import Stage, Walk, choose, decode, encode
@@ -133,9 +134,7 @@ def _course(
     vae: AutoencoderKL, verb: str, shape: tuple[int, int, int], side: int, settings: Settings
 ) -> Course:
     if side <= settings.tile_size:
-        # measured: Stable Diffusion's decoder peaks at 4.75 full-size maps of its second level's width
-        width = max(vae.config["block_out_channels"][:2])
-        return Course(verb, (), 0, 5 * width * side * side * vae.dtype.itemsize)
+        return Course(verb, (), 0, ordinary_peak(vae, side, side))
     model = vae.encoder if verb == "encode" else vae.decoder
     walk = plan_walk(model, shape, vae.dtype.itemsize, settings)
     return Course(verb, tuple(walk.stages), walk.store_bytes, walk.peak_bytes)
