@@ -1,4 +1,4 @@
-"""How well a student speaks its teacher's latent space: agreement of latents, and pictures crossed both ways."""
+"""How well a student speaks its teacher's latent space: latents compared, and pictures crossed."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,10 +20,10 @@ WAYS = ("student_student", "teacher_student", "student_teacher", "teacher_teache
 class SpaceAgreement:
     """A student beside its teacher.
 
-    `r2` is 1 minus the mean squared difference of scaled latents over the variance of the teacher's about each
-    channel's mean: 1 where they are the same. `correlation` is the mean over channels, blind to scale and shift.
-    `offsets` are the student's means minus the teacher's, one per channel, in scaled units (1 is about the spread
-    of latents): a diffusion model shows an offset as a tint of the whole picture.
+    `r2` is 1 minus the mean squared difference of scaled latents over the variance of the teacher's about
+    each channel's mean: 1 where they are the same. `correlation` is the mean over channels, blind to scale
+    and shift. `offsets` are the student's means minus the teacher's, one per channel, in scaled units (1 is
+    about the spread of latents): a diffusion model shows an offset as a tint of the whole picture.
     """
 
     r2: float
@@ -102,8 +102,8 @@ def compare_spaces(
     (channels, ratio), other = latent_shape(student), latent_shape(teacher)
     if (channels, ratio) != other:
         raise LatentVAEError(
-            f"the student's latents have {channels} channels at 1/{ratio} of the side, the teacher's {other[0]} "
-            f"at 1/{other[1]}: they cannot be one latent space."
+            f"the student's latents have {channels} channels at 1/{ratio} of the side, the teacher's "
+            f"{other[0]} at 1/{other[1]}: they cannot be one latent space."
         )
     models = {"student": student, "teacher": teacher}
     metrics = {way: Metrics(lpips=lpips, lpips_missing_reason=lpips_missing_reason) for way in ways}

@@ -1,8 +1,8 @@
 """The latent spaces that people's pipelines use, and autoencoders of any class that speak them.
 
-A diffusion model sees *scaled* latents, `(latents - shift_factor) * scaling_factor`, and is bound to the VAE that
-made them. An AutoencoderKL gives unscaled ones; an AutoencoderTiny (TAESD and its siblings) gives scaled ones and
-no variance. The functions here speak scaled latents with both.
+A diffusion model sees *scaled* latents, `(latents - shift_factor) * scaling_factor`, and is bound to the VAE
+that made them. An AutoencoderKL gives unscaled ones; an AutoencoderTiny (TAESD and its siblings) gives scaled
+ones and no variance. The functions here speak scaled latents with both.
 """
 
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def scaled_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
 
 
 def decode_scaled(vae: Autoencoder, scaled_latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) near [-1, 1] of scaled latents (B, c, h, w); float32 (float64 of a float64 model)."""
+    """Images (B, C, H, W) near [-1, 1] of scaled latents (B, c, h, w); float32, or float64 of such a model."""
     latents = scaled_latents.to(vae.device, vae.dtype)
     if not isinstance(vae, AutoencoderTiny):
         latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
