@@ -27,9 +27,8 @@ from tqdm import tqdm
 import latentvae
 from latentvae.images.reading import find_images, load_image
 from latentvae.images.resizing import thumbnail
-from latentvae.models.latents import encode
+from latentvae.models.latents import encode, pool_latents
 from latentvae.toolbox.atlas.clusters import cluster, nmi
-from latentvae.toolbox.atlas.features import pool
 from latentvae.toolbox.atlas.gallery import raw_pixels
 from latentvae.toolbox.atlas.projection import normalise, project
 from latentvae.training.config import load_config
@@ -84,7 +83,7 @@ def digit_features(vae: Any, learned: Digits, held_out: Digits) -> dict[str, tup
     found["latents, flattened"] = flat
     for grid in GRIDS:
         name = "mean and std" + f", {grid} x {grid} cells" * bool(grid)
-        found[f"latents, {name}"] = [pool(each, grid) for each in latents]
+        found[f"latents, {name}"] = [pool_latents(each, grid) for each in latents]
     return {name: (tables[0], tables[1]) for name, tables in found.items()}
 
 
@@ -142,8 +141,8 @@ def halves(vae: Any, files: list[Path]) -> list[dict[str, Any]]:
         for half in (image[..., :middle], image[..., middle:]):
             latents = latents_of(vae, half[None].contiguous())
             for grid in GRIDS:
-                kinds.setdefault(f"latents, grid {grid}", []).append(pool(latents, grid)[0])
-            kinds.setdefault("mean and std of colours", []).append(pool(half[None])[0])
+                kinds.setdefault(f"latents, grid {grid}", []).append(pool_latents(latents, grid)[0])
+            kinds.setdefault("mean and std of colours", []).append(pool_latents(half[None])[0])
             kinds.setdefault("raw pixels", []).append(raw_pixels(half))
     rows = []
     for name, table in kinds.items():

@@ -210,13 +210,13 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     Raises:
         LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
     """
-    from latentvae.toolbox.atlas.features import match, read_table
+    from latentvae.toolbox.atlas.labels import match_labels, read_table
 
     table = read_table(path)
     for name, label in table.items():
         if label not in ("0", "1"):
             raise LatentVAEError(f"{path} has the line {f'{name},{label}'!r}; wanted NAME,0 or NAME,1.")
-    match(path, table, names, whole=True)
+    match_labels(path, table, names, whole=True)
     if len(set(table.values())) < 2:
         raise LatentVAEError(
             f"{path} labels every image {next(iter(table.values()))}; an ROC needs images of both kinds. "

@@ -94,12 +94,12 @@ def gather(request: Request) -> Gathering:
 
 def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
     """The table, where one was named, if it is of these images; `names` holds the skipped ones too."""
-    from latentvae.toolbox.atlas.features import match, read_table
+    from latentvae.toolbox.atlas.labels import match_labels, read_table
 
     if path is None:
         return None
     table = read_table(path)
-    match(path, table, names, whole=False)
+    match_labels(path, table, names, whole=False)
     return table
 
 
@@ -117,8 +117,8 @@ def _from_images(request: Request) -> Gathering:
     from latentvae.images.reading import find_images
     from latentvae.models.fingerprint import weight_hash
     from latentvae.models.latents import encode
-    from latentvae.toolbox.atlas.features import label_of
     from latentvae.toolbox.atlas.gallery import Gallery
+    from latentvae.toolbox.atlas.labels import label_of
 
     files = find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
@@ -143,8 +143,7 @@ def _from_store(store: Path, request: Request) -> Gathering:
     from tqdm import tqdm
 
     from latentvae.store.dataset import LatentDataset
-    from latentvae.toolbox.atlas.features import stored_images
-    from latentvae.toolbox.atlas.gallery import Gallery
+    from latentvae.toolbox.atlas.gallery import Gallery, stored_images
 
     dataset = LatentDataset(store, mode="mode", scaled=False)
     if request.model is not None:

@@ -1,19 +1,23 @@
 """From images to latents and back, at any size: encode, decode, scale, statistics."""
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch.nn.functional import adaptive_avg_pool2d
 
-from latentvae.base.errors import ImageError
+from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.images.tensors import Padding, crop_padding, pad_to_multiple
 from latentvae.models.loading import spatial_compression_ratio
 
 # The clamp of diffusers and LDM: exp(20) is the largest variance, and keeps the KL finite in float32.
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+LARGEST_GRID = 64  # cells a side of pooled latents; more numbers than most images have latents
 
 
 class Posterior:
@@ -183,3 +187,50 @@ def compute_latent_statistics(vae: AutoencoderKL, images: Iterable[torch.Tensor]
         shift_factor=mean.mean().item(),
         image_count=image_count,
     )
+
+
+def pool_latents(latents: torch.Tensor, grid: int = 0) -> np.ndarray:
+    """Reduce latents of any size to one row an image.
+
+    Mean and standard deviation over the whole image of each channel; and with a grid, the mean of each
+    channel in each of grid x grid equal cells, which keeps where in the image things are. Images of other
+    shapes have cells of other shapes; where there are fewer latents than cells, cells share them.
+
+    Args:
+        latents: (B, C, h, w), unscaled.
+        grid: cells along a side, 0 for none.
+
+    Returns:
+        float64 (B, 2C + C * grid^2): means, standard deviations, then cells by channel, row and column.
+
+    Raises:
+        LatentVAEError: a grid below 0 or above 64, or latents that are not finite.
+    """
+    if not 0 <= grid <= LARGEST_GRID:
+        raise LatentVAEError(f"grid {grid} came; wanted 0 (no cells) to {LARGEST_GRID} cells along a side.")
+    if not torch.isfinite(latents).all():
+        raise LatentVAEError(
+            "the latents hold NaN or infinity: compute in float32 (half precision overflows)."
+        )
+    values = latents.detach().cpu().double()  # in this order, because MPS has no float64
+    flat = values.flatten(2)  # (B, C, h w)
+    parts = [flat.mean(2), flat.std(2, correction=0)]  # not n - 1, which is 0 for a single latent
+    if grid:
+        parts.append(adaptive_avg_pool2d(values, grid).flatten(1))
+    pooled: np.ndarray = torch.cat(parts, 1).numpy()
+    return pooled
+
+
+def seeded_noise(shape: tuple[int, ...], seed: int, key: str, number: int) -> torch.Tensor:
+    """Standard normal noise that depends on its arguments alone, float32 on the CPU.
+
+    Args:
+        shape: of the noise, such as (C, h, w).
+        seed: other seeds, other noise.
+        key: tells apart what would otherwise get the same noise, such as images.
+        number: of the draw: more draws do not change the first ones.
+    """
+    digest = hashlib.sha256(f"{seed} {number} {key}".encode()).digest()
+    # 63 bits: torch takes a seed as a signed 64-bit number
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator)

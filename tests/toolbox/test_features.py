@@ -18,37 +18,29 @@ from latentvae.cli.main import app
 from latentvae.images.reading import load_image
 from latentvae.models.exporting import export
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.latents import encode
+from latentvae.models.latents import encode, pool_latents
 from latentvae.store.dataset import StoreReader
-from latentvae.toolbox.atlas.features import (
-    Features,
-    column_names,
-    folder_labels,
-    label_of,
-    match,
-    pool,
-    read_table,
-    stored_images,
-)
-from latentvae.toolbox.atlas.gallery import Gallery, raw_pixels
+from latentvae.toolbox.atlas.features import Features, column_names
+from latentvae.toolbox.atlas.gallery import Gallery, raw_pixels, stored_images
+from latentvae.toolbox.atlas.labels import folder_labels, label_of, match_labels, read_table
 
 
 def test_pooling_is_mean_deviation_and_means_of_cells() -> None:
     latents = torch.randn(3, 2, 6, 8)
-    found = pool(latents, grid=2)
+    found = pool_latents(latents, grid=2)
     values = latents.double().numpy()
     assert found.shape == (3, 2 + 2 + 2 * 4)
     assert found[:, :2] == pytest.approx(values.mean((2, 3)))
     assert found[:, 2:4] == pytest.approx(values.std((2, 3)))
     cells = values.reshape(3, 2, 2, 3, 2, 4).mean((3, 5))  # channel, row, column
     assert found[:, 4:] == pytest.approx(cells.reshape(3, 8))
-    assert np.array_equal(pool(latents), found[:, :4])
+    assert np.array_equal(pool_latents(latents), found[:, :4])
 
 
 def test_columns_are_named_in_the_order_of_pooling() -> None:
     latents = torch.zeros(1, 2, 4, 4)
     latents[0, 1, 3, 0] = 16.0  # channel 1, lower left
-    found = dict(zip(column_names(2, 2), pool(latents, 2)[0], strict=True))
+    found = dict(zip(column_names(2, 2), pool_latents(latents, 2)[0], strict=True))
     assert list(found)[:6] == ["mean_0", "mean_1", "std_0", "std_1", "cell_0_0_0", "cell_0_0_1"]
     assert found["cell_1_1_0"] == 4.0
     assert found["mean_1"] == 1.0
@@ -58,23 +50,23 @@ def test_columns_are_named_in_the_order_of_pooling() -> None:
 def test_plain_means_lose_position_and_cells_keep_it() -> None:
     left, right = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     left[..., :2], right[..., 2:] = 1.0, 1.0
-    assert np.array_equal(pool(left), pool(right))
-    assert not np.array_equal(pool(left, 2), pool(right, 2))
+    assert np.array_equal(pool_latents(left), pool_latents(right))
+    assert not np.array_equal(pool_latents(left, 2), pool_latents(right, 2))
 
 
 def test_images_of_any_size_give_rows_of_one_length() -> None:
-    assert {pool(torch.randn(1, 4, h, w), 4).shape for h, w in ((1, 1), (3, 9), (17, 4))} == {(1, 72)}
+    assert {pool_latents(torch.randn(1, 4, h, w), 4).shape for h, w in ((1, 1), (3, 9), (17, 4))} == {(1, 72)}
 
 
 @pytest.mark.parametrize("grid", [-1, 65])
 def test_a_grid_out_of_range_is_refused(grid: int) -> None:
     with pytest.raises(LatentVAEError, match=f"grid {grid} came"):
-        pool(torch.zeros(1, 1, 2, 2), grid)
+        pool_latents(torch.zeros(1, 1, 2, 2), grid)
 
 
 def test_latents_that_are_not_finite_are_refused() -> None:
     with pytest.raises(LatentVAEError, match="NaN"):
-        pool(torch.tensor([[[[0.0, float("nan")]]]]))
+        pool_latents(torch.tensor([[[[0.0, float("nan")]]]]))
 
 
 def some_features(labels: list[str] | None = None) -> Features:
@@ -153,12 +145,12 @@ def test_tables_with_a_bad_line_are_refused(tmp_path: Path, text: str, wrong: st
 
 
 def test_a_table_may_leave_images_out_but_not_name_others() -> None:
-    match(Path("t.csv"), {"a": "1"}, ["a", "b"], whole=False)
+    match_labels(Path("t.csv"), {"a": "1"}, ["a", "b"], whole=False)
     for table, whole, said in (({"a": "1"}, True, "'b' has none"), ({"c": "1"}, False, "'c' is no image")):
         with pytest.raises(LatentVAEError, match=said):
-            match(Path("t.csv"), table, ["a", "b"], whole=whole)
+            match_labels(Path("t.csv"), table, ["a", "b"], whole=whole)
     with pytest.raises(LatentVAEError, match="without a label: 2"):
-        match(Path("t.csv"), {}, ["a", "b"], whole=False)
+        match_labels(Path("t.csv"), {}, ["a", "b"], whole=False)
 
 
 def test_labels_come_from_the_table_then_captions_then_folders() -> None:
@@ -223,7 +215,7 @@ def test_the_verb_writes_what_the_library_gives(folder: Path, model: Path, tmp_p
     for key, row in zip(about["keys"], rows, strict=True):
         with torch.no_grad():
             latents = encode(vae, load_image(folder / key)[None])[0].mode()
-        assert row == pytest.approx(pool(latents, 2)[0], abs=1e-4)
+        assert row == pytest.approx(pool_latents(latents, 2)[0], abs=1e-4)
 
 
 def test_a_store_gives_the_features_of_its_images(folder: Path, model: Path, tmp_path: Path) -> None:

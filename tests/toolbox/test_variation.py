@@ -20,8 +20,8 @@ from latentvae.images.tensors import to_uint8
 from latentvae.measure.lpips import WEIGHTS_ENV
 from latentvae.measure.metrics import psnr
 from latentvae.models.exporting import export
-from latentvae.models.latents import encode, reconstruct
-from latentvae.toolbox.editing.vary import Reference, Variations, copy_noise, image_key, vary
+from latentvae.models.latents import encode, reconstruct, seeded_noise
+from latentvae.toolbox.editing.vary import Reference, Variations, image_key, vary
 
 
 def picture(seed: int = 0, height: int = 37, width: int = 45) -> torch.Tensor:
@@ -76,11 +76,11 @@ def test_two_images_of_a_size_have_different_noise(tiny_vae):
 
 
 def test_noise_is_standard_normal_and_a_key_replaces_the_pixels(tiny_vae):
-    noise = copy_noise((4, 100, 100), 0, "key", 0)
+    noise = seeded_noise((4, 100, 100), 0, "key", 0)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     torch.randn(5)
-    assert torch.equal(noise, copy_noise((4, 100, 100), 0, "key", 0))
+    assert torch.equal(noise, seeded_noise((4, 100, 100), 0, "key", 0))
     pair = [Variations(tiny_vae, picture(seed), key="same") for seed in (0, 1)]
     noises = [(each.latents(1, 0) - each.posterior.mean) / each.posterior.std for each in pair]
     assert torch.allclose(*noises, atol=1e-3)

@@ -10,9 +10,8 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, pa
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.measure.lpips import LPIPS
-from latentvae.models.latents import decode, encode
+from latentvae.models.latents import decode, encode, pool_latents
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.toolbox.atlas.features import pool
 
 LAYERS = (1, 2)  # of an LPIPS network: textures and parts; the first sees edges, the last ones objects
 SIDE = 64  # places a side at most: the distances between 64 x 64 places take 67 MB
@@ -121,7 +120,7 @@ def look(vae: AutoencoderKL, images: torch.Tensor, lpips: LPIPS | None = None) -
     terms["kl"] = float(posterior.kl()) / squares.numel()
     if not all(math.isfinite(value) for value in terms.values()):
         raise LatentVAEError(f"the model gave {terms}: compute in float32 (half precision overflows).")
-    row, statistics = pool(latents, GRID)[0], 2 * latents.shape[1]
+    row, statistics = pool_latents(latents, GRID)[0], 2 * latents.shape[1]
     return Look(terms, row[:statistics], row[statistics:], error, lonely)
 
 

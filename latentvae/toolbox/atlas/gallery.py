@@ -1,6 +1,6 @@
 """A set of images that is looked at as a whole: pooled latents, labels, and pictures to show."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,10 @@ from PIL import Image
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.resizing import Geometry, thumbnail
 from latentvae.images.saving import to_pil
-from latentvae.toolbox.atlas.features import Features, folder_labels, pool
+from latentvae.models.latents import Posterior, pool_latents
+from latentvae.store.dataset import StoreReader
+from latentvae.toolbox.atlas.features import Features
+from latentvae.toolbox.atlas.labels import folder_labels, label_of
 
 SIDE = 32  # pixels of the image that raw pixels are compared as, squeezed to a square
 
@@ -21,7 +24,7 @@ class Gallery:
 
     Args:
         weights_sha256: of the VAE.
-        grid: of the pooling, see `features.pool`.
+        grid: of the pooling, see `pool_latents`.
         picture_side: pixels along the longer side of the pictures that are kept, with raw pixels; 0: neither.
     """
 
@@ -59,7 +62,7 @@ class Gallery:
         Raises:
             LatentVAEError: latents that are not finite.
         """
-        row = pool(latents, self.grid)[0]
+        row = pool_latents(latents, self.grid)[0]
         kept = image if self.picture_side else None
         small = None if kept is None else thumbnail(kept, self.picture_side)
         self.pictures.append(None if small is None else to_pil(small).convert("RGB"))
@@ -95,6 +98,28 @@ class Gallery:
         """Raw pixels (N, D) of all images, or None where those of one are not there."""
         found = [row for row in self.pixels if row is not None]
         return np.stack(found) if found and len(found) == len(self) else None
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image of a latent store: its number, key, label ("" where there is none) and unscaled latents."""
+
+    index: int
+    key: str
+    label: str
+    latents: torch.Tensor  # (1, C, h, w), the posterior's mode
+
+
+def stored_images(reader: StoreReader, numbers: range | None = None) -> Iterator[StoredImage]:
+    """Images of a store in its order.
+
+    Raises:
+        StoreError: a shard that is gone or damaged.
+    """
+    for index in numbers or range(len(reader)):
+        entry = reader.entry(index)
+        latents = Posterior(reader.moments(index, entry)[None].float()).mode()
+        yield StoredImage(index, entry.key, label_of(entry.caption), latents)
 
 
 def raw_pixels(image: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.images.tensors import to_uint8
 from latentvae.measure.lpips import LPIPS
 from latentvae.measure.metrics import psnr
-from latentvae.models.latents import decode, encode
+from latentvae.models.latents import decode, encode, seeded_noise
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Variations:
         mean = self.posterior.mode()
         if temperature == 0:
             return mean
-        noise = copy_noise(mean.shape[1:], self.seed, self.key, copy)[None].to(mean)
+        noise = seeded_noise(mean.shape[1:], self.seed, self.key, copy)[None].to(mean)
         return mean + temperature * self.posterior.std * noise
 
     @torch.no_grad()
@@ -130,13 +130,6 @@ class Reference:
         if self.lpips is None:
             return []
         return self.lpips.features(to_uint8(image[None]).to(self.lpips.shift) / 127.5 - 1)
-
-
-def copy_noise(shape: tuple[int, ...], seed: int, key: str, copy: int) -> Tensor:
-    """Standard normal noise that depends on its arguments alone, float32 on the CPU."""
-    digest = hashlib.sha256(f"{seed} {copy} {key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(shape, generator=generator)
 
 
 def image_key(image: Tensor) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.toolbox.priors.latent_set import LatentSet
-from latentvae.toolbox.priors.prior import Card, Prior, card_of
+from latentvae.toolbox.priors.prior import Prior, PriorCard, card_of
 
 NOISE_LEVELS = 1000  # of training, DDPM's
 GROUPS = 8
@@ -47,7 +47,7 @@ class DiffusionPrior(Prior):
     2022) on the cosine schedule (Nichol & Dhariwal 2021), so that the last noise level is noise alone.
     """
 
-    def __init__(self, card: Card, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
+    def __init__(self, card: PriorCard, unet: UNet2DModel, scheduler: DDIMScheduler) -> None:
         super().__init__(card)
         self.unet, self.scheduler = unet.eval().requires_grad_(False), scheduler
 
@@ -85,7 +85,7 @@ class DiffusionPrior(Prior):
         DDIMPipeline(self.unet, self.scheduler).save_pretrained(folder, safe_serialization=True)
 
     @staticmethod
-    def read(folder: Path, card: Card) -> "DiffusionPrior":
+    def read(folder: Path, card: PriorCard) -> "DiffusionPrior":
         """Of a folder. Raises LatentVAEError where diffusers cannot load it."""
         try:
             unet = UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
@@ -99,7 +99,7 @@ class DiffusionPrior(Prior):
         return DiffusionPrior(card, unet, scheduler)
 
 
-def _check_fit(card: Card, unet: UNet2DModel) -> None:
+def _check_fit(card: PriorCard, unet: UNet2DModel) -> None:
     """Raise ValueError where the card and the network are not of one prior."""
     if unet.config["in_channels"] != card.latent_shape[0]:
         raise ValueError(

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.optional import need
-from latentvae.toolbox.editing.vary import copy_noise
+from latentvae.models.latents import seeded_noise
 from latentvae.toolbox.priors.latent_set import LatentSet
-from latentvae.toolbox.priors.prior import Card, Prior, card_of
+from latentvae.toolbox.priors.prior import Prior, PriorCard, card_of
 
 TENSORS = "mixture.safetensors"
 RANK = 256  # of a Gaussian; its covariance costs the square
@@ -34,7 +34,7 @@ class MixturePrior(Prior):
             covariances), basis (R, D), centre (D,), residual (1,).
     """
 
-    def __init__(self, card: Card, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, card: PriorCard, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__(card)
         self.tensors = tensors
 
@@ -47,7 +47,7 @@ class MixturePrior(Prior):
         pick = np.random.default_rng((seed, number)).random()
         component = int(np.searchsorted(parts["weights"].cumsum(0).numpy(), pick, side="right"))
         component = min(component, len(parts["weights"]) - 1)
-        noise = copy_noise((rank + dimensions,), seed, self.card.kind, number)
+        noise = seeded_noise((rank + dimensions,), seed, self.card.kind, number)
         scores = parts["means"][component] + parts["factors"][component] @ noise[:rank]
         rest = noise[rank:] - (parts["basis"] @ noise[rank:]) @ parts["basis"]
         flat = parts["centre"] + scores @ parts["basis"] + parts["residual"] * rest
@@ -57,7 +57,7 @@ class MixturePrior(Prior):
         save_file(self.tensors, folder / TENSORS)
 
     @staticmethod
-    def read(folder: Path, card: Card) -> "MixturePrior":
+    def read(folder: Path, card: PriorCard) -> "MixturePrior":
         """Of a folder. Raises LatentVAEError where its tensors are damaged."""
         try:
             tensors = load_file(folder / TENSORS)
@@ -98,7 +98,7 @@ def fit_mixture(
         LatentVAEError: components or rank out of range, or scikit-learn is not installed.
     """
     decomposition, mixture = need("sklearn.decomposition"), need("sklearn.mixture")
-    noise = torch.stack([copy_noise(latents.shape, seed, "fit", i) for i in range(len(latents))])
+    noise = torch.stack([seeded_noise(latents.shape, seed, "fit", i) for i in range(len(latents))])
     flat = latents.draw(range(len(latents)), noise).flatten(1).double().numpy()
     rank = _check_rank(flat.shape, components, rank)
     pca = decomposition.PCA(rank, random_state=seed).fit(flat)

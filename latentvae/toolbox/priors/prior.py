@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.formats.writing import put_in_place
-from latentvae.toolbox.editing.vary import copy_noise
+from latentvae.models.latents import seeded_noise
 from latentvae.toolbox.priors.latent_set import LatentSet
 
 FORMAT = 1
@@ -25,7 +25,7 @@ KINDS = ("gaussian", "mixture", "diffusion")
 
 
 @dataclass(frozen=True)
-class Card:
+class PriorCard:
     """What `prior.json` says: whose latents these are, and how they were scaled and learned.
 
     Attributes:
@@ -54,7 +54,7 @@ class Card:
 class Prior(ABC):
     """A distribution over latents of one size. Draw number n of a seed does not depend on the other draws."""
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: PriorCard) -> None:
         self.card = card
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Prior(ABC):
 
     def noise(self, numbers: Sequence[int], seed: int) -> torch.Tensor:
         """Standard normal noise of these draws, (B, C, h, w)."""
-        return torch.stack([copy_noise(self.card.latent_shape, seed, "prior", n) for n in numbers])
+        return torch.stack([seeded_noise(self.card.latent_shape, seed, "prior", n) for n in numbers])
 
     def check(self, vae: AutoencoderKL) -> None:
         """Refuse another VAE: its decoder does not speak these latents.
@@ -143,7 +143,7 @@ class StandardNormal(Prior):
         shape = (channels, height // ratio, width // ratio)
         factors = vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0
         super().__init__(
-            Card("standard", weight_hash(vae), shape, *factors, [0.0] * channels, [1.0] * channels, 0)
+            PriorCard("standard", weight_hash(vae), shape, *factors, [0.0] * channels, [1.0] * channels, 0)
         )
 
     def draw(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
@@ -153,12 +153,12 @@ class StandardNormal(Prior):
         raise LatentVAEError("a standard normal prior has learned nothing that could be saved.")
 
 
-def card_of(latents: LatentSet, kind: str, fit: dict[str, Any], by_class: bool = False) -> Card:
+def card_of(latents: LatentSet, kind: str, fit: dict[str, Any], by_class: bool = False) -> PriorCard:
     """The card of a prior that has learned these latents."""
     labels = latents.classes() if by_class else None
     counts = [int((latents.labels == label).sum()) for label in labels] if labels is not None else None
     manifest = latents.manifest
-    return Card(
+    return PriorCard(
         kind,
         manifest.weights_sha256,
         latents.shape,
@@ -199,7 +199,7 @@ def load_prior(folder: str | Path) -> Prior:
     from latentvae.toolbox.priors.diffusion import DiffusionPrior
     from latentvae.toolbox.priors.mixture import MixturePrior
 
-    readers: dict[str, Callable[[Path, Card], Prior]] = {
+    readers: dict[str, Callable[[Path, PriorCard], Prior]] = {
         "gaussian": MixturePrior.read,
         "mixture": MixturePrior.read,
         "diffusion": DiffusionPrior.read,
@@ -208,7 +208,7 @@ def load_prior(folder: str | Path) -> Prior:
     return readers[card.kind](Path(folder), card)
 
 
-def _read_card(folder: Path) -> Card:
+def _read_card(folder: Path) -> PriorCard:
     path = folder / SIDECAR
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -216,7 +216,7 @@ def _read_card(folder: Path) -> Card:
         if version != FORMAT:
             raise ValueError(f"its format is {version!r}, this package reads {FORMAT}")
         content["latent_shape"] = tuple(int(side) for side in content["latent_shape"])
-        card = Card(**content)
+        card = PriorCard(**content)
         if card.kind not in KINDS:
             raise ValueError(f"its kind is {card.kind!r}")
         figures = [card.scaling_factor, card.shift_factor, *card.mean, *card.std]
