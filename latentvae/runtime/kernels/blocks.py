@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from latentvae.base.threads import pool
+
 MAX_THREADS = 16  # Python starts each step, and one Python cannot feed more
 _HUGE_PAGE = 2**21
 _MADV_HUGEPAGE = 14  # mman.h of Linux
@@ -71,22 +73,9 @@ def share_out(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]]) 
         wait(futures)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # in the key, the process: a forked one has none of its parent's threads
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads within which torch uses no others; of this process, for a forked one has none of them."""
-    ready = threading.Barrier(threads + 1)
-
-    def start() -> None:
-        torch.get_num_threads()  # torch sets a thread's number when it first looks, over what was set before
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(threads, "latentvae", initializer=start)
-    for _ in range(threads):
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(threads)  # what the workers set is also the default of threads to come
-    return pool
+    return pool(threads, "latentvae")
 
 
 def new_map(like: torch.Tensor, *shape: int) -> torch.Tensor:
