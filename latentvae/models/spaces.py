@@ -127,7 +127,7 @@ def scaled_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
 
 
 def decode_scaled(vae: Autoencoder, scaled_latents: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) near [-1, 1] of scaled latents (B, c, h, w); float32, or float64 of such a model."""
+    """Images (B, C, H, W) near [-1, 1] of scaled latents (B, c, h, w); float32, or float64 of such models."""
     latents = scaled_latents.to(vae.device, vae.dtype)
     if not isinstance(vae, AutoencoderTiny):
         latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)

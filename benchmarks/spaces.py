@@ -1,0 +1,87 @@
+"""Students of latent spaces beside their teachers: agreement of latents, and pictures crossed both ways.
+
+    python benchmarks/spaces.py sd-small=TEACHERS/taesd flux-small=TEACHERS/taef1 \\
+        --images PHOTOS/kodak PHOTOS/val --lpips-weights LPIPS [--every 2] [--output docs/spaces.json]
+
+Each STUDENT=TEACHER pair is measured on every folder: R2 and correlation of scaled latents, offsets per channel, and
+PSNR, SSIM and LPIPS-alex of the four pictures (student or teacher encodes, student or teacher decodes), from the
+posteriors' modes with 8-bit rounding. The table has the goals' differences to the teacher alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+
+from latentvae.images.reading import find_images, load_image
+from latentvae.measure.lpips import load_lpips
+from latentvae.measure.spaces import SpaceAgreement, compare_spaces
+from latentvae.models.spaces import load_autoencoder
+
+HEADER = (
+    "| student, teacher | images | R2 | correlation | student alone | teacher's latents, student's decoder "
+    "| student's latents, teacher's decoder | teacher alone |"
+)
+
+
+def measure_pair(pair: str, folder: Path, arguments: argparse.Namespace) -> SpaceAgreement:
+    """One student beside its teacher, on one folder."""
+    student, _, teacher = pair.partition("=")
+    models = [load_autoencoder(name) for name in (student, teacher)]
+    files = find_images(folder)[:: arguments.every]
+    images = ((file.name, load_image(file)) for file in files)
+    return compare_spaces(*models, images, load_lpips("alex", arguments.lpips_weights))
+
+
+def row(pair: str, folder: Path, found: SpaceAgreement) -> str:
+    """One line of the table, as Markdown."""
+    figures = {way: summary.as_dict()["mean"] for way, summary in found.pictures.items()}
+    own = figures["teacher_teacher"]
+
+    def cell(way: str) -> str:
+        """PSNR, SSIM, LPIPS, and what they are beside the teacher's own."""
+        psnr, ssim, lpips = (figures[way][name] for name in ("psnr", "ssim", "lpips"))
+        beside = (
+            ""
+            if way == "teacher_teacher"
+            else f" ({psnr - own['psnr']:+.2f} dB, {lpips / own['lpips']:.2f} x)"
+        )
+        return f"{psnr:.2f} dB, {ssim:.3f}, {lpips:.3f}{beside}"
+
+    ways = ("student_student", "teacher_student", "student_teacher", "teacher_teacher")
+    student, _, teacher = pair.partition("=")
+    name = f"{Path(student).name}, {Path(teacher).name}"
+    cells = (name, f"{folder.name} ({found.image_count})", f"{found.r2:.4f}", f"{found.correlation:.4f}")
+    return f"| {' | '.join([*cells, *map(cell, ways)])} |"
+
+
+def main() -> None:
+    """Measure all pairs on all folders; print the table, and write the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pairs", nargs="+", metavar="STUDENT=TEACHER")
+    parser.add_argument("--images", nargs="+", type=Path, required=True)
+    parser.add_argument("--every", type=int, default=1, help="Only every so many images of a folder.")
+    parser.add_argument("--lpips-weights", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON with all figures.")
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    results: list[dict[str, Any]] = []
+    print(HEADER)
+    print("|" + "---|" * (HEADER.count("|") - 1))
+    for pair in arguments.pairs:
+        for folder in arguments.images:
+            found = measure_pair(pair, folder, arguments)
+            print(row(pair, folder, found), flush=True)
+            results.append({"pair": pair, "images": folder.name, **found.as_dict()})
+    if arguments.output:
+        report = {"machine": machine(), "every": arguments.every, "results": results}
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
