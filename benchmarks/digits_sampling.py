@@ -29,7 +29,8 @@ from PIL import Image
 import latentvae
 from latentvae.images.drawing import grid
 from latentvae.models.latents import reconstruct
-from latentvae.toolbox.priors.prior import StandardNormal, load_prior
+from latentvae.toolbox.priors.loading import load_prior
+from latentvae.toolbox.priors.prior import StandardNormal
 from latentvae.toolbox.priors.sampling import sample, sample_labels
 
 COUNT = 500

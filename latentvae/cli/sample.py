@@ -48,7 +48,7 @@ def sample(
 
     Image n depends on the prior, the seed and n alone: a larger --count does not change the first ones.
     """
-    from latentvae.toolbox.priors.prior import load_prior
+    from latentvae.toolbox.priors.loading import load_prior
     from latentvae.toolbox.priors.sampling import check_request, sample_batches, sample_labels
 
     if folder is not None and size is not None:

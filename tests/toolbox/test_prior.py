@@ -20,8 +20,8 @@ from latentvae.store import format as shard
 from latentvae.toolbox.priors import diffusion
 from latentvae.toolbox.priors.diffusion import DiffusionSettings, build_unet, fit_diffusion
 from latentvae.toolbox.priors.latent_set import LatentSet
+from latentvae.toolbox.priors.loading import load_prior
 from latentvae.toolbox.priors.mixture import MixturePrior, fit_mixture
-from latentvae.toolbox.priors.prior import load_prior
 
 SMALL = DiffusionSettings(steps=3, batch_size=4, width=16, warmup_steps=1, sampling_steps=2)
 

@@ -67,18 +67,19 @@ class DiffusionPrior(Prior):
             x = self.scheduler.step(predicted, t, x, eta=0.0).prev_sample
         return x.float().cpu()
 
-    def labels_of(self, numbers: Sequence[int], seed: int) -> list[int]:
-        """The labels of these draws where none are asked for: as often as among the images learned from."""
-        assert self.card.labels is not None
-        assert self.card.label_counts is not None
+    def labels_of(self, numbers: Sequence[int], seed: int) -> list[int] | None:
+        """As `Prior.labels_of`, each label as often as among the images learned from."""
+        if self.card.labels is None or self.card.label_counts is None:
+            return None
         ends = np.cumsum(self.card.label_counts) / sum(self.card.label_counts)
         picks = [np.random.default_rng((seed, n)).random() for n in numbers]
         return [self.card.labels[int(np.searchsorted(ends[:-1], pick, side="right"))] for pick in picks]
 
     def _classes(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None) -> Any:
-        if self.card.labels is None:
-            return None
+        """Places of the labels (B,) among the network's embeddings; None for a network without classes."""
         wanted = self.labels_of(numbers, seed) if labels is None else labels
+        if wanted is None or self.card.labels is None:
+            return None
         return torch.tensor([self.card.labels.index(label) for label in wanted], device=self.unet.device)
 
     def write(self, folder: Path) -> None:

@@ -1,10 +1,9 @@
 """What a prior over latents is: draws by seed and number, and a folder that belongs to one VAE."""
 
 import json
-import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.formats.writing import put_in_place
 from latentvae.models.latents import seeded_noise
+from latentvae.models.loading import spatial_compression_ratio
 from latentvae.toolbox.priors.latent_set import LatentSet
 
 FORMAT = 1
 SIDECAR = "prior.json"
 WRITTEN = {SIDECAR, "mixture.safetensors", "model_index.json", "unet", "scheduler"}  # by any kind
-KINDS = ("gaussian", "mixture", "diffusion")
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,10 @@ class Prior(ABC):
         scaled = self.draw(numbers, seed, labels) * std + mean
         return scaled / self.card.scaling_factor + self.card.shift_factor
 
+    def labels_of(self, numbers: Sequence[int], seed: int) -> list[int] | None:
+        """The labels of these draws where none are asked for; None of a prior without classes."""
+        return None
+
     def noise(self, numbers: Sequence[int], seed: int) -> torch.Tensor:
         """Standard normal noise of these draws, (B, C, h, w)."""
         return torch.stack([seeded_noise(self.card.latent_shape, seed, "prior", n) for n in numbers])
@@ -133,8 +136,6 @@ class StandardNormal(Prior):
     """
 
     def __init__(self, vae: AutoencoderKL, height: int, width: int) -> None:
-        from latentvae.models.loading import spatial_compression_ratio
-
         channels, ratio = vae.config["latent_channels"], spatial_compression_ratio(vae)
         if min(height, width) < ratio:
             raise LatentVAEError(
@@ -188,48 +189,3 @@ def check_target(folder: Path) -> None:
             f"{folder} holds {min(others)!r} beside an earlier prior, and all in it would be replaced: "
             "choose another folder, or move that away."
         )
-
-
-def load_prior(folder: str | Path) -> Prior:
-    """Read what `Prior.save` wrote.
-
-    Raises:
-        LatentVAEError: no prior there, a damaged one, or one of a later version.
-    """
-    from latentvae.toolbox.priors.diffusion import DiffusionPrior
-    from latentvae.toolbox.priors.mixture import MixturePrior
-
-    readers: dict[str, Callable[[Path, PriorCard], Prior]] = {
-        "gaussian": MixturePrior.read,
-        "mixture": MixturePrior.read,
-        "diffusion": DiffusionPrior.read,
-    }
-    card = _read_card(Path(folder))
-    return readers[card.kind](Path(folder), card)
-
-
-def _read_card(folder: Path) -> PriorCard:
-    path = folder / SIDECAR
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.pop("format")
-        if version != FORMAT:
-            raise ValueError(f"its format is {version!r}, this package reads {FORMAT}")
-        content["latent_shape"] = tuple(int(side) for side in content["latent_shape"])
-        card = PriorCard(**content)
-        if card.kind not in KINDS:
-            raise ValueError(f"its kind is {card.kind!r}")
-        figures = [card.scaling_factor, card.shift_factor, *card.mean, *card.std]
-        if len(card.mean) != len(card.std) or len(card.std) != card.latent_shape[0]:
-            raise ValueError("its normalisation does not fit its channels")
-        if not all(math.isfinite(figure) for figure in figures):
-            raise ValueError("its normalisation is not finite")
-    except OSError as error:
-        raise LatentVAEError(
-            f"{folder} is no prior (no {SIDECAR}: {error.strerror}): make one with `latentvae prior fit`."
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise LatentVAEError(
-            f"{path} is damaged or no prior's ({error}): make it again with `latentvae prior fit`."
-        ) from error
-    return card

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.latents import decode
-from latentvae.toolbox.priors.diffusion import DiffusionPrior
 from latentvae.toolbox.priors.prior import Prior
 
 BATCH, BATCH_LATENTS = 32, 2048  # draws at once, and latent pixels of them together
@@ -82,8 +81,6 @@ def sample_batches(
 
 def sample_labels(prior: Prior, count: int, seed: int, first: int = 0) -> list[int] | None:
     """The labels that `sample` draws where none are given; None for a prior without classes."""
-    if not isinstance(prior, DiffusionPrior) or prior.card.labels is None:
-        return None
     return prior.labels_of(range(first, first + count), seed)
 
 
