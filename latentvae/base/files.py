@@ -1,69 +1,222 @@
-"""Files on disk: written whole or not at all, made durable, hashed."""
+"""Files and folders on disk: written whole or not at all, never over what is somebody else's, hashed.
+
+    with whole_file(path) as partial: ...     fill `partial`; it gets the name when the block ends well
+    with staged_file(path) as partial: ...    the same up to the rename: the store's journal does that later
+    with whole_folder(path) as partial: ...   the same for a folder; an earlier one goes only after that
+    put_in_place(partial, final)              the last step of it alone, for what several processes fill
+    with explained(path, error, message): ... what the disk refuses becomes an error that says what to do
+    check_file(path, ...), check_folder(path, ...)    refuse to overwrite, before work is spent
+    make_folder(path, ...)                    there and writable, or an error
+    file_sha256(path), fsync(path)
+
+`error` is the class to raise, `message` what it says: a template with {path} and {reason}, not an f-string,
+because paths may hold braces.
+"""
 
 import hashlib
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from latentvae.base.errors import LatentVAEError, StoreError
 
+# safetensors reports a full disk as an error of its own, which is no OSError
+REFUSALS = (OSError, SafetensorError)
+CANNOT_WRITE = "{path} cannot be written ({reason}): name a place in a folder of yours."
+CANNOT_MAKE = "{path} cannot be written to ({reason}). Choose another folder."
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write` fill a temporary file beside `path` and give it its name; whole or not at all.
+Kind = type[LatentVAEError]
+
+
+@contextmanager
+def whole_file(
+    path: Path, error: Kind = LatentVAEError, message: str = CANNOT_WRITE, *, durable: bool = False
+) -> Iterator[Path]:
+    """A temporary file beside `path` to fill: it replaces `path` when the block ends, or goes if it fails.
+
+    Args:
+        durable: wait until it is on the disk, so that a power cut leaves the old or the new one too. Costs
+            milliseconds a file: for records that others are judged by, not for pictures.
 
     Raises:
-        LatentVAEError: it cannot be written.
+        LatentVAEError: as `error`: it cannot be written; what was at `path` stays.
     """
+    # A durable file is written by one process under a lock, and a second run is to write over what a killed
+    # one left. Others may be written by two at once, under names so long that nothing can be added to them.
+    partial = partial_path(path) if durable else path.with_name(f".{uuid.uuid4().hex}.partial")
+    with explained(path, error, message), _filled(partial, path, durable):
+        yield partial
+
+
+@contextmanager
+def staged_file(path: Path, error: Kind = LatentVAEError, message: str = CANNOT_WRITE) -> Iterator[Path]:
+    """The first half of a durable `whole_file`: what the block fills stays at `partial_path(path)`.
+
+    Raises:
+        LatentVAEError: as `error`: it cannot be written, and is gone.
+    """
+    with explained(path, error, message), _filled(partial_path(path), None, durable=True):
+        yield partial_path(path)
+
+
+@contextmanager
+def whole_folder(
+    path: str | Path, error: Kind = LatentVAEError, message: str = CANNOT_WRITE
+) -> Iterator[Path]:
+    """An empty temporary folder beside `path` to fill: it replaces `path` when the block ends, or goes.
+
+    Raises:
+        LatentVAEError: as `error`: it cannot be written; what was at `path` stays.
+    """
+    final = Path(path).resolve()  # "." and links have no name to put another folder in place of
+    with explained(Path(path), error, message), partial_folder(final) as partial:
+        yield partial
+        put_in_place(partial, final)
+
+
+@contextmanager
+def partial_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside `final`, deleted at the end with all that was not moved out of it."""
+    partial = partial_path(final)
     try:
-        write_atomically(path, write)
-    except (StoreError, OSError) as error:
-        reason = getattr(error.__cause__ or error, "strerror", None) or error.__cause__ or error
-        raise LatentVAEError(
-            f"{path} cannot be written ({reason}): name a place in a folder of yours."
-        ) from error
-    return path
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+        partial.mkdir(parents=True)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, make it durable, and give it its name.
-
-    Raises:
-        StoreError: it cannot be written; what was at `path` stays.
-    """
-    stage(path, write)
-    partial_path(path).replace(path)
-    fsync(path.parent)
-
-
-def stage(path: Path, write: Callable[[Path], object]) -> None:
-    """The first half of `write_atomically`: a durable file that only needs to be renamed.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    partial = partial_path(path)
+def put_in_place(partial: Path, final: Path, *, durable: bool = False) -> None:
+    """Rename a folder to `final`; what was there is deleted only after that, or comes back."""
+    let_others_read(partial)
+    if durable:
+        for path in [*partial.rglob("*"), partial]:
+            fsync(path)
+    old = final.parent / f".{final.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():  # no system renames a folder over one that is not empty
+        final.rename(old)
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        write(partial)
-        partial.chmod(mode)  # safetensors lets nobody else read what it writes
-        fsync(partial)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
-        with suppress(OSError):
-            partial.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(
-            f"{path} cannot be written ({reason}). Finished shards are intact: make room, or check the "
-            "folder's permissions, and run the same command again."
-        ) from error
+        partial.rename(final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
+    if durable:
+        fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def explained(path: Path, error: Kind = LatentVAEError, message: str = CANNOT_WRITE) -> Iterator[None]:
+    """Turn what a disk refuses within the block into `error`, with the reason as people know it."""
+    try:
+        yield
+    except REFUSALS as refusal:
+        reason = getattr(refusal, "strerror", None) or refusal  # without "[Errno 28]" and temporary names
+        raise error(message.format(path=path, reason=reason)) from refusal
+
+
+def check_file(
+    path: Path,
+    what: str = "",
+    earlier: Callable[[Path], bool] | None = None,
+    *,
+    overwrite: bool = False,
+    error: Kind = LatentVAEError,
+) -> None:
+    """Refuse to write a file over another one.
+
+    Args:
+        what: a noun, such as "calibration", of which an earlier one may be replaced;
+        earlier: tells whether what is there is one.
+        overwrite: replace whatever file it is.
+
+    Raises:
+        LatentVAEError: as `error`: a folder, or a file that is not to be replaced.
+    """
+    if path.is_dir():
+        raise error(f"{path} is a folder; wanted the name of a file to write.")
+    if overwrite or not path.exists():
+        return
+    if earlier is None:
+        raise error(f"{path} is already there. Choose another, or pass --overwrite.")
+    if not earlier(path):
+        raise error(f"{path} is there and is no {what}: name another file, or delete it first.")
+
+
+def check_folder(
+    folder: Path,
+    what: str,
+    mark: str = "",
+    only: Collection[str] = (),
+    *,
+    overwrite: bool = True,
+    instead: str = "Choose another folder",
+    error: Kind = LatentVAEError,
+) -> None:
+    """Refuse to write a folder over anything but an earlier one of its kind.
+
+    Args:
+        what: a noun, such as "export".
+        mark: name of a file that every earlier one holds.
+        only: names of all that an earlier one may hold: the rest would be lost.
+        overwrite: replace an earlier one.
+        instead: what to do otherwise, such as "Choose another --output".
+
+    Raises:
+        LatentVAEError: as `error`: a file, other things, or an earlier one that is not to be replaced.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise error(f"{folder} is a file; wanted a folder to write the {what} to.")
+    names = {each.name for each in folder.iterdir()}
+    if names and mark and mark not in names:
+        raise error(f"{folder} is not empty and no earlier {what}. {instead}.")
+    if only and (others := names - set(only)):
+        beside = (
+            f"{min(others)!r} beside an earlier {what}" if mark else f"other things, such as {min(others)}"
+        )
+        raise error(f"{folder} holds {beside}, and all in it would be replaced. {instead}.")
+    if names and not overwrite:
+        raise error(f"{folder} holds an earlier {what}. {instead}, or pass --overwrite.")
+
+
+def make_folder(folder: Path, error: Kind = LatentVAEError, message: str = CANNOT_MAKE) -> Path:
+    """Create a folder where it is missing, and try whether it can be written to.
+
+    Raises:
+        LatentVAEError: as `error`: it cannot.
+    """
+    with explained(folder, error, message):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = (
+            folder / ".latentvae-write-test"
+        )  # permissions do not tell: disks mounted read-only, ACLs, root
+        probe.touch()
+        probe.unlink()
+    return folder
 
 
 def partial_path(path: Path) -> Path:
-    """What a file is called until it is whole."""
+    """What a durable file, or a folder, is called until it is whole."""
     return path.with_name(f".{path.name}.partial")
+
+
+def let_others_read(folder: Path) -> None:
+    """Give a folder's tensors the permissions of any new file: safetensors 0.8 lets only the owner read."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def fsync(path: Path) -> None:
@@ -81,3 +234,51 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _filled(partial: Path, final: Path | None, durable: bool) -> Iterator[None]:
+    """A new file, then whole, then renamed to `final` if there is one; gone after any failure, Ctrl-C too."""
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield
+        partial.chmod(mode)  # safetensors lets nobody else read what it writes
+        if durable:
+            fsync(partial)
+        if final is not None:
+            partial.replace(final)
+            if durable:
+                fsync(final.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+# the names before, until their users have changed to those above
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """As `whole_file`."""
+    with whole_file(path, durable=True) as partial:
+        write(partial)
+    return path
+
+
+STORE = (
+    "{path} cannot be written ({reason}). Finished shards are intact: make room, or check the folder's "
+    "permissions, and run the same command again."
+)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """As `whole_file`, durable."""
+    with whole_file(path, StoreError, STORE, durable=True) as partial:
+        write(partial)
+
+
+def stage(path: Path, write: Callable[[Path], object]) -> None:
+    """As `staged_file`."""
+    with staged_file(path, StoreError, STORE) as partial:
+        write(partial)

@@ -1,0 +1,103 @@
+"""Files and folders are written whole or not at all, and never over what is somebody else's."""
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from latentvae.base.errors import ImageError, LatentVAEError, StoreError
+from latentvae.base.files import (
+    check_file,
+    check_folder,
+    make_folder,
+    partial_path,
+    staged_file,
+    whole_file,
+    whole_folder,
+)
+
+
+def fail(writing: AbstractContextManager[Path], failure: BaseException) -> None:
+    with writing as partial:
+        (partial / "half" if partial.is_dir() else partial).write_text("half")
+        raise failure
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_fails_halfway_leaves_what_was_there(
+    tmp_path: Path, failure: BaseException, durable: bool
+) -> None:
+    path = tmp_path / "a{b}.txt"  # braces are for templates, not for paths
+    path.write_text("old")
+    with pytest.raises((ImageError, KeyboardInterrupt), match=r"a\{b\}.txt: No space left on device$|^$"):
+        fail(whole_file(path, ImageError, "{path}: {reason}", durable=durable), failure)
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a{b}.txt", "old")]
+    with whole_file(path, durable=durable) as partial:
+        partial.write_text("new")
+        partial.chmod(0o600)  # as safetensors leaves it
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a{b}.txt", "new")]
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_names_as_long_as_a_system_takes_can_be_written(tmp_path: Path) -> None:
+    with whole_file(tmp_path / ("x" * 251 + ".png")) as partial:
+        partial.write_text("picture")
+    assert [len(one.name) for one in tmp_path.iterdir()] == [255]
+
+
+def test_a_staged_file_waits_for_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with staged_file(path, StoreError) as partial:
+        partial.write_text("whole")
+    assert partial == partial_path(path)
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(".file.partial", "whole")]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for text in ("old", "new"):
+        with whole_folder(folder) as partial:
+            (partial / text).touch()
+    with pytest.raises(StoreError, match="cannot be written"):
+        fail(whole_folder(folder, StoreError), OSError(5, "Input/output error"))
+    assert [one.name for one in tmp_path.rglob("*")] == ["folder", "new"]
+
+
+def test_what_is_somebody_elses_is_refused(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    check_file(file)
+    check_folder(folder, "prior")
+    file.touch()
+    folder.mkdir()
+    check_file(file, overwrite=True)
+    check_file(file, "table", lambda path: path == file)
+    check_folder(folder, "prior", "prior.json")
+    with pytest.raises(ImageError, match="file is already there"):
+        check_file(file, error=ImageError)
+    with pytest.raises(LatentVAEError, match="is no table"):
+        check_file(file, "table", lambda path: False)
+    with pytest.raises(LatentVAEError, match="wanted the name of a file"):
+        check_file(folder, overwrite=True)
+    with pytest.raises(LatentVAEError, match="wanted a folder to write the prior to"):
+        check_folder(file, "prior")
+    (folder / "b").touch()
+    with pytest.raises(LatentVAEError, match=r"no earlier prior\. Choose another --output\.$"):
+        check_folder(folder, "prior", "prior.json", instead="Choose another --output")
+    with pytest.raises(LatentVAEError, match="holds other things, such as b,"):
+        check_folder(folder, "prior", only=["a"])
+    with pytest.raises(LatentVAEError, match="'b' beside an earlier prior"):
+        check_folder(folder, "prior", "b", only=["a"])
+    check_folder(folder, "prior", "b", only=["b"])
+    with pytest.raises(LatentVAEError, match="holds an earlier prior"):
+        check_folder(folder, "prior", "b", overwrite=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot be written to \(Not a directory\)"):
+        make_folder(tmp_path / "file" / "b", StoreError)
