@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.optional import need
 from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model
 from latentvae.cli.session import (
     check_output,
@@ -128,6 +129,8 @@ def score(
     check_term(by, list(usual.quantiles))
     files = find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
+    if labels is not None:
+        need("sklearn")  # for the ROC: said before minutes of looking
     odd = None if labels is None else read_labels(labels, set(names.values()))
     vae = load_model(model, device, "fp32")
     usual.check(vae)
