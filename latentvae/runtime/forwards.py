@@ -107,7 +107,7 @@ def group_norm(
     self: nn.GroupNorm, x: torch.Tensor, deferred: bool = False
 ) -> torch.Tensor | groupnorm.Affine:
     """GroupNorm that measures large maps well; if `deferred`, it may say what to do to x, and not do it."""
-    if not groupnorm.suits(self, x):
+    if not groupnorm.suits_norm(self, x):
         return underlying(self, "optimize")(x)
     affine = groupnorm.affine(self, x)
     return affine if deferred else groupnorm.apply(x, affine, silu=False)
@@ -128,7 +128,7 @@ def conv(
     """A 3x3 convolution of x normalised and activated as `before` says, or upsampled, with `plus` added."""
     scheme = winograd.UPSAMPLING if upsample else winograd.CONVOLUTION
     recorded = plus is not None and plus.requires_grad and torch.is_grad_enabled()
-    if winograd.suits(self, x, scheme) and not recorded:
+    if winograd.suits_convolution(self, x, scheme) and not recorded:
         return winograd.convolve(x, self, scheme, before, plus)
     if before is not None:
         x = groupnorm.apply(x, before, silu=True)

@@ -159,7 +159,7 @@ def test_the_memory_given_is_kept_to_with_as_little_computed_again_as_it_allows(
 
 def test_statistics_of_values_far_from_zero_survive_float32() -> None:
     values = torch.randn(1, 8, 64, 64, dtype=torch.float64) * torch.logspace(-2, 1, 8)[:, None, None] + 1000
-    moments = maps.Moments()
+    moments = maps.Statistics()
     for row in maps.rows_of_boxes(Size(64, 64), 17):
         for box in row:
             moments.add(box.of(values.float()))
@@ -175,7 +175,7 @@ def test_a_norm_of_half_values_rounds_once(dtype: torch.dtype) -> None:
     norm = nn.GroupNorm(4, 8, dtype=torch.float64)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    moments = maps.Moments()
+    moments = maps.Statistics()
     moments.add(values)
     exact = nn.functional.silu(norm(values.double())).to(dtype)
     same = layers.Norm(norm, nn.SiLU(), moments)(values) == exact
@@ -517,9 +517,9 @@ def test_the_plan_counts_the_tiles_that_run_and_prints() -> None:
     ):
         walked.clear()
         with pytest.MonkeyPatch.context() as patches:
-            note = stages.Run._note
+            note = stages.TiledRun._note
             patches.setattr(
-                stages.Run,
+                stages.TiledRun,
                 "_note",
                 lambda self, *a, note=note: (note(self, *a), walked.append(self.stages[-1]))[0],
             )

@@ -22,7 +22,7 @@ _MADV_HUGEPAGE = 14  # mman.h of Linux
 Job = TypeVar("Job")
 
 
-def suits(module: torch.nn.Module, x: torch.Tensor) -> bool:
+def suits_blocks(module: torch.nn.Module, x: torch.Tensor) -> bool:
     """Whether what `module` does to x may be computed so: channels_last on a CPU, and nothing records it."""
     parameters = list(module.parameters(recurse=False))
     return (
@@ -88,7 +88,7 @@ def new_map(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return result
 
 
-class Scratch:
+class Buffers:
     """Buffers kept from call to call: to get a large one anew costs as much as to fill it twice more."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Scratch:
         return buffer[:size].view(shape)
 
 
-class ThreadScratch(Scratch, threading.local):
+class ThreadBuffers(Buffers, threading.local):
     """Buffers of each thread's own."""
 
 

@@ -26,9 +26,9 @@ class Affine(NamedTuple):
     shift: torch.Tensor
 
 
-def suits(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
+def suits_norm(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
     """Whether `affine` and `apply` can stand in for `norm` on x, and the map is large enough."""
-    return norm.affine and x.numel() > BLOCK and blocks.suits(norm, x)
+    return norm.affine and x.numel() > BLOCK and blocks.suits_blocks(norm, x)
 
 
 def affine(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 
 from latentvae.runtime.kernels import blocks
-from latentvae.runtime.kernels.blocks import Scratch, ThreadScratch, new_map, share_out
+from latentvae.runtime.kernels.blocks import Buffers, ThreadBuffers, new_map, share_out
 from latentvae.runtime.kernels.groupnorm import Affine
 
 MIN_CHANNELS = 128  # below, transforms cost more than products save
 MIN_PIXELS = 1024  # of output; below, transforming the weights costs more than it saves
 BLOCK = 36 * 64  # products of each channel in a block
 
-_of_threads = ThreadScratch()
-_of_all, _all_in_use = Scratch(), threading.Lock()
+_of_threads = ThreadBuffers()
+_of_all, _all_in_use = Buffers(), threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ UPSAMPLING = Scheme(
 )
 
 
-def suits(conv: torch.nn.Conv2d, x: torch.Tensor, scheme: Scheme) -> bool:
+def suits_convolution(conv: torch.nn.Conv2d, x: torch.Tensor, scheme: Scheme) -> bool:
     """Whether `convolve` can stand in for a 3x3 `conv` on x, and is likely faster."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (scheme.outputs // scheme.step) ** 2
     wide = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
-    return wide and pixels >= MIN_PIXELS and blocks.suits(conv, x)
+    return wide and pixels >= MIN_PIXELS and blocks.suits_blocks(conv, x)
 
 
 def convolve(

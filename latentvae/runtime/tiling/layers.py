@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentvae.base.errors import ModelError
-from latentvae.runtime.tiling.maps import Box, Moments, OldEdges, pieces
+from latentvae.runtime.tiling.maps import Box, OldEdges, Statistics, pieces
 
 
 class Map(ABC):
@@ -22,14 +22,14 @@ class Map(ABC):
 
     Attributes:
         name: of the module in the encoder or decoder that makes it.
-        moments: the statistics of all of it, once they are known.
+        statistics: the statistics of all of it, once they are known.
         sources: the maps that it is computed from.
         flops: what reading one of its pixels takes.
     """
 
     def __init__(self, name: str, channels: int, height: int, width: int, flops: float = 0.0) -> None:
         self.name, self.channels, self.height, self.width, self.flops = name, channels, height, width, flops
-        self.moments: Moments | None = None
+        self.statistics: Statistics | None = None
 
     sources: tuple["Map", ...] = ()
 
@@ -113,10 +113,10 @@ class Stored(Map):
 class Norm:
     """GroupNorm with known statistics and the activation after it, in float32 at least and rounded once."""
 
-    def __init__(self, norm: nn.GroupNorm, activation: nn.Module, moments: Moments | None) -> None:
-        if moments is None:
+    def __init__(self, norm: nn.GroupNorm, activation: nn.Module, statistics: Statistics | None) -> None:
+        if statistics is None:
             raise RuntimeError("a norm was to be made of a map whose statistics nobody has measured.")
-        self.norm, self.activation, self.moments = norm, activation, moments
+        self.norm, self.activation, self.statistics = norm, activation, statistics
         self._affine: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class Norm:
 
     def _scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._affine is None:
-            mean, variance = self.moments.of_groups(self.norm.num_groups)
+            mean, variance = self.statistics.of_groups(self.norm.num_groups)
             scale = (variance + self.norm.eps).rsqrt()
             shift = -mean * scale
             weight, bias = (value.detach().to(mean.device).double() for value in _weight_and_bias(self.norm))
@@ -198,7 +198,7 @@ class Residual(Map):
             flops += 2 * block.conv_shortcut.in_channels * block.conv_shortcut.out_channels
         super().__init__(name, block.conv2.out_channels, source.height, source.width, flops)
         self.block, self.source, self.hidden, self.sources = block, source, hidden, (source, hidden)
-        self.norm = Norm(block.norm2, block.nonlinearity, hidden.moments)
+        self.norm = Norm(block.norm2, block.nonlinearity, hidden.statistics)
 
     def read(self, box: Box) -> torch.Tensor:
         block, inner = self.block, box.grown(1, self)

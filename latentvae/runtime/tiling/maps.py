@@ -73,7 +73,7 @@ def pieces(tile: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(tile.split(max(PIECE // max(tile.shape[1] * tile.shape[3], 1), 1), dim=2))
 
 
-class Moments:
+class Statistics:
     """Mean and variance of every channel, from all tiles added so far, merged in float64.
 
     Chan, Golub & LeVeque 1979. Within a tile, sums are taken about a mean that is known already, so that
@@ -123,8 +123,8 @@ def _double(sums: torch.Tensor) -> torch.Tensor:
     return (sums.cpu() if sums.device.type == "mps" else sums).double()  # MPS has no float64
 
 
-class Store:
-    """Where maps lie: in the memory of a device, or in files that are mapped into memory.
+class Scratch:
+    """Where maps lie between stages: in the memory of a device, or in mapped files of a scratch folder.
 
     The files have no name (or lose it as soon as they are open, where the system can do that), so that
     nothing is left of them however the process ends.
@@ -163,7 +163,7 @@ class Store:
         """
         if not isinstance(self.place, Path):
             return
-        check_folder(self.place)
+        check_scratch_folder(self.place)
         free = shutil.disk_usage(self.place).free
         if free < wanted:
             raise LatentVAEError(
@@ -172,7 +172,7 @@ class Store:
             )
 
 
-def check_folder(folder: Path) -> None:
+def check_scratch_folder(folder: Path) -> None:
     """Refuse a folder that is not there, or that cannot be written to.
 
     Raises:

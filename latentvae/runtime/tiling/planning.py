@@ -1,24 +1,17 @@
-"""What exact tiling takes before anything runs: tiles, stages, store, peak, and the cost of attention."""
+"""What exact tiling takes before anything runs: tiles, stages, scratch, peak, and the cost of attention."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
-from diffusers.models.upsampling import Upsample2D
-from torch import nn
 
-from latentvae.base.errors import ModelError
 from latentvae.runtime.memory import ordinary_peak
 from latentvae.runtime.patches import check_autoencoder
 from latentvae.runtime.tiling.layers import Stored
-from latentvae.runtime.tiling.stages import Stage, Walk, choose, decode, encode
+from latentvae.runtime.tiling.stages import Stage, Walk, choose, decoder_stages, encoder_stages
+from latentvae.runtime.tiling.structure import check_structure
 
 DEFAULT_TILE = 512
 DEFAULT_MEMORY = 4e9
@@ -27,10 +20,10 @@ SETTINGS = "_latentvae_tiling"  # the attribute of an encoder or decoder that ho
 
 @dataclass(frozen=True)
 class Settings:
-    """What `enable_exact_tiling` was asked for; `place` None is the memory of the input's device."""
+    """What `enable_exact_tiling` was asked for; `scratch` None is the memory of the input's device."""
 
     tile_size: int = DEFAULT_TILE
-    place: Path | torch.device | None = None
+    scratch: Path | torch.device | None = None
     progress: bool = False
     memory: float = DEFAULT_MEMORY
 
@@ -42,9 +35,9 @@ class Course:
     Attributes:
         verb: encode or decode.
         stages: in their order; none where the image is no larger than a tile, and goes the ordinary way.
-        store_bytes: the most that the store holds at any time.
-        peak_bytes: the most that store, tile and result take together, above the weights and the input. With
-            the store in files, `store_bytes` of it are on disk.
+        store_bytes: the most that the scratch holds at any time.
+        peak_bytes: the most that scratch, tile and result take together, above the weights and the input.
+            With a scratch folder, `store_bytes` of it are on disk.
     """
 
     verb: str
@@ -85,7 +78,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TilingPlan:
     """What `plan` returns, for one image; of a batch, the results add up. Print it."""
 
     height: int
@@ -104,7 +97,7 @@ def plan(
     *,
     tile_size: int | None = None,
     memory: float | None = None,
-) -> Plan:
+) -> TilingPlan:
     """Say what exact tiling of an image takes, without running it, in the VAE's dtype.
 
     Args:
@@ -127,7 +120,7 @@ def plan(
     images = (vae.encoder.conv_in.in_channels, height, width)
     encoding = _course(vae, "encode", images, max(height, width), settings)
     decoding = _course(vae, "decode", latents, factor * max(latents[1:]), settings)
-    return Plan(height, width, encoding, decoding)
+    return TilingPlan(height, width, encoding, decoding)
 
 
 def _course(
@@ -147,7 +140,7 @@ def plan_walk(model: Any, shape: Any, itemsize: int, settings: Settings) -> Walk
 
     def walk(kept: frozenset[str]) -> Walk:
         steps = Walk(itemsize, settings.tile_size, width, kept)
-        (decode if decodes else encode)(steps, model, input_map(shape))
+        (decoder_stages if decodes else encoder_stages)(steps, model, input_map(shape))
         return steps
 
     return choose(walk, settings.memory)
@@ -157,85 +150,3 @@ def input_map(shape: Any, tensor: torch.Tensor | None = None) -> Stored:
     """The map that the first stage reads, which belongs to the caller."""
     device = None if tensor is None else tensor.device
     return Stored("input", tuple(shape), tensor, device)
-
-
-def check_structure(vae: AutoencoderKL) -> None:
-    """Refuse blocks that would not be computed as they should be.
-
-    Raises:
-        ModelError: names the first such block and what was wanted in its place.
-    """
-    for problem in _problems(vae):
-        raise ModelError(
-            f"exact tiling does not support {problem}. It takes encoders and decoders like those of Stable "
-            "Diffusion, SDXL, SD3 and FLUX, of any depth and width. vae.enable_tiling() of diffusers takes "
-            "more, with seams."
-        )
-
-
-def _problems(vae: AutoencoderKL) -> Iterator[str]:
-    encoder, decoder = vae.encoder, vae.decoder
-    yield from _other("encoder", encoder, Encoder)
-    yield from _other("decoder", decoder, Decoder)
-    for name, module in (("encoder", encoder), ("decoder", decoder)):
-        yield from _conv(f"{name}.conv_in", module.conv_in)
-        yield from _conv(f"{name}.conv_out", module.conv_out)
-        yield from _other(f"{name}.conv_norm_out", module.conv_norm_out, nn.GroupNorm)
-        yield from _other(f"{name}.mid_block", module.mid_block, UNetMidBlock2D)
-        yield from _resnets(f"{name}.mid_block", module.mid_block)
-    for number, block in enumerate(encoder.down_blocks):
-        name = f"encoder.down_blocks.{number}"
-        yield from _other(name, block, DownEncoderBlock2D)
-        yield from _resnets(name, block)
-        yield from _samplers(f"{name}.downsamplers", block.downsamplers, Downsample2D)
-    for number, block in enumerate(decoder.up_blocks):
-        name = f"decoder.up_blocks.{number}"
-        yield from _other(name, block, UpDecoderBlock2D)
-        yield from _resnets(name, block)
-        yield from _samplers(f"{name}.upsamplers", block.upsamplers, Upsample2D)
-
-
-def _other(name: str, module: Any, wanted: type) -> Iterator[str]:
-    if type(module) is not wanted:
-        yield f"{name}, a {type(module).__name__}; wanted {wanted.__name__}"
-
-
-def _conv(name: str, conv: Any, padding: int = 1, stride: int = 1) -> Iterator[str]:
-    found = [
-        getattr(conv, key, None) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    ]
-    wanted = [(3, 3), (stride, stride), (padding, padding), (1, 1), "zeros"]
-    if found != wanted:
-        yield f"{name}, {conv}; wanted a 3x3 convolution of stride {stride} with {padding} px of zeros"
-
-
-def _resnets(name: str, block: Any) -> Iterator[str]:
-    for number, resnet in enumerate(block.resnets):
-        path = f"{name}.resnets.{number}"
-        yield from _other(path, resnet, ResnetBlock2D)
-        yield from _conv(f"{path}.conv1", resnet.conv1)
-        yield from _conv(f"{path}.conv2", resnet.conv2)
-        for norm in ("norm1", "norm2"):
-            yield from _other(f"{path}.{norm}", getattr(resnet, norm), nn.GroupNorm)
-        for part in ("time_emb_proj", "upsample", "downsample"):
-            if getattr(resnet, part) is not None:
-                yield f"{path} with its {part}; wanted none"
-        if resnet.dropout.p:
-            yield f"{path} with dropout {resnet.dropout.p}; wanted none"
-
-
-def _samplers(name: str, samplers: Any, wanted: type) -> Iterator[str]:
-    if samplers is None:
-        return
-    if len(samplers) != 1:
-        yield f"{name}, {len(samplers)} of them; wanted one"
-    sampler = samplers[0]
-    yield from _other(f"{name}.0", sampler, wanted)
-    if sampler.norm is not None or not sampler.use_conv or getattr(sampler, "use_conv_transpose", False):
-        yield f"{name}.0 with a norm or without a convolution; wanted {wanted.__name__} as it comes"
-    if wanted is Downsample2D:
-        yield from _conv(f"{name}.0.conv", sampler.conv, padding=0, stride=2)
-    else:
-        yield from _conv(f"{name}.0.conv", sampler.conv)
-        if not sampler.interpolate:
-            yield f"{name}.0 without interpolation"

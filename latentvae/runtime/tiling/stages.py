@@ -1,4 +1,4 @@
-"""The encoder and the decoder as stages that stream tiles, what each takes, what to store between them."""
+"""The encoder and the decoder as stages that stream tiles, what each takes, what to keep between them."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.runtime.tiling.layers import Conv, Down, Map, Norm, Residual, Stored, Up
-from latentvae.runtime.tiling.maps import Moments, Store, rows_of_boxes
+from latentvae.runtime.tiling.maps import Scratch, Statistics, rows_of_boxes
 
 # A tile may take the memory of this many maps of the first level's width and tile_size x tile_size pixels.
 MAPS_PER_TILE = 3
@@ -30,7 +30,7 @@ class Stage:
         tiles: how many.
         side: their largest side in pixels of the map.
         flops: what all of them take.
-        store_bytes: what lies in the store meanwhile.
+        store_bytes: what lies in the scratch meanwhile.
         tile_bytes: what a tile takes at its worst moment.
     """
 
@@ -43,7 +43,7 @@ class Stage:
 
 
 class Walk:
-    """Goes through the stages of a model and notes what each takes. `Run` computes them as well.
+    """Goes through the stages of a model and notes what each takes. `TiledRun` computes them as well.
 
     Args:
         itemsize: bytes of a value.
@@ -62,12 +62,12 @@ class Walk:
 
     @property
     def store_bytes(self) -> int:
-        """The most that lies in the store at any time."""
+        """The most that lies in the scratch at any time."""
         return max(stage.store_bytes for stage in self.stages)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that the store and a tile take together, beside the result."""
+        """The most that the scratch and a tile take together, beside the result."""
         return max(stage.store_bytes + stage.tile_bytes for stage in self.stages) + self.result_bytes
 
     def keeps(self, node: Map) -> bool:
@@ -119,11 +119,11 @@ class Walk:
         with_halo = min(side + 4, node.height) * min(side + 4, node.width)
         tiles, flops = sum(map(len, boxes)), node.flops * node.height * node.width
         self._note(name, tiles, side, flops, node.footprint(with_halo)[0])
-        moments = self._compute(node, target, boxes)
-        (node if target is None else target).moments = moments
+        statistics = self._compute(node, target, boxes)
+        (node if target is None else target).statistics = statistics
 
-    def _compute(self, node: Map, target: Stored | None, boxes: list[Any]) -> Moments:
-        return Moments()
+    def _compute(self, node: Map, target: Stored | None, boxes: list[Any]) -> Statistics:
+        return Statistics()
 
     def _note(self, name: str, tiles: int, side: int, flops: float, values: int) -> None:
         self.stored = [one for one in self.stored if not one.freed]
@@ -132,60 +132,60 @@ class Walk:
         self.stages.append(Stage(name, tiles, side, flops, *sizes))
 
 
-class Run(Walk):
+class TiledRun(Walk):
     """Computes the stages.
 
     Args:
         plan: a walk that was planned, with the same `kept`.
-        store: where maps lie.
+        scratch: where maps lie between stages.
         device: where tiles are computed.
         result: the whole result, (1, C, H, W); the last stage writes into it.
         bar: moved on by the TFLOP of every tile.
     """
 
-    def __init__(self, plan: Walk, store: Store, device: torch.device, bar: "tqdm[Any]") -> None:
+    def __init__(self, plan: Walk, scratch: Scratch, device: torch.device, bar: "tqdm[Any]") -> None:
         super().__init__(plan.itemsize, plan.tile_size, 1, plan.kept)
         self.tile_values = plan.tile_values
-        self.place, self.device, self.bar = store, device, bar
+        self.scratch, self.device, self.bar = scratch, device, bar
 
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         super().attend(name, attention, source)
         tensor = source.whole()
         tensor.copy_(attention(tensor.to(self.device), temb=None))
-        source.moments = Moments()
-        source.moments.add(tensor)
-        self._finish(name, source.moments)
+        source.statistics = Statistics()
+        source.statistics.add(tensor)
+        self._finish(name, source.statistics)
         self.bar.update(self.stages[-1].flops / 1e12)
 
     def _new(self, node: Map) -> Stored:
         shape = node.channels, node.height, node.width
-        return Stored(node.name, shape, self.place.empty(*shape), self.device)
+        return Stored(node.name, shape, self.scratch.empty(*shape), self.device)
 
-    def _compute(self, node: Map, target: Stored | None, boxes: list[Any]) -> Moments:
-        moments, step = Moments(), self.stages[-1].flops / self.stages[-1].tiles / 1e12
+    def _compute(self, node: Map, target: Stored | None, boxes: list[Any]) -> Statistics:
+        statistics, step = Statistics(), self.stages[-1].flops / self.stages[-1].tiles / 1e12
         for row in boxes:
             if target is not None:
                 target.start_row(row[0])
             for box in row:
                 tile = node.read(box)
-                moments.add(tile)
+                statistics.add(tile)
                 if target is not None:
                     target.write(box, tile)
                 del tile  # or it would lie in memory beside the next
                 self.bar.update(step)
-        self._finish(node.name, moments)
-        return moments
+        self._finish(node.name, statistics)
+        return statistics
 
-    def _finish(self, name: str, moments: Moments) -> None:
-        if moments.are_finite():
+    def _finish(self, name: str, statistics: Statistics) -> None:
+        if statistics.are_finite():
             return
         raise LatentVAEError(
-            f"the activations became NaN or infinite in {name}, computed in {self.place.dtype}. "
+            f"the activations became NaN or infinite in {name}, computed in {self.scratch.dtype}. "
             "Use bfloat16 or float32 in place of float16; if it is float32 already, the weights are at fault."
         )
 
 
-def decode(walk: Walk, decoder: Any, latents: Stored, result: Stored | None = None) -> None:
+def decoder_stages(walk: Walk, decoder: Any, latents: Stored, result: Stored | None = None) -> None:
     """The stages of a decoder, from latents (after post_quant_conv) to images."""
     x: Map = walk.store(Conv("conv_in", latents, decoder.conv_in))
     x = _middle(walk, decoder.mid_block, x)
@@ -197,7 +197,7 @@ def decode(walk: Walk, decoder: Any, latents: Stored, result: Stored | None = No
     _output(walk, decoder, x, result)
 
 
-def encode(walk: Walk, encoder: Any, images: Stored, result: Stored | None = None) -> None:
+def encoder_stages(walk: Walk, encoder: Any, images: Stored, result: Stored | None = None) -> None:
     """The stages of an encoder, from images to moments (before quant_conv)."""
     x: Map = _kept(walk, Conv("conv_in", images, encoder.conv_in))
     for number, block in enumerate(encoder.down_blocks):
@@ -226,9 +226,9 @@ def _middle(walk: Walk, block: Any, x: Map) -> Stored:
 
 def _resnet(walk: Walk, name: str, block: Any, x: Map) -> Residual:
     """The first half of a resnet is measured, and kept or computed again; the second half is to be read."""
-    if x.moments is None:
+    if x.statistics is None:
         walk.measure(x)
-    hidden: Map = Conv(f"{name}.conv1", x, block.conv1, Norm(block.norm1, block.nonlinearity, x.moments))
+    hidden: Map = Conv(f"{name}.conv1", x, block.conv1, Norm(block.norm1, block.nonlinearity, x.statistics))
     if walk.keeps(hidden):
         hidden = walk.store(hidden)
     else:
@@ -265,8 +265,8 @@ def _free(x: Map, but: Stored | None = None) -> None:
 
 
 def _output(walk: Walk, model: Any, x: Map, result: Stored | None) -> None:
-    assert x.moments is not None
-    norm = Norm(model.conv_norm_out, model.conv_act, x.moments)
+    assert x.statistics is not None
+    norm = Norm(model.conv_norm_out, model.conv_act, x.statistics)
     out = Conv("conv_out", x, model.conv_out, norm)
     walk.store(out, result if result is not None else Stored("result", (1, 1, 1)))
     _free(x)
@@ -279,7 +279,7 @@ def choose(walk: Callable[[frozenset[str]], Walk], memory: float) -> Walk:
 
     Args:
         walk: plans all stages, given the names of the maps to keep.
-        memory: what the store and a tile may take together.
+        memory: what the scratch and a tile may take together.
     """
     best = walk(frozenset())
     limit = max(memory, best.peak_bytes * ABOVE_LOWEST)

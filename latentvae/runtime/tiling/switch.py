@@ -13,21 +13,17 @@ from tqdm import tqdm
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.runtime.patches import check_autoencoder, on_restore, patch, underlying
 from latentvae.runtime.tiling.layers import Stored
-from latentvae.runtime.tiling.maps import Store, check_folder
+from latentvae.runtime.tiling.maps import Scratch, check_scratch_folder
 from latentvae.runtime.tiling.planning import (
     DEFAULT_MEMORY,
     DEFAULT_TILE,
     SETTINGS,
-    Plan,
     Settings,
-    check_structure,
     input_map,
-    plan,
     plan_walk,
 )
-from latentvae.runtime.tiling.stages import Run, decode, encode
-
-__all__ = ["DEFAULT_MEMORY", "DEFAULT_TILE", "Plan", "enable_exact_tiling", "plan"]
+from latentvae.runtime.tiling.stages import TiledRun, decoder_stages, encoder_stages
+from latentvae.runtime.tiling.structure import check_structure
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +44,11 @@ def enable_exact_tiling(
     its seams, is switched off as long as this is on. `latentvae.restore` undoes it.
 
     Args:
-        tile_size: largest side of a tile in pixels, from 16. Memory beside the store grows with its square.
+        tile_size: largest side of a tile in pixels, from 16. Memory beside the maps grows with its square.
         store: where maps lie between stages. None: the memory of the input's device; "cpu": main memory;
-            otherwise a folder for memory-mapped files, which vanish with the process however it ends.
+            otherwise a scratch folder for memory-mapped files, which vanish with the process however it ends.
         progress: show a progress bar, in TFLOP, for every image.
-        memory: bytes that the store and a tile may take; above, maps are computed again rather than stored,
+        memory: bytes that maps and a tile may take; above, maps are computed again rather than stored,
             as far as that helps. 0 stores as little as can be, `math.inf` computes nothing twice.
 
     Returns:
@@ -60,11 +56,11 @@ def enable_exact_tiling(
 
     Raises:
         ModelError: not an AutoencoderKL, or one with blocks that cannot be tiled, which are named.
-        LatentVAEError: a tile that is too small, or a store folder that cannot be used.
+        LatentVAEError: a tile that is too small, or a scratch folder that cannot be used.
     """
     check_autoencoder(vae)
     check_structure(vae)
-    settings = Settings(_checked(tile_size), _place(store), progress, memory)
+    settings = Settings(_checked(tile_size), _scratch_place(store), progress, memory)
     for model, forward in ((vae.encoder, _encoder_forward), (vae.decoder, _decoder_forward)):
         setattr(model, SETTINGS, settings)
         patch(model, forward, "tiling")
@@ -84,12 +80,12 @@ def _checked(tile_size: int) -> int:
     return tile_size
 
 
-def _place(store: str | Path | torch.device | None) -> Path | torch.device | None:
+def _scratch_place(store: str | Path | torch.device | None) -> Path | torch.device | None:
     if store is None or isinstance(store, torch.device):
         return store
     if store == "cpu":
         return torch.device("cpu")
-    check_folder(Path(store))
+    check_scratch_folder(Path(store))
     return Path(store)
 
 
@@ -152,22 +148,26 @@ def _goes_ordinary_way(model: torch.nn.Module, sample: torch.Tensor, side: int, 
 def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """Encode or decode a batch, one sample after the other: the statistics are each sample's own."""
     settings: Settings = getattr(model, SETTINGS)
-    stages, kind = decode if hasattr(model, "up_blocks") else encode, batch.device.type
+    decodes, kind = hasattr(model, "up_blocks"), batch.device.type
+    run_stages = decoder_stages if decodes else encoder_stages
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.dtype
-    store = Store(settings.place or batch.device, dtype, _layout(model, batch))
+    scratch = Scratch(settings.scratch or batch.device, dtype, _layout(model, batch))
     steps = plan_walk(model, batch.shape[1:], dtype.itemsize, settings)
-    store.check_room(steps.store_bytes)
+    scratch.check_room(steps.store_bytes)
     result = torch.empty(len(batch), *shape, dtype=dtype, device=batch.device)
-    total = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
-    form = "{l_bar}{bar}| {n:.1f}/{total:.1f} TFLOP [{elapsed}<{remaining}]"
-    with tqdm(
-        total=total * (1 + 1e-9), desc=stages.__name__, bar_format=form, disable=not settings.progress
-    ) as bar:
+    tflop = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
+    with _progress_bar("decode" if decodes else "encode", tflop, settings.progress) as bar:
         for sample, target in zip(batch.split(1), result.split(1), strict=True):
-            run = Run(steps, store, batch.device, bar)
-            source = input_map(sample.shape[1:], sample.contiguous(memory_format=store.layout))
-            stages(run, model, source, Stored("result", shape, target))
+            run = TiledRun(steps, scratch, batch.device, bar)
+            source = input_map(sample.shape[1:], sample.contiguous(memory_format=scratch.layout))
+            run_stages(run, model, source, Stored("result", shape, target))
     return result
+
+
+def _progress_bar(verb: str, tflop: float, shown: bool) -> "tqdm[Any]":
+    form = "{l_bar}{bar}| {n:.1f}/{total:.1f} TFLOP [{elapsed}<{remaining}]"
+    # a little more than there is: the tiles' shares, added up in floats, may come out above the whole
+    return tqdm(total=tflop * (1 + 1e-9), desc=verb, bar_format=form, disable=not shown)
 
 
 def _layout(model: Any, batch: torch.Tensor) -> torch.memory_format:
