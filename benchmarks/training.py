@@ -29,7 +29,7 @@ from torchvision.models import squeezenet1_1
 from latentvae.measure.lpips import load_lpips
 from latentvae.models.latents import Posterior
 from latentvae.models.presets import build
-from latentvae.training.config import OptimConfig
+from latentvae.training.config import LossConfig, OptimConfig
 from latentvae.training.losses import VAELoss
 from latentvae.training.module import TrainableVAE
 from latentvae.training.optim import build_optimizer
@@ -66,7 +66,7 @@ def our_step(model: str, images: torch.Tensor, weights: Path, optimizer: str, bf
     keep_freed_memory()
     device, layout = images.device, torch.channels_last
     module = TrainableVAE(build(model)).to(device).to(memory_format=layout).train()
-    loss = VAELoss("l1", load_lpips("squeeze", weights)).to(device).to(memory_format=layout)
+    loss = VAELoss(LossConfig(pixel="l1"), load_lpips("squeeze", weights)).to(device).to(memory_format=layout)
     updates = build_optimizer(module.vae, OptimConfig.model_validate({"name": optimizer}))
     images = images.to(memory_format=layout)
     side = images.shape[-1] // 8
@@ -75,8 +75,9 @@ def our_step(model: str, images: torch.Tensor, weights: Path, optimizer: str, bf
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             moments, reconstructions, _ = module(images, noise)
-            terms = loss(images, reconstructions.float(), Posterior(moments))
-        terms.total.backward()
+            nll, _ = loss.reconstruction(images, reconstructions.float())
+            kl, _ = loss.kl(Posterior(moments), images[0].numel(), step=0)
+        (nll + kl).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         updates.step()
         updates.zero_grad()

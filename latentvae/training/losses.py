@@ -6,15 +6,17 @@ is what `kl_weight = 1e-6` refers to. The total is then divided by C * H * W, wh
 ratio between terms, and makes the norm of the gradient independent of the crop's size.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import nn
 
-from latentvae.measure.lpips import LPIPS
+from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.models.latents import Posterior
+from latentvae.training.config import LossConfig
 
+Terms = dict[str, torch.Tensor]  # scalars by name, without their weights
 PixelLossName = Literal["l1", "l2", "charbonnier"]
 
 # Charbonnier's rounding of the L1 corner: a twentieth of one 8-bit step (2/255).
@@ -46,77 +48,85 @@ def pixel_loss(
     raise ValueError(f"unknown pixel loss {kind!r}; wanted l1, l2 or charbonnier.")
 
 
-@dataclass
-class LossTerms:
-    """Scalars of one batch: the terms without their weights, and the total that is minimised."""
-
-    total: torch.Tensor
-    rec_loss: torch.Tensor
-    perceptual_loss: torch.Tensor
-    kl_loss: torch.Tensor
-
-    def detached(self) -> dict[str, torch.Tensor]:
-        """The terms by name, without their graph."""
-        return {field.name: getattr(self, field.name).detach() for field in fields(self)}
-
-
 class VAELoss(nn.Module):
-    """rec_loss + perceptual_weight * C*H*W * perceptual_loss + kl_weight * kl_loss, over C*H*W.
+    """The weighted terms of the VAE's loss, each sum divided by C*H*W, with every term by name beside it.
+
+    The total that is trained is `reconstruction` + (`kl` or `distillation`) + the adversary's weighted g_loss.
 
     Args:
-        pixel: kind of the pixel loss.
+        config: the weights.
         lpips: the frozen LPIPS network, or None for no perceptual term.
-        perceptual_weight: weight of LPIPS against the mean pixel loss (LDM: 1).
-        kl_weight: weight of the KL sum against the pixel sum (LDM: 1e-6).
     """
 
-    def __init__(
-        self,
-        pixel: PixelLossName = "l1",
-        lpips: LPIPS | None = None,
-        perceptual_weight: float = 1.0,
-        kl_weight: float = 1e-6,
-    ) -> None:
+    def __init__(self, config: LossConfig, lpips: LPIPS | None = None) -> None:
         super().__init__()
-        self.pixel = pixel
+        self.config = config
         self.lpips = lpips
-        self.perceptual_weight = perceptual_weight
-        self.kl_weight = kl_weight
+
+    @classmethod
+    def build(cls, config: LossConfig) -> "VAELoss":
+        """The loss with its LPIPS network.
+
+        Raises:
+            MissingWeightsError: the perceptual term is asked for and its weights are not there.
+        """
+        wanted = config.perceptual_weight > 0
+        return cls(config, load_lpips(config.perceptual_net, config.perceptual_weights) if wanted else None)
 
     @property
     def min_size(self) -> int:
         """The smallest side of images that every term can judge."""
         return 1 if self.lpips is None else self.lpips.min_size
 
-    def forward(self, images: torch.Tensor, reconstructions: torch.Tensor, posterior: Posterior) -> LossTerms:
-        """Loss terms of a batch.
-
-        Args:
-            images: (B, C, H, W) in [-1, 1].
-            reconstructions: (B, C, H, W).
-            posterior: of the same images.
-        """
-        nll, rec_loss, perceptual_loss = self.reconstruction(images, reconstructions)
-        kl_loss = posterior.kl().mean()
-        total = nll + self.kl_weight * kl_loss / images[0].numel()
-        return LossTerms(total, rec_loss, perceptual_loss, kl_loss)
-
     def reconstruction(
         self, images: torch.Tensor, reconstructions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weighted sum of the terms that compare images, over C*H*W; then rec_loss and perceptual_loss."""
-        rec_loss = pixel_loss(images, reconstructions, self.pixel).flatten(1).sum(1).mean()
+    ) -> tuple[torch.Tensor, Terms]:
+        """The terms that compare images (B, C, H, W): the weighted sum, rec_loss and perceptual_loss."""
+        # per element (B, C, H, W), summed over an image (B,), averaged over the batch
+        rec_loss = pixel_loss(images, reconstructions, self.config.pixel).flatten(1).sum(1).mean()
         perceptual_loss = self.perceptual(images, reconstructions)
-        nll = rec_loss / images[0].numel() + self.perceptual_weight * perceptual_loss
-        return nll, rec_loss, perceptual_loss
+        nll = rec_loss / images[0].numel() + self.config.perceptual_weight * perceptual_loss
+        return nll, {"rec_loss": rec_loss, "perceptual_loss": perceptual_loss}
 
     def perceptual(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Mean LPIPS of the batch, a scalar; the images' side is computed without autograd bookkeeping."""
         if self.lpips is None:
             return reconstructions.new_zeros(())
-        with torch.no_grad():
+        with torch.no_grad():  # the target is given; the reconstructions' side must keep its graph
             target = self.lpips.features(images)
         return self.lpips.distance_from_features(target, self.lpips.features(reconstructions)).mean()
+
+    def kl(
+        self,
+        posterior: Posterior,
+        elements: int,
+        step: int,
+        average: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ) -> tuple[torch.Tensor, Terms]:
+        """The KL term: weighted, warmed up, less free bits; kl_loss in nats, kl_per_channel (c,).
+
+        Args:
+            posterior: (B, c, h, w) of the images.
+            elements: C*H*W of an image.
+            step: optimizer steps done.
+            average: means over processes, so that all of them spare the same channels.
+        """
+        kl_map = posterior.kl_map()  # (B, c, h, w)
+        per_channel = average(kl_map.detach().mean((0, 2, 3)))  # (c,), nats per latent pixel
+        free = self.config.free_bits
+        spent = kl_map * (per_channel > free)[:, None, None] if free else kl_map
+        warmup = min(1.0, (step + 1) / (self.config.kl_warmup_steps + 1))
+        weighted = warmup * self.config.kl_weight * spent.flatten(1).sum(1).mean() / elements
+        # reported in full, also where free bits spare it
+        return weighted, {"kl_loss": kl_map.flatten(1).sum(1).mean(), "kl_per_channel": per_channel}
+
+    def distillation(
+        self, student: Posterior, teacher: Posterior, scaling_factor: float
+    ) -> tuple[torch.Tensor, Terms]:
+        """Agreement with a teacher, in the KL's place: weighted; distil_loss and latent_cosine."""
+        distil_loss = distillation_loss(student, teacher, scaling_factor)
+        terms = {"distil_loss": distil_loss, "latent_cosine": latent_cosine(student, teacher)}
+        return self.config.distil_weight * distil_loss, terms
 
 
 def g_loss(logits_fake: torch.Tensor) -> torch.Tensor:

@@ -16,14 +16,14 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from latentvae.base.errors import ConfigError
-from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.measure.lpips import LPIPS
 from latentvae.models.exporting import SIDECAR
 from latentvae.models.loading import cast, load, spatial_compression_ratio
 from latentvae.models.presets import build, nearest
 from latentvae.training import checkpoint
 from latentvae.training.adversary import Adversary
 from latentvae.training.checkpoint import TrainingState
-from latentvae.training.config import Config, LossConfig
+from latentvae.training.config import Config
 from latentvae.training.data.crops import CropSequence, split_sources
 from latentvae.training.data.sources import parts
 from latentvae.training.losses import VAELoss
@@ -92,7 +92,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     )
     start = starting_point(config, resume)
     train_images, val_images = split_sources(config.data)
-    loss = build_loss(config.loss)
+    loss = VAELoss.build(config.loss)
     vae, teacher = models(config, accelerator.device)
     check_crop(config, vae, loss.lpips)
     channels = vae.config["in_channels"]
@@ -137,16 +137,6 @@ def with_precision(config: Config) -> Config:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     precision = resolve_precision(config.train.precision, device)
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-
-
-def build_loss(config: LossConfig) -> VAELoss:
-    """The loss with its LPIPS network.
-
-    Raises:
-        MissingWeightsError: the perceptual term is asked for and its weights are not there.
-    """
-    lpips = load_lpips(config.perceptual_net, config.perceptual_weights) if config.perceptual_weight else None
-    return VAELoss(config.pixel, lpips, config.perceptual_weight, config.kl_weight)
 
 
 def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, AutoencoderKL | None]:

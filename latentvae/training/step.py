@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,10 @@ from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.adversary import Adversary
 from latentvae.training.data.crops import Batch
 from latentvae.training.draws import Stream, draw_transform, mask, sample_noise
-from latentvae.training.losses import adaptive_weight, distillation_loss, latent_cosine
+from latentvae.training.losses import Terms, adaptive_weight
 from latentvae.training.module import Outputs
 from latentvae.training.optim import set_learning_rate
 from latentvae.training.setup import Run
-
-Terms = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -99,7 +98,7 @@ def plain_pass(run: Run, inputs: list[Inputs]) -> Terms:
         with synchronised_last(run, number, len(inputs)):
             outputs = run.model(*each.arguments)
             with run.accelerator.autocast():
-                nll, terms = reconstruction_terms(run, each.target, outputs.reconstructions)
+                nll, terms = run.loss.reconstruction(each.target, outputs.reconstructions)
                 rest, more = latent_terms(run, outputs, each.target[0].numel())
             run.accelerator.backward((nll + rest) / len(inputs))
         add(sums, {**terms, **more, "total": nll + rest}, 1 / len(inputs))
@@ -154,7 +153,7 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
         hook.remove()
     with torch.enable_grad(), run.accelerator.autocast():
         reconstructions = outputs.reconstructions.detach().requires_grad_()
-        nll, terms = reconstruction_terms(run, each.target, reconstructions)
+        nll, terms = run.loss.reconstruction(each.target, reconstructions)
         (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
         g_loss = adversary.generator_loss(reconstructions)
         (g_gradient,) = torch.autograd.grad(g_loss, reconstructions)
@@ -166,30 +165,14 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
     return Judgement(outputs, nll_gradient, g_gradient, {**terms, "nll": nll, "g_loss": g_loss}), at_last
 
 
-def reconstruction_terms(
-    run: Run, target: torch.Tensor, reconstructions: torch.Tensor
-) -> tuple[torch.Tensor, Terms]:
-    """The weighted sum of the terms that compare images, and each of them."""
-    nll, rec_loss, perceptual_loss = run.loss.reconstruction(target, reconstructions)
-    return nll, {"rec_loss": rec_loss, "perceptual_loss": perceptual_loss}
-
-
 def latent_terms(run: Run, outputs: Outputs, elements: int) -> tuple[torch.Tensor, Terms]:
     """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
     posterior = Posterior(outputs.moments)
     if outputs.teacher_moments is not None:
-        teacher, scaling_factor = Posterior(outputs.teacher_moments), run.state.vae.config["scaling_factor"]
-        distil_loss = distillation_loss(posterior, teacher, scaling_factor)
-        terms = {"distil_loss": distil_loss, "latent_cosine": latent_cosine(posterior, teacher)}
-        return run.config.loss.distil_weight * distil_loss, terms
-    config = run.config.loss
-    kl_map = posterior.kl_map()
-    per_channel = run.accelerator.reduce(kl_map.detach().mean((0, 2, 3)), "mean")  # nats per latent pixel
-    spent = kl_map * (per_channel > config.free_bits)[:, None, None] if config.free_bits else kl_map
-    warmup = min(1.0, (run.state.step + 1) / (config.kl_warmup_steps + 1))
-    kl_loss = spent.flatten(1).sum(1).mean()
-    terms = {"kl_loss": kl_map.detach().flatten(1).sum(1).mean(), "kl_per_channel": per_channel}
-    return warmup * config.kl_weight * kl_loss / elements, terms
+        teacher = Posterior(outputs.teacher_moments)
+        return run.loss.distillation(posterior, teacher, run.state.vae.config["scaling_factor"])
+    average = partial(run.accelerator.reduce, reduction="mean")
+    return run.loss.kl(posterior, elements, run.state.step, average)
 
 
 def synchronised_last(
