@@ -4,8 +4,8 @@
         --images PHOTOS/kodak PHOTOS/val --lpips-weights LPIPS [--every 2] [--output docs/spaces.json]
 
 Each STUDENT=TEACHER pair is measured on every folder: R2 and correlation of scaled latents, offsets per
-channel, and PSNR, SSIM and LPIPS-alex of the four pictures (student or teacher encodes, student or teacher decodes),
-from the posteriors' modes with 8-bit rounding. The table has the goals' differences to the teacher alone.
+channel, and PSNR, SSIM and LPIPS-alex of the four pictures (student or teacher encodes, student or teacher
+decodes), from the posteriors' modes with 8-bit rounding, each beside what the teacher has alone.
 """
 
 import argparse
