@@ -1,7 +1,5 @@
-"""Images to files."""
+"""Images to files, whole or not at all."""
 
-import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +7,11 @@ import torch
 from PIL import Image
 
 from latentvae.base.errors import ImageError
+from latentvae.base.files import whole_file
 from latentvae.images.reading import PathLike
 from latentvae.images.tensors import to_uint8
 
+# what a decoder gave is not to be changed by its file: JPEG without halved colour, WebP without loss
 SAVE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
@@ -38,14 +38,18 @@ def save_image(images: torch.Tensor, path: PathLike) -> None:
     if path.suffix.lower() not in SAVE_OPTIONS:
         raise ImageError(f"{path} ends in '{path.suffix}': images are saved as {', '.join(SAVE_OPTIONS)}")
     name, options = SAVE_OPTIONS[path.suffix.lower()]
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with partial.open("xb") as file:
-            to_pil(images).save(file, format=name, **options)
-        partial.replace(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{path} cannot be written ({reason}): use a folder that exists, yours") from error
-    finally:
-        with suppress(OSError):  # gone by then, unless something failed
-            partial.unlink()
+    save_picture(to_pil(images), path, format=name, **options)
+
+
+def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a Pillow image whole or not at all; options are those of its `save`, `format` among them.
+
+    Raises:
+        ImageError: it cannot be written, or is larger than the format goes.
+    """
+    message = "{path} cannot be written ({reason}): use a folder that exists, yours"
+    with whole_file(path, ImageError, message) as partial:
+        try:
+            picture.save(partial, **options)
+        except ValueError as error:  # Pillow's, for one that is too large for its format
+            raise OSError(str(error)) from error

@@ -3,17 +3,15 @@
 import copy
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 
 from latentvae.base.errors import LatentVAEError, ModelError
+from latentvae.base.files import check_folder, whole_folder
 from latentvae.models.card import Provenance, model_card, without_paths
-from latentvae.models.formats.writing import put_in_place
 from latentvae.models.latents import LatentStatistics, reconstruct
 from latentvae.models.loading import spatial_compression_ratio
 
@@ -98,24 +96,15 @@ def export(
             differs.
     """
     folder = Path(folder)
-    _check_target(folder, overwrite)
+    check_folder(folder, "export", SIDECAR, overwrite=overwrite, instead="Choose another --output")
     if max_shard_size and not SHARD_SIZE.fullmatch(max_shard_size):
         raise LatentVAEError(f"max_shard_size {max_shard_size!r} is no size; wanted one such as 300MB.")
     prepared = prepare(vae, statistics)
     if half:
         prepared = prepared.half().float()  # what a reload in fp32 gives
-    final = folder.resolve()  # "." and links have no name to put another folder in place of
-    partial = final.parent / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with whole_folder(folder, message="cannot write {path}: {reason}. Choose another --output.") as partial:
         _write(prepared, partial, statistics, without_paths(provenance or Provenance()), half, max_shard_size)
         verify(prepared, partial)
-        put_in_place(partial, final)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
-        raise LatentVAEError(f"cannot write {folder}: {error}. Choose another --output.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -170,21 +159,6 @@ def verify(vae: AutoencoderKL, folder: Path) -> None:
     bad = [key for key, tensor in in_half.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise LatentVAEError(f"{bad[0]!r} overflows in the fp16 weights of {folder}.")
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise LatentVAEError(f"{folder} is a file; wanted a folder to write the model to.")
-    if not any(folder.iterdir()):
-        return
-    if not (folder / SIDECAR).is_file():
-        raise LatentVAEError(f"{folder} is not empty and no earlier export. Choose another --output.")
-    if not overwrite:
-        raise LatentVAEError(
-            f"{folder} holds an earlier export. Choose another --output, or pass --overwrite."
-        )
 
 
 def exported_statistics(vae: AutoencoderKL, statistics: LatentStatistics) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from latentvae.base.errors import ConfigError, LatentVAEError
-from latentvae.models.formats.writing import let_others_read
+from latentvae.base.files import let_others_read
 from latentvae.models.loading import check_keys
 from latentvae.training.adversary import Adversary
 from latentvae.training.optim import EMA

@@ -1,16 +1,14 @@
 """Writing a VAE in any of the formats, all or nothing, and read back by stock diffusers before it counts."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from latentvae.base import files
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.formats.layout import is_attention_weight, ldm_name, to_convolution
 
@@ -54,27 +52,26 @@ def save(
         raise LatentVAEError(f"a prefix {prefix!r} goes with LDM's names only, not with {to}. Leave it out.")
     targets = check_targets(path, to, overwrite)
     plain = plain_copy(vae, dtype)
-    final = path.resolve()  # "." and links have no name to put another in place of
-    partial = final.parent / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        plain.save_config(partial)
-        file = partial / WEIGHTS_NAME
-        save_file(_tensors(plain, to, prefix), file, metadata=_metadata(partial))
-        _flush(file)
-        verify_file(plain, file)
-        if to == "diffusers":
-            put_in_place(partial, final)
-        else:
-            let_others_read(partial)
-            for name, target in zip((CONFIG_NAME, WEIGHTS_NAME)[-len(targets) :], targets, strict=True):
-                (partial / name).replace(target)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
-        raise LatentVAEError(f"cannot write {path}: {error}. Choose another path.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    message = "cannot write {path}: {reason}. Choose another path."
+    if to == "diffusers":
+        with files.whole_folder(path, message=message) as partial:
+            _write_verified(plain, partial, to, prefix)
+        return path
+    with files.explained(path, message=message), files.partial_folder(path.resolve()) as partial:
+        _write_verified(plain, partial, to, prefix)
+        files.let_others_read(partial)
+        # the config first: without weights it is no model, so a kill between the two leaves none
+        for name, target in zip((CONFIG_NAME, WEIGHTS_NAME)[-len(targets) :], targets, strict=True):
+            (partial / name).replace(target)
     return path
+
+
+def _write_verified(plain: AutoencoderKL, folder: Path, to: Format, prefix: str) -> None:
+    plain.save_config(folder)
+    file = folder / WEIGHTS_NAME
+    save_file(_tensors(plain, to, prefix), file, metadata=_metadata(folder))
+    files.fsync(file)
+    verify_file(plain, file)
 
 
 def plain_copy(vae: AutoencoderKL, dtype: torch.dtype | None) -> AutoencoderKL:
@@ -111,11 +108,6 @@ def _metadata(folder: Path) -> dict[str, str]:
     return {"format": "pt", "config": json.dumps(config)}
 
 
-def _flush(file: Path) -> None:
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
-
-
 def verify_file(vae: AutoencoderKL, file: Path) -> None:
     """Load a file, its config.json beside it, with stock diffusers, and compare every weight, in float32.
 
@@ -139,7 +131,9 @@ def check_targets(path: Path, to: Format, overwrite: bool) -> list[Path]:
         LatentVAEError: the name does not suit the format, or something is there.
     """
     if to == "diffusers":
-        _check_folder(path, overwrite)
+        if path.suffix == ".safetensors":
+            raise LatentVAEError(f"{path} is a file's name; wanted a folder's for diffusers.")
+        files.check_folder(path, "model", only=(CONFIG_NAME, WEIGHTS_NAME), overwrite=overwrite)
         return [path]
     if path.suffix != ".safetensors":
         raise LatentVAEError(f"{path} has no name for {to}; wanted one that ends in .safetensors.")
@@ -147,48 +141,5 @@ def check_targets(path: Path, to: Format, overwrite: bool) -> list[Path]:
     if to == "single-file":
         targets = [path.resolve().with_suffix(".json"), *targets]
     for target in targets:
-        if target.is_dir():
-            raise LatentVAEError(f"{target} is a folder; wanted the name of a file to write.")
-        if target.exists() and not overwrite:
-            raise LatentVAEError(f"{target} is already there. Choose another, or pass --overwrite.")
+        files.check_file(target, overwrite=overwrite)
     return targets
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.suffix == ".safetensors":
-        raise LatentVAEError(f"{folder} is a file's name; wanted a folder's for diffusers.")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise LatentVAEError(f"{folder} is a file; wanted a folder to write the model to.")
-    other = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME})
-    if other:
-        raise LatentVAEError(f"{folder} holds other things, such as {other[0]}. Choose another folder.")
-    if any(folder.iterdir()) and not overwrite:
-        raise LatentVAEError(f"{folder} holds a model. Choose another folder, or pass --overwrite.")
-
-
-def put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; what was there is deleted only after that, or comes back."""
-    let_others_read(partial)
-    old = final.parent / f".{final.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    try:
-        partial.rename(final)
-    except BaseException:
-        if old.exists():
-            old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def let_others_read(folder: Path) -> None:
-    """Give a folder's tensors the permissions of any new file: safetensors 0.8 lets only the owner read."""
-    probe = folder / ".permissions"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(mode)

@@ -1,8 +1,6 @@
 """Frames between images: latents along a line or an arc, decoded, and how far apart they look."""
 
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +16,7 @@ from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.images.drawing import WHITE, grid
 from latentvae.images.reading import PathLike
 from latentvae.images.resizing import Geometry, thumbnail
-from latentvae.images.saving import to_pil
+from latentvae.images.saving import save_picture, to_pil
 from latentvae.images.tensors import to_uint8
 from latentvae.measure.lpips import LPIPS
 from latentvae.models.latents import decode, encode
@@ -207,17 +205,8 @@ def save_animation(frames: Tensor, path: PathLike, fps: float = 10.0) -> None:
         raise ImageError(f"{path} ends in '{path.suffix}': animations are saved as {', '.join(ANIMATIONS)}")
     options = ANIMATIONS[path.suffix.lower()]
     first, *others = [to_pil(frame).convert("RGB") for frame in frames]
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with partial.open("xb") as file:
-            duration = round(1000 / fps)
-            first.save(file, save_all=True, append_images=others, duration=duration, loop=0, **options)
-        partial.replace(path)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path} cannot be written ({error}): use a folder that exists, yours") from error
-    finally:
-        with suppress(OSError):  # gone by then, unless something failed
-            partial.unlink()
+    duration = round(1000 / fps)  # of a frame, in ms
+    save_picture(first, path, save_all=True, append_images=others, duration=duration, loop=0, **options)
 
 
 def _check(images: Sequence[Tensor], frames: int, route: str) -> None:

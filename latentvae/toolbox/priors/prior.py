@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import put_in_place
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.formats.writing import put_in_place
 from latentvae.models.latents import seeded_noise
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.toolbox.priors.latent_set import LatentSet
