@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 SHOWN = 20  # rows of the table that are printed; the CSV has all
 
-anomaly = typer.Typer(help="Find odd images, by what is usual among normal ones.", no_args_is_help=True)
+anomaly = typer.Typer(
+    help="Find odd images, by what is usual among normal ones.", no_args_is_help=True, add_completion=False
+)
 CalibrationFile = Annotated[
     Path, typer.Argument(help="File of the calibration (safetensors).", show_default=False)
 ]

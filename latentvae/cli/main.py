@@ -7,39 +7,91 @@ import json
 import logging
 import os
 import sys
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from latentvae import __version__
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.agree import agree
-from latentvae.cli.anomaly import anomaly
-from latentvae.cli.compress import compress, decompress
-from latentvae.cli.convert import convert
-from latentvae.cli.decode import decode
-from latentvae.cli.demo import demo
-from latentvae.cli.doctor import doctor
-from latentvae.cli.encode import encode
-from latentvae.cli.evaluate import evaluate
-from latentvae.cli.export import export
-from latentvae.cli.features import features
-from latentvae.cli.fill import fill
-from latentvae.cli.info import info
-from latentvae.cli.interpolate import interpolate
-from latentvae.cli.prior import prior
-from latentvae.cli.project import project
-from latentvae.cli.reconstruct import reconstruct
-from latentvae.cli.sample import sample
-from latentvae.cli.shards import shards
-from latentvae.cli.train import train
-from latentvae.cli.vary import vary
-from latentvae.cli.verify import verify
 
 EXIT_BAD_INPUT = 2
+ABOUT = "Image VAEs for latent diffusion: reconstruct, encode, compress, train, export."
+
+# In the order of `latentvae --help`, which must not wait for torch: so the first paragraph of each verb's
+# docstring stands here again, and a test compares them. A verb is the function of its name in the module of
+# its name, or a Typer app of that name where it has verbs of its own.
+VERBS = {
+    "reconstruct": "Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a "
+    "table.",
+    "evaluate": "Measure reconstructions of images, each at its own size, and print a table.",
+    "info": "Print a model's config, parameters, compression ratio, channels and latent statistics.",
+    "encode": "Encode images to a store of latents to train from; run again, it only does what has changed.",
+    "decode": "Decode a store to pictures: KEY.png for each image, of the size that was encoded, without "
+    "padding.",
+    "verify": "Check every shard of a store against its hashes and its index; exit code 2 where something is "
+    "wrong.",
+    "shards": "Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on.",
+    "compress": "Compress an image; prints the bits per pixel of the whole file, and what decoding it gives.",
+    "decompress": "Decompress an image that `latentvae compress` wrote, with the same model.",
+    "sample": "Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.",
+    "interpolate": "Interpolate between images: writes a strip, an animation and the size of each step.",
+    "vary": "Vary images: writes copies (their captions too) and a contact sheet, and prints how far they "
+    "are.",
+    "fill": "Fill in the missing pixels of an image: writes NAME.filled.png, NAME.comparison.png and "
+    "NAME.fill.json.",
+    "project": "Map images by their latents: writes projection.html to hover over, .png, .json, and "
+    "clusters.csv.",
+    "features": "Write one row of numbers for each image: its latents, pooled, with its key and label.",
+    "train": "Train a VAE on images (a folder, parquet, WebDataset shards); ends with an export in "
+    "OUTPUT/vae.",
+    "export": "Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers.",
+    "convert": "Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by "
+    "--dtype.",
+    "doctor": "Say whether fp16 and bf16 give what fp32 gives: each layer's largest value, overflows, error "
+    "in dB.",
+    "agree": "Say whether a diffusion model trained on A's latents can use B: each decodes the latents of "
+    "both.",
+    "demo": "Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in.",
+    "anomaly": "Find odd images, by what is usual among normal ones.",
+    "prior": "Learn a prior over latents to draw new images from.",
+}
+ELSEWHERE = {"decompress": "compress"}  # verb -> module, where it has another name
+
+
+def load_verb(name: str) -> Any:
+    """The Typer app of a verb; imports the verb's module."""
+    verb = getattr(import_module(f"latentvae.cli.{ELSEWHERE.get(name, name)}"), name)
+    if isinstance(verb, typer.Typer):
+        return verb
+    alone = typer.Typer(add_completion=False)
+    alone.command()(verb)
+    return alone
+
+
+class _Verb(TyperCommand):
+    """A verb as the list shows it; its module is imported when its own arguments are read."""
+
+    def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
+        """The context of the real command: click runs `context.command`, so that takes over from here."""
+        return typer.main.get_command(load_verb(str(self.name))).make_context(
+            info_name, args, parent, **extra
+        )
+
+
+class _Verbs(TyperGroup):
+    """All verbs, none of them imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands.update({name: _Verb(name, help=line) for name, line in VERBS.items()})
+
 
 app = typer.Typer(
+    cls=_Verbs,
     name="latentvae",
-    help="Image VAEs for latent diffusion: reconstruct, encode, compress, train, export.",
+    help=ABOUT,
     epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped, "
     "4 training stopped by a signal or train.max_minutes after saving, 5 `doctor` found that fp16 does not "
     "work, 130 stopped by Ctrl-C.",
@@ -47,19 +99,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-VERBS = (
-    *(reconstruct, evaluate, info),
-    *(encode, decode, verify, shards),
-    *(compress, decompress),
-    *(sample, interpolate, vary, fill),
-    *(project, features),
-    *(train, export, convert, doctor, agree),
-    demo,
-)
-for verb in VERBS:
-    app.command()(verb)
-app.add_typer(anomaly, name="anomaly")
-app.add_typer(prior, name="prior")
 
 
 def _version(wanted: bool) -> None:
@@ -68,13 +107,13 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def common(
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Image VAEs for latent diffusion: reconstruct, encode, compress, train, export."""
+    """Options of the command itself; this also makes it a group, though it has no verb of its own."""
 
 
 def main(arguments: list[str] | None = None) -> None:

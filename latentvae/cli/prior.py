@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["gaussian", "mixture", "diffusion"]
 
-prior = typer.Typer(help="Learn a prior over latents to draw new images from.", no_args_is_help=True)
+prior = typer.Typer(
+    help="Learn a prior over latents to draw new images from.", no_args_is_help=True, add_completion=False
+)
 
 
 @prior.callback()

@@ -31,9 +31,9 @@ def train(
     reasons: latentvae/training/config.py.
     """
     from latentvae.training.batch_size import find_batch_size as find
-    from latentvae.training.config import load_config
     from latentvae.training.loop import TrainingInterrupted
     from latentvae.training.loop import train as run
+    from latentvae.training.recipes import load_config
     from latentvae.training.setup import is_first_process
 
     checked = load_config(config, settings)

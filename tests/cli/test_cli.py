@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import typer
 from accelerate.state import AcceleratorState, GradientState
 from conftest import textured
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import latentvae
-from latentvae.cli.main import main
+from latentvae.cli.main import VERBS, load_verb, main
 from latentvae.images.reading import load_image
 from latentvae.measure.lpips import WEIGHTS_ENV
 from latentvae.measure.metrics import psnr
@@ -854,6 +855,12 @@ def test_help_is_instant_as_it_imports_nothing_heavy():
         )
         assert "Usage" in done.stdout
         assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_list_of_verbs_says_what_each_verb_says_of_itself():
+    for name, line in VERBS.items():
+        command = typer.main.get_command(load_verb(name))
+        assert command.help.split("\n\n")[0].replace("\n", " ").strip() == line
 
 
 def test_the_module_and_the_training_script_are_commands():
