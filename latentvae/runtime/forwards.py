@@ -33,9 +33,10 @@ def upsample(
 ) -> torch.Tensor:
     """Upsample2D that leaves the upsampling to its convolution."""
     conv = conv_of(self)
+    # an output_size need not be twice the input's: only doubling is folded
     if output_size is not None or args or kwargs or not is_ours(conv) or not _can_fold(conv, x):
         return underlying(self, "optimize")(x, output_size, *args, **kwargs)
-    return conv(x, upsample=True)
+    return conv(x, upsample=True)  # (B, C, h, w) -> (B, K, 2h, 2w)
 
 
 def conv_of(upsampler: Upsample2D) -> Any:
@@ -63,6 +64,7 @@ def folded(weight: torch.Tensor) -> torch.Tensor:
     float32 at least and rounded once. Differentiable.
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32)).transpose(0, 1)
+    # (C, K, 3, 3) to (C, K, 4, 3) to (C, K, 4, 4)
     w = torch.stack((w[:, :, 2], w[:, :, 1] + w[:, :, 2], w[:, :, 0] + w[:, :, 1], w[:, :, 0]), dim=2)
     w = torch.stack((w[..., 2], w[..., 1] + w[..., 2], w[..., 0] + w[..., 1], w[..., 0]), dim=3)
     return w.to(weight.dtype)
@@ -75,12 +77,15 @@ def resnet(
     self: ResnetBlock2D, x: torch.Tensor, temb: torch.Tensor | None = None, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """ResnetBlock2D without the steps that do nothing: no dropout, no division by 1, sums in place."""
+    # AutoencoderKL passes none of these: whoever does wants the steps that are left out here
     if temb is not None or args or kwargs or (self.training and self.dropout.p):
         return underlying(self, "optimize")(x, temb, *args, **kwargs)
     hidden = _normed_conv(self.norm1, self.nonlinearity, self.conv1, x)
     if self.conv_shortcut is not None:
+        # contiguous as in diffusers, where DDP would warn of the strides of gradients
         x = self.conv_shortcut(x.contiguous() if self.training else x)
     hidden = _normed_conv(self.norm2, self.nonlinearity, self.conv2, hidden, plus=x)
+    # dividing by 1, as stock does, is a pass over the map that changes nothing
     return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
@@ -89,7 +94,7 @@ def _normed_conv(
 ) -> torch.Tensor:
     """Norm, activation, convolution and sum: in one go over x where the patches of all three allow it."""
     hidden = norm(x, deferred=True) if is_ours(norm, activation, conv) else norm(x)
-    if isinstance(hidden, groupnorm.Affine):
+    if isinstance(hidden, groupnorm.Affine):  # the convolution applies it block by block, in the cache
         return conv(x, before=hidden, plus=plus)
     return _sum(conv(activation(hidden)), plus)
 
@@ -98,6 +103,7 @@ def _sum(hidden: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     """hidden + plus, written over hidden unless gradients or another dtype are wanted."""
     if plus is None:
         return hidden
+    # in place would break a graph, and would round a wider sum to the dtype of hidden
     if hidden.requires_grad or plus.requires_grad or hidden.dtype != plus.dtype:
         return plus + hidden
     return hidden.add_(plus)
@@ -127,6 +133,7 @@ def conv(
 ) -> torch.Tensor:
     """A 3x3 convolution of x normalised and activated as `before` says, or upsampled, with `plus` added."""
     scheme = winograd.UPSAMPLING if upsample else winograd.CONVOLUTION
+    # blocks write into plain buffers, where autograd cannot follow
     recorded = plus is not None and plus.requires_grad and torch.is_grad_enabled()
     if winograd.suits_convolution(self, x, scheme) and not recorded:
         return winograd.convolve(x, self, scheme, before, plus)

@@ -60,7 +60,7 @@ def optimize(
     check_autoencoder(vae)
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype} came; wanted one of {', '.join(map(str, DTYPES))}.")
-    restore(vae, "optimize")
+    restore(vae, "optimize")  # the new choice replaces the old one, not only what both name
     if dtype is not None:
         cast(vae, dtype)
     if channels_last:
@@ -81,7 +81,7 @@ def optimize(
 
 def _plain_conv(module: Any) -> bool:
     """Whether it is a 3x3 convolution of stride 1 with a border of zeros, and not wrapped or parametrised."""
-    if type(module) is not nn.Conv2d:
+    if type(module) is not nn.Conv2d:  # a parametrised one is a subclass, with weights of its own
         return False
     found = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
     return found == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and module.padding_mode == "zeros"
@@ -107,6 +107,7 @@ def fold_upsamplers(vae: AutoencoderKL, *, winograd: bool = True) -> None:
     for name, module in vae.named_modules():
         if type(module) is not Upsample2D:
             continue
+        # a transposed convolution of the model's own, or a norm in between, is not what we fold
         plain = module.use_conv and module.interpolate and not module.use_conv_transpose and not module.norm
         if plain and _plain_conv(forwards.conv_of(module)):
             patch(forwards.conv_of(module), forwards.conv if winograd else forwards.folding_conv, "optimize")
@@ -117,6 +118,7 @@ def fold_upsamplers(vae: AutoencoderKL, *, winograd: bool = True) -> None:
 
 def replace_norms(vae: AutoencoderKL) -> None:
     """Measure large maps by blocks, and let each SiLU after a GroupNorm overwrite the norm's output."""
+    # the last norm of each half stands outside of all resnets
     norms = [(half.conv_norm_out, half.conv_act) for half in (vae.encoder, vae.decoder)]
     for resnet in filter(_plain_resnet, vae.modules()):
         norms += [(resnet.norm1, resnet.nonlinearity), (resnet.norm2, resnet.nonlinearity)]
@@ -150,6 +152,7 @@ def use_channels_last(vae: AutoencoderKL) -> None:
     else:
         _set_memory_format(vae, torch.channels_last)
         on_restore(vae, _use_contiguous, "optimize")
+    # convolutions keep the layout of their input, so converting once on the way in is enough
     for half in (vae.encoder, vae.decoder):
         patch(half.conv_in, forwards.conv_in, "optimize")
         patch(half.conv_out, forwards.conv_out, "optimize")
@@ -157,7 +160,7 @@ def use_channels_last(vae: AutoencoderKL) -> None:
 
 def _set_memory_format(vae: nn.Module, memory_format: torch.memory_format) -> None:
     for parameter in vae.parameters():
-        if parameter.ndim == 4:
+        if parameter.ndim == 4:  # kernels of convolutions: nothing else has a layout
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
@@ -172,17 +175,18 @@ def compile_halves(vae: AutoencoderKL) -> None:
         logger.warning("not compiled: %s. Everything else is as fast as it was.", problem)
         return
     for half in (vae.encoder, vae.decoder):
+        # the class's function, since a patch must hold no module; dynamic: one compilation for all sizes
         patch(half, torch.compile(type(half).forward, dynamic=True), "optimize")
 
 
 def _compiler_problem(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None."""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
+        from torch.utils._triton import has_triton  # private: other builds of torch may lack it
 
         return None if has_triton() else "triton is not installed"
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
 
         get_cpp_compiler()
     except Exception as error:  # torch has no public question; what is raised depends on the platform

@@ -20,6 +20,7 @@ from latentvae.base.errors import ModelError
 # call the earlier as `underlying(module, feature)`.
 FEATURES = ("optimize", "tiling")
 
+# plain attributes of a module: neither its state dict nor a config holds them, and a copy has its own
 _PATCHES, _ORIGINAL, _UNDO = "_latentvae_patches", "_latentvae_original", "_latentvae_undo"
 
 
@@ -29,7 +30,7 @@ def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     Named as what it stands for: pickle stores a bound method by its name, so a pickled model loads as stock.
     """
     patches = self.__dict__.get(_PATCHES)
-    if patches:
+    if patches:  # from the innermost out
         return patches[-1][1](self, *args, **kwargs)
     return type(self).forward(self, *args, **kwargs)
 
@@ -54,6 +55,7 @@ def patch(module: torch.nn.Module, function: Callable[..., Any], feature: str) -
 
 def underlying(module: torch.nn.Module, feature: str) -> Callable[..., Any]:
     """The forward that this module would have without the patch of `feature` and those above it."""
+    # outer patches are left out, or two features would call each other for ever
     below = FEATURES[: FEATURES.index(feature)]
     for owner, function in reversed(module.__dict__.get(_PATCHES, ())):
         if owner in below:
@@ -111,7 +113,7 @@ def _unpatch(module: torch.nn.Module) -> None:
     if getattr(getattr(holder, name), "__func__", None) is forward:
         original = module.__dict__.get(_ORIGINAL) or types.MethodType(type(module).forward, module)
         if holder is module and name == "forward" and _ORIGINAL not in module.__dict__:
-            delattr(module, "forward")
+            delattr(module, "forward")  # as stock: an attribute would hide the class's from whoever looks
         else:
             setattr(holder, name, original)
     for attribute in (_PATCHES, _ORIGINAL):
@@ -129,7 +131,7 @@ def _innermost(module: torch.nn.Module) -> tuple[Any, str]:
         holders += [(reference, "forward"), (reference, "original_forward")]
     for holder, name in holders:
         value = getattr(holder, name, None)
-        if value is not None and not isinstance(value, functools.partial):
+        if value is not None and not isinstance(value, functools.partial):  # a partial is a hook
             return holder, name
     return module, "forward"
 
@@ -142,9 +144,8 @@ def check_autoencoder(vae: Any) -> None:
     """
     if isinstance(vae, AutoencoderKL):
         return
-    inside = [
-        name for name in ("vae", "module", "_orig_mod") if isinstance(getattr(vae, name, None), AutoencoderKL)
-    ]
+    wrapped = ("vae", "module", "_orig_mod")  # in a pipeline, by DDP, by torch.compile
+    inside = [name for name in wrapped if isinstance(getattr(vae, name, None), AutoencoderKL)]
     way_out = (
         f"Pass its .{inside[0]}."
         if inside

@@ -30,7 +30,7 @@ def suits_blocks(module: torch.nn.Module, x: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and x.ndim == 4
-        and x.stride(1) == 1
+        and x.stride(1) == 1  # channels_last: a block of rows is one piece of memory
         and all(parameter.dtype == x.dtype for parameter in parameters)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)))
         and not torch.compiler.is_compiling()
@@ -48,7 +48,7 @@ def share_out(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]]) 
     Args:
         worker: makes what does jobs, once in each thread, so that each has buffers of its own.
     """
-    waiting = deque(jobs)
+    waiting = deque(jobs)  # popleft is atomic, so that no lock is needed
     inference = torch.is_inference_mode_enabled()  # modes belong to threads
 
     def work() -> None:

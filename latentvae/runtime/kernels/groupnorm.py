@@ -33,7 +33,7 @@ def suits_norm(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
 
 def affine(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
     """The scale and shift of every channel that normalise x (B, C, H, W), from its statistics."""
-    source = x.detach().permute(0, 2, 3, 1)
+    source = x.detach().permute(0, 2, 3, 1)  # (B, H, W, C), as channels_last lies in memory
     batch, _, width, channels = source.shape
     jobs = _jobs(source)
     per_image = len(jobs) // batch
@@ -61,6 +61,7 @@ def _combine(
     """Put the blocks' means and variances, (B, blocks, C), together by groups."""
     groups = (norm.num_groups, -1)
     means, variances = means.unflatten(2, groups), variances.unflatten(2, groups)  # (B, blocks, G, C / G)
+    # Chan: the variance of all is that within the blocks plus that between their means
     counts = counts[:, None, None] / (counts.sum() * means.shape[3])
     mean = (counts * means).sum((1, 3), keepdim=True)
     variance = (counts * (variances + (means - mean).square())).sum((1, 3), keepdim=True)

@@ -135,8 +135,9 @@ def convolve(
 
         return work
 
+    # an edge block's tiles may stick out of the image: `read` pads them, `write` crops them
     corners = product(range(batch), range(0, height, rows * step), range(0, width, columns * step))
-    with _factors(conv.weight.detach(), scheme) as factors:
+    with _factors(conv.weight.detach(), scheme) as factors:  # made anew in every call: never stale
         share_out(corners, worker)
     return output.permute(0, 3, 1, 2)
 
@@ -216,8 +217,11 @@ class _Block:
 
     def multiply(self) -> None:
         """From patches to tiles."""
+        # (points, reach²) x (reach², tiles * C)
         torch.mm(self.b, self.patches.flatten(0, 1).flatten(1), out=self.values.flatten(1))
+        # for each point (tiles, C) x (C, K): here is the work
         torch.bmm(self.values, self.factors, out=self.products)
+        # (size², points) x (points, tiles * K)
         torch.mm(self.a, self.products.flatten(1), out=self.tiles.flatten(0, 1).flatten(1))
 
     def write(self, output: torch.Tensor, plus: torch.Tensor | None, top: int, left: int) -> None:

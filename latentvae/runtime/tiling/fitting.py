@@ -26,11 +26,12 @@ def tile_to_fit(
     Raises:
         ImageError: it would not fit even so, with what it would take and what there is.
     """
-    restore(vae, "tiling")
+    restore(vae, "tiling")  # what the image before needed says nothing of this one
     needed, free = memory.ordinary_peak(vae, height, width), memory.free_memory(vae.device)
     if needed <= free and tile_size is None:
         return
     allowed = memory.SHARE * free
+    # half of what is free is for maps and tile, but a plan that needs more than that may still fit
     sizes = TILE_SIZES if tile_size is None else (tile_size,)
     peaks = [_tiled_peak(vae, height, width, size, allowed, scratch is not None) for size in sizes]
     chosen = next((size for size, peak in zip(sizes, peaks, strict=True) if peak <= free), None)

@@ -87,6 +87,7 @@ class Stored(Map):
     def start_overwriting(self, halo: int) -> None:
         """From now on read the old values within `halo` pixels of the next tile, until `stop_overwriting`."""
         self.halo_kept = halo
+        # without a halo nobody reads beyond the tile that is overwritten, and nothing is kept
         self._edges = OldEdges(self.tensor, halo) if halo and self.tensor is not None else None
 
     def start_row(self, first: Box) -> None:
@@ -99,6 +100,7 @@ class Stored(Map):
         self.halo_kept, self._edges = 0, None
 
     def footprint(self, pixels: int) -> tuple[int, int]:
+        # a box of a whole map is a view; old edges are put into a copy
         copied = self.channels * pixels if self.halo_kept else 0
         return copied, copied
 
@@ -123,6 +125,7 @@ class Norm:
         wide = torch.promote_types(tile.dtype, torch.float32)
         scale, shift = (value.to(wide).to(tile.device)[:, None, None] for value in self._scale_and_shift())
         result = torch.empty_like(tile, memory_format=_layout(tile))
+        # addcmul writes straight into the result where that is wide enough; else each piece is rounded once
         for source, target in zip(pieces(tile), pieces(result), strict=True):
             value = torch.addcmul(shift, source.to(wide), scale, out=target if wide == tile.dtype else None)
             silu = isinstance(self.activation, nn.SiLU)
@@ -133,6 +136,7 @@ class Norm:
 
     def _scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._affine is None:
+            # (C,) in float64, once for all tiles: x * scale + shift
             mean, variance = self.statistics.of_groups(self.norm.num_groups)
             scale = (variance + self.norm.eps).rsqrt()
             shift = -mean * scale
@@ -164,6 +168,7 @@ class Conv(Map):
     """A 3x3 convolution of a map, after its norm and activation where there is one. Halo: 1 pixel."""
 
     def __init__(self, name: str, source: Map, conv: nn.Conv2d, norm: Norm | None = None) -> None:
+        # nine taps, a product and a sum each
         flops = source.flops + 18 * conv.in_channels * conv.out_channels
         super().__init__(name, conv.out_channels, source.height, source.width, flops)
         self.source, self.conv, self.norm, self.sources = source, conv, norm, (source,)
@@ -179,6 +184,7 @@ class Conv(Map):
         return self.conv(tile)
 
     def footprint(self, pixels: int) -> tuple[int, int]:
+        # at worst: reading the source; source and normed; normed and result
         peak, read = self.source.footprint(pixels)
         normed, result = self.source.channels * pixels, self.channels * pixels
         return max(peak, read + normed, normed + result), result
@@ -193,7 +199,7 @@ class Residual(Map):
     def __init__(self, name: str, block: Any, source: Map, hidden: Map) -> None:
         flops = 18 * block.conv2.in_channels * block.conv2.out_channels + hidden.flops
         if isinstance(hidden, Stored):
-            flops += source.flops
+            flops += source.flops  # the source is read for the sum alone; else one reading serves both
         if block.conv_shortcut is not None:
             flops += 2 * block.conv_shortcut.in_channels * block.conv_shortcut.out_channels
         super().__init__(name, block.conv2.out_channels, source.height, source.width, flops)
@@ -209,16 +215,16 @@ class Residual(Map):
             source = box.cropped(tile, outer)
             hidden = inner.cropped(self.hidden.apply(tile), outer)
         else:
-            hidden = self.hidden.read(inner)
+            hidden = self.hidden.read(inner)  # from the scratch: the source is read later, without a halo
         hidden = self.norm(hidden)
         result = box.cropped(block.conv2(hidden), inner)
-        del hidden
+        del hidden  # before the source is read, or three tiles would lie in memory
         if source is None:
             source = self.source.read(box)
         if block.conv_shortcut is not None:
             source = block.conv_shortcut(source)
         result += source.to(result.device)
-        if block.output_scale_factor != 1:
+        if block.output_scale_factor != 1:  # always 1 in AutoencoderKL
             result /= block.output_scale_factor
         return result
 
@@ -247,6 +253,7 @@ class Up(Map):
         self.source, self.upsampler, self.sources = source, upsampler, (source,)
 
     def read(self, box: Box) -> torch.Tensor:
+        # a 3x3 window reaches 1 px of the large map, which is a repeated pixel of the small one
         inner = Box(
             max((box.top - 1) // 2, 0),
             min((box.bottom + 2) // 2, self.source.height),
@@ -257,6 +264,7 @@ class Up(Map):
 
     def footprint(self, pixels: int) -> tuple[int, int]:
         peak, read = self.source.footprint(pixels // 4)
+        # the upsampled tile beside the small one, then beside the result
         wide, result = self.source.channels * pixels, self.channels * pixels
         return max(peak, read + wide + wide // 4, wide + wide // 4 + result), result
 
@@ -266,11 +274,13 @@ class Down(Map):
 
     def __init__(self, name: str, source: Map, downsampler: Any) -> None:
         channels = downsampler.out_channels
+        # each of its pixels takes four of the source's
         flops = 4 * source.flops + 18 * source.channels * channels
         super().__init__(name, channels, source.height // 2, source.width // 2, flops)
         self.source, self.downsampler, self.sources = source, downsampler, (source,)
 
     def read(self, box: Box) -> torch.Tensor:
+        # row t of a stride of 2 sees rows 2t to 2t + 2; stock pads right and below only
         inner = Box(
             2 * box.top,
             min(2 * box.bottom + 1, self.source.height),
@@ -282,4 +292,4 @@ class Down(Map):
     def footprint(self, pixels: int) -> tuple[int, int]:
         peak, read = self.source.footprint(4 * pixels)
         result = self.channels * pixels
-        return max(peak, 2 * read + result), result
+        return max(peak, 2 * read + result), result  # twice: the tile, and its copy with the line of zeros

@@ -55,6 +55,7 @@ class Box(NamedTuple):
 def rows_of_boxes(size: Size, side: int) -> list[list[Box]]:
     """Cut a map into tiles of at most `side` pixels a side, as equal as they can be, row by row."""
 
+    # equal, because a thin last tile would be nearly all halo
     def cuts(length: int) -> list[tuple[int, int]]:
         count = -(-length // side)
         ends = [length * number // count for number in range(count + 1)]
@@ -88,12 +89,14 @@ class Statistics:
         """Take in a tile (1, C, h, w)."""
         wide = torch.promote_types(tile.dtype, torch.float32)
         pivot = self.mean.to(tile.device, wide) if self.count else tile[:, :, :1].to(wide).mean((0, 2, 3))
+        # sums of (x - pivot) and of its square: float32 in a piece, float64 over the pieces
         first = second = torch.zeros((), dtype=torch.float64)
         for piece in pieces(tile):
             deviation = piece.to(wide) - pivot[:, None, None]
             first = first + _double(deviation.sum((0, 2, 3)))
             second = second + _double(deviation.square_().sum((0, 2, 3)))
         count = tile.shape[2] * tile.shape[3]
+        # the square of the mean deviation comes off: the pivot is near the mean, not equal to it
         self._merge(count, _double(pivot) + first / count, second - first * first / count)
 
     def _merge(self, count: int, mean: torch.Tensor, m2: torch.Tensor) -> None:
@@ -110,6 +113,7 @@ class Statistics:
         """Mean and variance of each group of channels, (C,) each: every channel has its group's."""
         means = self.mean.view(groups, -1)
         mean = means.mean(1, keepdim=True)
+        # of a group: the variance within its channels plus that between their means
         m2 = self.m2.view(groups, -1).mean(1, keepdim=True) / self.count
         variance = m2 + (means - mean).square().mean(1, keepdim=True)
         return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
@@ -151,7 +155,7 @@ class Scratch:
             flat = torch.frombuffer(memory, dtype=self.dtype, count=count)
         else:
             flat = torch.empty(count, dtype=self.dtype, device=self.place)
-        if self.layout == torch.channels_last:
+        if self.layout == torch.channels_last:  # (H, W, C) in memory, (C, H, W) to look at
             return flat.view(1, height, width, channels).permute(0, 3, 1, 2)
         return flat.view(1, channels, height, width)
 
@@ -163,7 +167,7 @@ class Scratch:
         """
         if not isinstance(self.place, Path):
             return
-        check_scratch_folder(self.place)
+        check_scratch_folder(self.place)  # again: it may have gone since tiling was switched on
         free = shutil.disk_usage(self.place).free
         if free < wanted:
             raise LatentVAEError(
@@ -222,13 +226,14 @@ class OldEdges:
 
     def overwrite(self, box: Box, tile: torch.Tensor) -> None:
         """Write a tile, having kept what the tiles to its right and below will want."""
+        # to the right they want these columns; what is below was kept by start_row
         left = Box(box.top, box.bottom, max(box.right - self.halo, 0), box.right).of(self.tensor).clone()
         box.of(self.tensor).copy_(tile)
         self.left, self.row = left, box
 
     def start_row(self, box: Box) -> None:
         """Keep the last lines of the row of tiles that begins with this box."""
-        self.above = self.below
+        self.above = self.below  # the last lines of the row before: as they were before that was overwritten
         self.below = self.tensor[:, :, max(box.bottom - self.halo, 0) : box.bottom].clone()
         self.left, self.row = self.tensor[:, :, :0], Box(box.top, box.bottom, 0, 0)
 

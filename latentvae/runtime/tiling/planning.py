@@ -13,8 +13,8 @@ from latentvae.runtime.tiling.layers import Stored
 from latentvae.runtime.tiling.stages import Stage, Walk, choose, decoder_stages, encoder_stages
 from latentvae.runtime.tiling.structure import check_structure
 
-DEFAULT_TILE = 512
-DEFAULT_MEMORY = 4e9
+DEFAULT_TILE = 512  # pixels of a side
+DEFAULT_MEMORY = 4e9  # bytes
 SETTINGS = "_latentvae_tiling"  # the attribute of an encoder or decoder that holds them
 
 
@@ -61,7 +61,7 @@ class Course:
         return sum(stage.flops for stage in self.stages if ".attentions." in stage.name) / 1e12
 
     def __str__(self) -> str:
-        if not self.stages:
+        if not self.stages:  # smaller than a tile
             return f"{self.verb}: not tiled, peak about {self.peak_bytes / 1e9:.2f} GB above the weights"
         lines = [
             f"{self.verb}: {len(self.stages)} stages, {self.tiles} tiles, {self.tflop:.2f} TFLOP (attention "
@@ -115,6 +115,7 @@ def plan(
         asked.tile_size if tile_size is None else tile_size,
         memory=asked.memory if memory is None else memory,
     )
+    # latents are those of the padded image; the encoder, which pads nothing, gets the image itself
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     latents = (vae.decoder.conv_in.in_channels, -(-height // factor), -(-width // factor))
     images = (vae.encoder.conv_in.in_channels, height, width)
@@ -136,8 +137,10 @@ def _course(
 def plan_walk(model: Any, shape: Any, itemsize: int, settings: Settings) -> Walk:
     """The stages of one sample (C, H, W), with what to keep chosen by the settings' memory."""
     decodes = hasattr(model, "up_blocks")
+    # of the first level, where maps are largest: it sets how much a tile may take
     width = model.conv_norm_out.num_channels if decodes else model.conv_in.out_channels
 
+    # the same stages that will compute, run without tensors
     def walk(kept: frozenset[str]) -> Walk:
         steps = Walk(itemsize, settings.tile_size, width, kept)
         (decoder_stages if decodes else encoder_stages)(steps, model, input_map(shape))

@@ -101,6 +101,7 @@ class Walk:
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         """Replace a map by its attention, all of it at once: every pixel depends on every other."""
         pixels, channels = source.height * source.width, source.channels
+        # queries with keys and weights with values; then the four projections
         flops = 4.0 * pixels**2 * channels + 8.0 * pixels * channels**2
         self._note(name, 1, max(source.height, source.width), flops, MAPS_OF_ATTENTION * channels * pixels)
 
@@ -108,6 +109,7 @@ class Walk:
         return Stored(node.name, (node.channels, node.height, node.width))
 
     def _side(self, node: Map) -> int:
+        # of a pixel; asked for 64, because layers that resample count in quarters
         values = node.footprint(64)[0] / 64
         largest = self.tile_size // 2 if isinstance(node, Down) else self.tile_size  # it reads twice its size
         return max(min(largest, math.isqrt(int(self.tile_values / values))), 4)
@@ -116,6 +118,7 @@ class Walk:
         boxes = rows_of_boxes(node, self._side(node))
         side = max(max(box.bottom - box.top, box.right - box.left) for row in boxes for box in row)
         name = node.name if target is not None else f"statistics of {node.name}"
+        # a resnet reaches 2 px beyond a tile on each side
         with_halo = min(side + 4, node.height) * min(side + 4, node.width)
         tiles, flops = sum(map(len, boxes)), node.flops * node.height * node.width
         self._note(name, tiles, side, flops, node.footprint(with_halo)[0])
@@ -145,12 +148,12 @@ class TiledRun(Walk):
 
     def __init__(self, plan: Walk, scratch: Scratch, device: torch.device, bar: "tqdm[Any]") -> None:
         super().__init__(plan.itemsize, plan.tile_size, 1, plan.kept)
-        self.tile_values = plan.tile_values
+        self.tile_values = plan.tile_values  # so tiles are cut as planned, whatever that width was
         self.scratch, self.device, self.bar = scratch, device, bar
 
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         super().attend(name, attention, source)
-        tensor = source.whole()
+        tensor = source.whole()  # (1, C, h, w); the result replaces it
         tensor.copy_(attention(tensor.to(self.device), temb=None))
         source.statistics = Statistics()
         source.statistics.add(tensor)
@@ -187,12 +190,13 @@ class TiledRun(Walk):
 
 def decoder_stages(walk: Walk, decoder: Any, latents: Stored, result: Stored | None = None) -> None:
     """The stages of a decoder, from latents (after post_quant_conv) to images."""
+    # kept: at latent size a map is the smallest there is, and attention needs it whole
     x: Map = walk.store(Conv("conv_in", latents, decoder.conv_in))
     x = _middle(walk, decoder.mid_block, x)
     for number, block in enumerate(decoder.up_blocks):
         for index, resnet in enumerate(block.resnets):
             x = _finished(walk, _resnet(walk, f"up_blocks.{number}.resnets.{index}", resnet, x))
-        if block.upsamplers:
+        if block.upsamplers:  # four times the pixels: kept only where memory allows
             x = _kept(walk, Up(f"up_blocks.{number}.upsamplers.0", x, block.upsamplers[0]))
     _output(walk, decoder, x, result)
 
@@ -214,7 +218,7 @@ def encoder_stages(walk: Walk, encoder: Any, images: Stored, result: Stored | No
 
 
 def _middle(walk: Walk, block: Any, x: Map) -> Stored:
-    attentions = [None, *block.attentions]
+    attentions = [None, *block.attentions]  # a resnet, then attention and a resnet, as stock has them
     for index, (attention, resnet) in enumerate(zip(attentions, block.resnets, strict=True)):
         if attention is not None:
             assert isinstance(x, Stored)
@@ -226,7 +230,7 @@ def _middle(walk: Walk, block: Any, x: Map) -> Stored:
 
 def _resnet(walk: Walk, name: str, block: Any, x: Map) -> Residual:
     """The first half of a resnet is measured, and kept or computed again; the second half is to be read."""
-    if x.statistics is None:
+    if x.statistics is None:  # a map that was not kept: read once more, for its norm
         walk.measure(x)
     hidden: Map = Conv(f"{name}.conv1", x, block.conv1, Norm(block.norm1, block.nonlinearity, x.statistics))
     if walk.keeps(hidden):
@@ -240,6 +244,7 @@ def _finished(walk: Walk, y: Residual) -> Stored:
     """Store a resnet's result, in place of its source or else of its first half where one has its size."""
     for over in y.sources:
         if isinstance(over, Stored) and over.channels == y.channels:
+            # what a tile reads around itself of the map that it overwrites
             halo = {y.hidden: 1, y.source: 0 if isinstance(y.hidden, Stored) else 2}[over]
             walk.store(y, over, halo)
             break
@@ -281,7 +286,7 @@ def choose(walk: Callable[[frozenset[str]], Walk], memory: float) -> Walk:
         walk: plans all stages, given the names of the maps to keep.
         memory: what the scratch and a tile may take together.
     """
-    best = walk(frozenset())
+    best = walk(frozenset())  # computes most again: the lowest peak there is
     limit = max(memory, best.peak_bytes * ABOVE_LOWEST)
     for name in sorted(best.skipped, key=lambda name: -best.skipped[name]):
         trial = walk(best.kept | {name})

@@ -51,7 +51,7 @@ def _problems(vae: AutoencoderKL) -> Iterator[str]:
 
 
 def _other(name: str, module: Any, wanted: type) -> Iterator[str]:
-    if type(module) is not wanted:
+    if type(module) is not wanted:  # not isinstance: a subclass may compute something else
         yield f"{name}, a {type(module).__name__}; wanted {wanted.__name__}"
 
 
@@ -72,10 +72,11 @@ def _resnets(name: str, block: Any) -> Iterator[str]:
         yield from _conv(f"{path}.conv2", resnet.conv2)
         for norm in ("norm1", "norm2"):
             yield from _other(f"{path}.{norm}", getattr(resnet, norm), nn.GroupNorm)
+        # an embedding or a resampling would be skipped: Residual computes norms, convolutions and the sum
         for part in ("time_emb_proj", "upsample", "downsample"):
             if getattr(resnet, part) is not None:
                 yield f"{path} with its {part}; wanted none"
-        if resnet.dropout.p:
+        if resnet.dropout.p:  # it would draw other numbers for every tile
             yield f"{path} with dropout {resnet.dropout.p}; wanted none"
 
 
@@ -89,6 +90,7 @@ def _samplers(name: str, samplers: Any, wanted: type) -> Iterator[str]:
     if sampler.norm is not None or not sampler.use_conv or getattr(sampler, "use_conv_transpose", False):
         yield f"{name}.0 with a norm or without a convolution; wanted {wanted.__name__} as it comes"
     if wanted is Downsample2D:
+        # padding 0: stock adds one line of zeros right and below by hand
         yield from _conv(f"{name}.0.conv", sampler.conv, padding=0, stride=2)
     else:
         yield from _conv(f"{name}.0.conv", sampler.conv)

@@ -27,7 +27,7 @@ from latentvae.runtime.tiling.structure import check_structure
 
 logger = logging.getLogger(__name__)
 
-MIN_TILE = 16
+MIN_TILE = 16  # pixels; a read reaches 2 px beyond a tile on each side
 
 
 def enable_exact_tiling(
@@ -65,6 +65,7 @@ def enable_exact_tiling(
         setattr(model, SETTINGS, settings)
         patch(model, forward, "tiling")
         on_restore(model, _forget, "tiling")
+    # named as what diffusers calls where its own tiling is on: so that does not cut what we get whole
     for method in (_tiled_encode, tiled_decode):
         setattr(vae, method.__name__, types.MethodType(method, vae))
     on_restore(vae, _restore_methods, "tiling")
@@ -112,8 +113,9 @@ def tiled_decode(self: Any, z: torch.Tensor, return_dict: bool = True) -> Decode
 
 def _encoder_forward(self: Any, sample: torch.Tensor) -> torch.Tensor:
     halvings = sum(block.downsamplers is not None for block in self.down_blocks)
-    size = [side >> halvings for side in sample.shape[2:]]
+    size = [side >> halvings for side in sample.shape[2:]]  # each halving drops an odd line, as stock's
     channels = self.conv_out.out_channels
+    # an image smaller than one latent is stock's to refuse
     if _goes_ordinary_way(self, sample, max(sample.shape[2:]), "images") or min(size) == 0:
         return underlying(self, "tiling")(sample)
     return _tiled(self, sample, (channels, *size))
@@ -137,6 +139,7 @@ def _goes_ordinary_way(model: torch.nn.Module, sample: torch.Tensor, side: int, 
         if side > tile_size:
             logger.warning("not tiled, because gradients are wanted: use torch.no_grad() where they are not.")
         return True
+    # at any size, or small and large images would fail differently
     if not torch.isfinite(sample).all():
         raise ImageError(
             f"{what} came with NaN or infinite values; wanted finite ones. Look at what made them."
