@@ -1,24 +1,39 @@
-"""Packages that only some need, imported when they are."""
+"""Packages that only some need: which extra of ours brings each, imported when it is needed and not before."""
 
 from importlib import import_module
 from typing import Any
 
 from latentvae.base.errors import LatentVAEError
 
-# package, and the extra of ours that brings it
-_EXTRAS = {"umap": ("umap-learn", "umap"), "sklearn": ("scikit-learn", "explore")}
+# what is imported: the package's name where it is installed from, and the smallest extra that brings it
+EXTRAS = {
+    "sklearn": ("scikit-learn", "explore"),
+    "matplotlib": ("matplotlib", "explore"),
+    "pyarrow": ("pyarrow", "explore"),
+    "umap": ("umap-learn", "umap"),
+    "datasets": ("datasets", "train"),
+    "gradio": ("gradio", "demo"),
+    "torch_fidelity": ("torch-fidelity", "fid"),
+}
+MISSING = "{what} needs {package}, which cannot be imported ({reason}): pip install 'latentvae[{extra}]'"
 
 
-def need(module: str) -> Any:
-    """Import an optional package.
+def need(
+    module: str, error: type[LatentVAEError] = LatentVAEError, message: str = MISSING, what: object = "this"
+) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        module: such as "sklearn.cluster"; its package is one of EXTRAS.
+        error: class of what is raised.
+        message: a template with {what}, {package}, {extra} and {reason}.
+        what: needs it; for the message.
 
     Raises:
-        LatentVAEError: it is not installed; says how to get it.
+        LatentVAEError: as `error`: it is not installed; says how to get it.
     """
-    package, extra = _EXTRAS.get(module.partition(".")[0], (module.partition(".")[0], "explore"))
     try:
         return import_module(module)
-    except ImportError as error:
-        raise LatentVAEError(
-            f"this needs {package}, which cannot be imported ({error}): pip install 'latentvae[{extra}]'"
-        ) from error
+    except ImportError as cause:
+        package, extra = EXTRAS[module.partition(".")[0]]
+        raise error(message.format(what=what, package=package, extra=extra, reason=cause)) from cause

@@ -171,6 +171,11 @@ class LPIPS(nn.Module):
             )
 
 
+def smallest_side(net: LPIPSNet) -> int:
+    """Of images that a network can judge, in pixels; known without its weights."""
+    return _BACKBONES[net].min_size
+
+
 def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool = False) -> LPIPS:
     """Load LPIPS with pretrained weights, or fail: never with a random backbone.
 
@@ -283,7 +288,7 @@ def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], net: str, 
 
 
 def _heads(net: LPIPSNet) -> list[Tensor]:
-    """Read the linear heads v0.1 from the lpips package, one (C,) tensor per layer."""
+    """Read the linear heads v0.1, one (C,) tensor per layer: all that the package lpips serves for here."""
     package = importlib.util.find_spec("lpips")  # importing it would add 1.5 s of scipy
     if package is None or package.origin is None:
         raise MissingWeightsError(

@@ -5,7 +5,6 @@ Converge to a Local Nash Equilibrium", NeurIPS 2017, equation 6. Features, resiz
 the package torch-fidelity (Obukhov et al. 2020), which published figures for reconstructions mostly use.
 """
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
+from latentvae.base.files import file_sha256
+from latentvae.base.optional import need
 from latentvae.images.tensors import to_uint8
 
 FEATURES = 2048
@@ -23,6 +24,11 @@ PUBLISHED_IMAGES = 50_000
 # How torch-fidelity's file and pytorch-fid's (the same bytes) end; the last part begins its sha256.
 WEIGHTS = "inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"
+
+NO_NETWORK = (
+    "rFID's network comes with the package '{package}', which cannot be imported ({reason}). "
+    "Install the extra '{extra}': pip install 'latentvae[{extra}]'."
+)
 
 
 @dataclass(frozen=True)
@@ -234,13 +240,7 @@ def load_inception(weights: str | Path | None = None) -> Inception:
         MissingWeightsError: the weights, or the package torch-fidelity, are not there.
         LatentVAEError: a file that is not this network's weights.
     """
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise MissingWeightsError(
-            f"rFID's network comes with the package 'torch-fidelity', which cannot be imported ({error}). "
-            f"Install the extra 'fid': pip install 'latentvae[fid]'."
-        ) from error
+    network = need("torch_fidelity.feature_extractor_inceptionv3", MissingWeightsError, NO_NETWORK)
     path = _find(weights)
     state, sha256 = _read(path)
     # torch-fidelity reads pickles unsafely, so it gets one that was written here, of plain tensors.
@@ -249,7 +249,7 @@ def load_inception(weights: str | Path | None = None) -> Inception:
     buffer.seek(0)
     try:
         with torch.random.fork_rng(devices=[]):  # its random initialisation is no draw of the caller's
-            extractor = FeatureExtractorInceptionV3(
+            extractor = network.FeatureExtractorInceptionV3(
                 "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=buffer
             )
     except RuntimeError as error:  # its strict load names every key
@@ -287,8 +287,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
         f"Fetch weights-{WEIGHTS} again."
     )
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_sha256(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise LatentVAEError(f"cannot read Inception weights {path} ({error}).") from error

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from latentvae.base.errors import ConfigError, ImageError, SourceError
+from latentvae.base.optional import need
 from latentvae.images.reading import load_image
 
 FILES = ("binary", "large_binary", "string", "large_string")  # the bytes of an image file, or its path
@@ -169,10 +170,5 @@ def _kind(feature: Any) -> str:
 
 
 def _datasets(place: Path) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"{place} is read with the package `datasets`, which is missing: pip install latentvae[train]"
-        ) from error
-    return datasets
+    message = "{what} is read with the package `{package}`, which is missing: pip install latentvae[{extra}]"
+    return need("datasets", ConfigError, message, place)
