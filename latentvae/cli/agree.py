@@ -1,19 +1,29 @@
 """`latentvae agree`: whether two models speak the same latent space, as figures and a picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 import typer
+from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import Device, Json
 from latentvae.cli.session import finish, image_channels, load_model, make_folder, print_json, skip
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.pipelines.agree import Agreement, Pair
+from latentvae.images.drawing import grid
+from latentvae.images.reading import find_images, load_image
+from latentvae.pipelines.agree import (
+    MAX_LOSS,
+    MIN_SCORE,
+    Agreement,
+    Pair,
+    both_ways,
+    check_same_shape,
+    config_scaling,
+    plain,
+    probe_images,
+    summarise,
+)
 
 PICTURE = "agreement.png"
 COLUMNS = ("image", "A", "B", "B decodes A's latents", "A decodes B's latents")
@@ -35,7 +45,6 @@ def agree(
     json: Json = False,
 ) -> None:
     """Say whether a diffusion model trained on A's latents can use B: each decodes the latents of both."""
-    from latentvae.pipelines.agree import both_ways, check_same_shape, config_scaling, plain, summarise
 
     vaes = tuple(load_model(model, device, "fp32") for model in (a, b))
     check_same_shape(*vaes)
@@ -55,15 +64,13 @@ def agree(
 
 
 def read_images(
-    photos: list[Path] | None, vae: "AutoencoderKL", size: int, skipped: list[dict[str, str]]
-) -> list["torch.Tensor"]:
+    photos: list[Path] | None, vae: AutoencoderKL, size: int, skipped: list[dict[str, str]]
+) -> list[torch.Tensor]:
     """The centres of images, (1, C, H, W) each, or the probes.
 
     Raises:
         LatentVAEError: none of them can be read, or the model takes other channels than images have.
     """
-    from latentvae.images.reading import find_images, load_image
-    from latentvae.pipelines.agree import probe_images
 
     image_channels(vae)  # pictures are drawn of these too
     if not photos:
@@ -82,9 +89,8 @@ def read_images(
     return images
 
 
-def draw(pairs: list["Pair"], path: Path) -> None:
+def draw(pairs: list[Pair], path: Path) -> None:
     """A row for each image: as it is, through each model, and decoded by each from the other's latents."""
-    from latentvae.images.drawing import grid
 
     rows = [[row[0].cpu() for row in (pair.images, *pair.own, *pair.crossed)] for pair in pairs]
     try:
@@ -93,9 +99,8 @@ def draw(pairs: list["Pair"], path: Path) -> None:
         raise LatentVAEError(f"{path} cannot be written ({error}). Choose another --output.") from error
 
 
-def report(agreement: "Agreement") -> list[str]:
+def report(agreement: Agreement) -> list[str]:
     """The figures, with what each was wanted to be, and the verdict."""
-    from latentvae.pipelines.agree import MAX_LOSS, MIN_SCORE
 
     figures: list[tuple[str, str]] = [
         ("agreement of latents", f"{agreement.score:.4f} (1: the same; wanted: {MIN_SCORE} or more)"),

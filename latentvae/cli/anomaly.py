@@ -4,8 +4,9 @@ import csv
 import json as json_module
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
@@ -23,12 +24,20 @@ from latentvae.cli.session import (
     skip,
     with_ending,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from latentvae.measure.lpips import LPIPS
-    from latentvae.toolbox.anomaly.calibration import Calibration, Verdict
+from latentvae.images.drawing import HEAT_WHITE, colour_heat, grid
+from latentvae.images.reading import find_images
+from latentvae.images.tensors import from_uint8
+from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.toolbox.anomaly.calibration import (
+    Calibration,
+    Verdict,
+    calibrate,
+    check_place,
+    load_calibration,
+)
+from latentvae.toolbox.anomaly.roc import auroc, draw_roc, roc_curve
+from latentvae.toolbox.anomaly.terms import TERMS, look
+from latentvae.toolbox.atlas.labels import match_labels, read_table
 
 SHOWN = 20  # rows of the table that are printed; the CSV has all
 
@@ -54,11 +63,6 @@ def fit(
     json: Json = False,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
-    import torch
-
-    from latentvae.images.reading import find_images
-    from latentvae.toolbox.anomaly.calibration import calibrate, check_place
-    from latentvae.toolbox.anomaly.terms import TERMS, look
 
     check_place(calibration)
     files = find_images(normal)
@@ -123,8 +127,6 @@ def score(
     A score of 0 is usual, above 1 rare. Heat maps show where an image is odd, by its errors or, where only
     `alone` counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty has.
     """
-    from latentvae.images.reading import find_images
-    from latentvae.toolbox.anomaly.calibration import load_calibration
 
     check_output(output, photos)
     usual = load_calibration(calibration)
@@ -158,9 +160,8 @@ def check_term(name: str, known: list[str]) -> None:
         raise LatentVAEError(f"this calibration has no term {name!r}; choose one of {', '.join(known)}.")
 
 
-def load_network(usual: "Calibration", weights: Path | None, device: "torch.device") -> "LPIPS | None":
+def load_network(usual: Calibration, weights: Path | None, device: torch.device) -> LPIPS | None:
     """The LPIPS network of the calibration; an error where its weights are not there."""
-    from latentvae.measure.lpips import load_lpips
 
     if usual.lpips_net is None:
         return None
@@ -171,8 +172,8 @@ def load_network(usual: "Calibration", weights: Path | None, device: "torch.devi
 @dataclass(frozen=True)
 class _Judge:
     vae: Any
-    usual: "Calibration"
-    network: "LPIPS | None"
+    usual: Calibration
+    network: LPIPS | None
     output: Path
 
 
@@ -180,7 +181,6 @@ def judge_all(
     judge: _Judge, files: list[Path], names: dict[Path, str], skipped: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """One row for each image, its heat map written."""
-    from latentvae.toolbox.anomaly.terms import look
 
     rows = []
     for path, image, _ in read_images(files, judge.vae, skipped):
@@ -198,10 +198,8 @@ def judge_all(
     return rows
 
 
-def write_heat(place: Path, image: "torch.Tensor", verdict: "Verdict") -> None:
+def write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
     """Draw an image beside its heat map."""
-    from latentvae.images.drawing import HEAT_WHITE, colour_heat, grid
-    from latentvae.images.tensors import from_uint8
 
     heat = from_uint8(colour_heat(verdict.heat.numpy()))
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
@@ -215,7 +213,6 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     Raises:
         LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
     """
-    from latentvae.toolbox.atlas.labels import match_labels, read_table
 
     table = read_table(path)
     for name, label in table.items():
@@ -232,7 +229,6 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
 
 def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
     """The area under the ROC of the score and of every term alone; draws the score's."""
-    from latentvae.toolbox.anomaly.roc import auroc, draw_roc, roc_curve
 
     labels = [odd[row["name"]] for row in rows]
     scores = [row["score"] for row in rows]

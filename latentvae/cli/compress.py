@@ -9,6 +9,11 @@ import typer
 from latentvae.base.errors import CodecError
 from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model, Store, TileSize
 from latentvae.cli.session import find_lpips, finish, image_channels, load_model, print_json, read_images
+from latentvae.codec.compression import check_model, decode_payload, read, unpack
+from latentvae.codec.compression import compress as run
+from latentvae.images.reading import find_images
+from latentvae.images.saving import SAVE_OPTIONS, save_image
+from latentvae.measure.metrics import Metrics
 from latentvae.runtime.tiling.fitting import tile_to_fit
 
 SUFFIX = ".lvae"
@@ -28,10 +33,6 @@ def compress(
     json: Json = False,
 ) -> None:
     """Compress an image; prints the bits per pixel of the whole file, and what decoding it gives."""
-    from latentvae.codec.compression import compress as run
-    from latentvae.codec.compression import decode_payload, unpack
-    from latentvae.images.reading import find_images
-    from latentvae.measure.metrics import Metrics
 
     (path,) = find_images([photo]) if what_is(photo) != "folder" else (_no_folder(photo),)
     check_output(output)
@@ -80,7 +81,6 @@ def check_picture(path: Path, overwrite: bool) -> None:
     Raises:
         CodecError: a name that ends in no format there is, a folder that is not there, or a file that is.
     """
-    from latentvae.images.saving import SAVE_OPTIONS
 
     if path.suffix.lower() not in SAVE_OPTIONS:
         raise CodecError(
@@ -142,8 +142,6 @@ def decompress(
     json: Json = False,
 ) -> None:
     """Decompress an image that `latentvae compress` wrote, with the same model."""
-    from latentvae.codec.compression import check_model, decode_payload, read
-    from latentvae.images.saving import save_image
 
     check_picture(output, overwrite)
     header, payload = read(source)

@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
 from latentvae.cli.options import Json
 from latentvae.cli.session import print_json
+from latentvae.models.formats.programs import program_notes
+from latentvae.models.formats.writing import check_targets, save
+from latentvae.models.loading import load
 
 
 def convert(
@@ -30,11 +34,6 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by --dtype."""
-    import torch
-
-    from latentvae.models.formats.programs import program_notes
-    from latentvae.models.formats.writing import check_targets, save
-    from latentvae.models.loading import load
 
     check_targets(output, to, overwrite)  # before a large file is read
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from diffusers import AutoencoderKL
+from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.cli.options import Device, Json, Model, Precision, Sample, Seed, Store, TileSize
@@ -17,15 +20,15 @@ from latentvae.cli.session import (
     skip,
     with_ending,
 )
+from latentvae.images.saving import save_image
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.latents import decode as run
+from latentvae.models.loading import spatial_compression_ratio
 from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
+from latentvae.runtime.optimize import optimize
 from latentvae.runtime.tiling.fitting import tile_to_fit
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.store.dataset import LatentDataset
-    from latentvae.store.format import ShardRecord
+from latentvae.store.dataset import LatentDataset
+from latentvae.store.format import DTYPES, ShardRecord, damage, latent_size
 
 BATCH_PIXELS = 1 << 20  # more in one batch is no faster
 
@@ -50,9 +53,6 @@ def decode(
     json: Json = False,
 ) -> None:
     """Decode a store to pictures: KEY.png for each image, of the size that was encoded, without padding."""
-    from tqdm import tqdm
-
-    from latentvae.store.dataset import LatentDataset
 
     dataset = LatentDataset(source, mode="sample" if sample else "mode", seed=seed, scaled=False)
     vae = load_same_model(dataset, model, device, precision)
@@ -71,16 +71,13 @@ def decode(
 
 
 def load_same_model(
-    dataset: "LatentDataset", model: str | None, device: str | None, precision: str
-) -> "AutoencoderKL":
+    dataset: LatentDataset, model: str | None, device: str | None, precision: str
+) -> AutoencoderKL:
     """The model that made the store, optimized, at this precision.
 
     Raises:
         StoreError: it is another one, by its weights.
     """
-    from latentvae.models.fingerprint import weight_hash
-    from latentvae.runtime.optimize import optimize
-    from latentvae.store.format import DTYPES
 
     vae = load_model(model, device, "fp32")  # rounded weights have another hash
     found, wanted = weight_hash(vae), dataset.manifest.weights_sha256
@@ -95,14 +92,12 @@ def load_same_model(
 
 
 def batches(
-    dataset: "LatentDataset", vae: "AutoencoderKL", skipped: Skipped, tile_size: int | None
+    dataset: LatentDataset, vae: AutoencoderKL, skipped: Skipped, tile_size: int | None
 ) -> Iterator[list[int]]:
     """Image numbers shard by shard, of one latent size each, one by one where they are decoded in tiles.
 
     Images of a damaged shard are skipped.
     """
-    from latentvae.models.loading import spatial_compression_ratio
-    from latentvae.store.format import latent_size
 
     ratio, first = spatial_compression_ratio(vae), 0
     for shard in dataset.manifest.shards:
@@ -121,13 +116,12 @@ def batches(
             yield from (members[at : at + size] for at in range(0, len(members), size))
 
 
-def check_hashes(store: Path, shard: "ShardRecord") -> None:
+def check_hashes(store: Path, shard: ShardRecord) -> None:
     """Refuse to show what is not what was written: files with other bytes open as well.
 
     Raises:
         StoreError: names the file.
     """
-    from latentvae.store.format import damage
 
     problem = damage(store, shard)
     if problem:
@@ -138,18 +132,14 @@ def check_hashes(store: Path, shard: "ShardRecord") -> None:
 
 
 def decode_batch(
-    dataset: "LatentDataset",
-    vae: "AutoencoderKL",
+    dataset: LatentDataset,
+    vae: AutoencoderKL,
     numbers: list[int],
     output: Path,
     skipped: Skipped,
     tiling: tuple[int | None, Path | None],
 ) -> list[dict[str, Any]]:
     """Write the pictures of some images of one latent size; returns what a report says of them."""
-    import torch
-
-    from latentvae.models.latents import decode as run
-    from latentvae.models.loading import spatial_compression_ratio
 
     try:
         entries = [dataset.entry(number) for number in numbers]
@@ -170,9 +160,8 @@ def decode_batch(
     return written
 
 
-def write_picture(image: "torch.Tensor", key: str, output: Path) -> dict[str, Any]:
+def write_picture(image: torch.Tensor, key: str, output: Path) -> dict[str, Any]:
     """Save one picture under the name its key gives it."""
-    from latentvae.images.saving import save_image
 
     place = output / picture_name(key)
     make_folder(place.parent)

@@ -4,22 +4,21 @@ import json as json_module
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import Device, Json, ModelArgument, SameModel
 from latentvae.cli.session import finish, load_model, print_json, skip
-from latentvae.models.loading import SAMPLE_PICTURE
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.models.card import Provenance
-    from latentvae.pipelines.doctor.diagnosis import Diagnosis, DtypeReport
-    from latentvae.pipelines.doctor.rescaling import Rescaling
+from latentvae.images.reading import find_images, load_image
+from latentvae.models.card import Provenance
+from latentvae.models.exporting import SIDECAR, export
+from latentvae.models.loading import DEFAULT_MODEL, SAMPLE_PICTURE, WEIGHTS_DIR
+from latentvae.pipelines.doctor.diagnosis import MIN_PSNR, Diagnosis, DtypeReport, diagnose, synthetic_probes
+from latentvae.pipelines.doctor.rescaling import Rescaling, UnfixableError, rescale
 
 EXIT_OVERFLOWS = 5
 TABLE_LAYERS = 8
@@ -53,7 +52,6 @@ def doctor(
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
-    from latentvae.models.loading import DEFAULT_MODEL
 
     name = model or same or DEFAULT_MODEL
     check_output(fix, overwrite)
@@ -74,11 +72,9 @@ def doctor(
 
 
 def examine(
-    vae: "AutoencoderKL", probes: dict[str, "torch.Tensor"], rescaled: bool
-) -> tuple["Diagnosis", "Rescaling | None", str | None]:
+    vae: AutoencoderKL, probes: dict[str, torch.Tensor], rescaled: bool
+) -> tuple[Diagnosis, Rescaling | None, str | None]:
     """The model's diagnosis; if asked for, the rescaled copy, or why there is none."""
-    from latentvae.pipelines.doctor.diagnosis import diagnose
-    from latentvae.pipelines.doctor.rescaling import UnfixableError, rescale
 
     if not rescaled:
         return diagnose(vae, probes), None, None
@@ -105,15 +101,13 @@ def check_output(folder: Path | None, overwrite: bool) -> None:
 
 
 def read_probes(
-    images: list[Path] | None, vae: "AutoencoderKL", size: int, skipped: list[dict[str, str]]
-) -> tuple[dict[str, "torch.Tensor"], int]:
+    images: list[Path] | None, vae: AutoencoderKL, size: int, skipped: list[dict[str, str]]
+) -> tuple[dict[str, torch.Tensor], int]:
     """Synthetic extremes and the centres of images, by name, and how many images there are.
 
     Raises:
         LatentVAEError: none of the images can be read, or the model takes other channels than images have.
     """
-    from latentvae.images.reading import find_images, load_image
-    from latentvae.pipelines.doctor.diagnosis import synthetic_probes
 
     channels = vae.config["in_channels"]
     if channels not in (1, 3) and images:
@@ -133,9 +127,8 @@ def read_probes(
     return {**probes, **synthetic_probes(channels, size)}, len(probes)
 
 
-def write(rescaling: "Rescaling", folder: Path, source: str, overwrite: bool) -> None:
+def write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
     """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
-    from latentvae.models.exporting import SIDECAR, export
 
     sidecar = read_sidecar(source)
     export(rescaling.vae, folder, provenance=provenance(rescaling, source, sidecar), overwrite=overwrite)
@@ -146,9 +139,8 @@ def write(rescaling: "Rescaling", folder: Path, source: str, overwrite: bool) ->
         path.write_text(json_module.dumps(written, indent=1), encoding="utf-8")
 
 
-def provenance(rescaling: "Rescaling", source: str, sidecar: dict[str, Any]) -> "Provenance":
+def provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Provenance:
     """The source's, and what was done to it."""
-    from latentvae.models.card import Provenance
 
     known = {field.name: sidecar[field.name] for field in fields(Provenance) if field.name in sidecar}
     origin = Provenance(**known)
@@ -166,8 +158,6 @@ def provenance(rescaling: "Rescaling", source: str, sidecar: dict[str, Any]) -> 
 
 def read_sidecar(source: str) -> dict[str, Any]:
     """The sidecar of an export; empty for models that have none."""
-    from latentvae.models.exporting import SIDECAR
-    from latentvae.models.loading import WEIGHTS_DIR
 
     for folder in (WEIGHTS_DIR / source, Path(source), Path(source) / "vae", Path(source).parent):
         if (folder / SIDECAR).is_file():
@@ -175,7 +165,7 @@ def read_sidecar(source: str) -> dict[str, Any]:
     return {}
 
 
-def fix_as_dict(rescaling: "Rescaling | None", folder: Path, problem: str | None) -> dict[str, Any]:
+def fix_as_dict(rescaling: Rescaling | None, folder: Path, problem: str | None) -> dict[str, Any]:
     """What --fix did, as JSON values."""
     if rescaling is None:
         return {"output": None, "problem": problem}
@@ -190,7 +180,7 @@ def fix_as_dict(rescaling: "Rescaling | None", folder: Path, problem: str | None
     }
 
 
-def report(name: str, diagnosis: "Diagnosis") -> list[str]:
+def report(name: str, diagnosis: Diagnosis) -> list[str]:
     """The diagnosis for people: hottest layers, dtypes, verdict."""
     layers = diagnosis.hottest(TABLE_LAYERS)
     rows = [("layer", "kind", "largest", "headroom")]
@@ -205,7 +195,7 @@ def report(name: str, diagnosis: "Diagnosis") -> list[str]:
     ]
 
 
-def dtype_lines(diagnosis: "Diagnosis") -> list[str]:
+def dtype_lines(diagnosis: Diagnosis) -> list[str]:
     """One row for each dtype, and where it overflows."""
     reports = list(diagnosis.dtypes.values())
     rows = [("against fp32", "finite", "latents error", "images dB", "first overflow")]
@@ -222,7 +212,7 @@ def dtype_lines(diagnosis: "Diagnosis") -> list[str]:
     ]
 
 
-def overflow_lines(dtype: "DtypeReport") -> list[str]:
+def overflow_lines(dtype: DtypeReport) -> list[str]:
     """Each overflow of a dtype in a sentence."""
     return [
         f"{dtype.dtype}, {what}: {one.layer} ({one.kind}) overflows first, "
@@ -242,7 +232,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def outcome(
-    diagnosis: "Diagnosis", rescaling: "Rescaling | None", folder: Path | None, problem: str | None
+    diagnosis: Diagnosis, rescaling: Rescaling | None, folder: Path | None, problem: str | None
 ) -> list[str]:
     """The verdict, and what --fix did."""
     lines = ["", f"verdict: {verdict(diagnosis)}", f"force_upcast: {upcast(diagnosis)}"]
@@ -265,9 +255,8 @@ def outcome(
     ]
 
 
-def verdict(diagnosis: "Diagnosis") -> str:
+def verdict(diagnosis: Diagnosis) -> str:
     """Whether fp16 works, in a sentence."""
-    from latentvae.pipelines.doctor.diagnosis import MIN_PSNR
 
     fp16, top = diagnosis.dtypes["fp16"], diagnosis.hottest(1)[0]
     if fp16.first_overflow:
@@ -283,7 +272,7 @@ def verdict(diagnosis: "Diagnosis") -> str:
     return f"fp16 works: the least headroom is {top.headroom:.3g}x, at {top.name}."
 
 
-def upcast(diagnosis: "Diagnosis") -> str:
+def upcast(diagnosis: Diagnosis) -> str:
     """The config's force_upcast against what it should be."""
     current, wanted = diagnosis.force_upcast, diagnosis.wanted_force_upcast
     if current == wanted:

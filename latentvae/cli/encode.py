@@ -4,20 +4,24 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+import torch
 import typer
+from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import Device, Json, Model
 from latentvae.cli.session import EXIT_INTERRUPTED, EXIT_SKIPPED, best_device, load_model, print_json
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.loading import cast
 from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.store.encoding import EncodeReport, Room
+from latentvae.runtime.tiling.planning import plan
+from latentvae.runtime.tiling.switch import enable_exact_tiling
+from latentvae.store.encoding import EncodeReport, Room, Workload, encode_folder
+from latentvae.store.format import DTYPES
+from latentvae.store.preview import PREVIEW
+from latentvae.store.preview import preview as draw
 
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
@@ -81,9 +85,6 @@ def encode(
     Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
     A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
     """
-    from latentvae.store.encoding import Workload, encode_folder
-    from latentvae.store.preview import PREVIEW
-    from latentvae.store.preview import preview as draw
 
     vae, weights = prepare(model, device, precision)
     threads = threads or cores(vae, batch_size or 8)
@@ -113,10 +114,8 @@ def encode(
     tell(report, store, json)
 
 
-def prepare(model: str | None, device: str | None, precision: str) -> tuple["AutoencoderKL", str]:
+def prepare(model: str | None, device: str | None, precision: str) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
-    from latentvae.models.fingerprint import weight_hash
-    from latentvae.models.loading import cast
 
     vae = load_model(model, own_device(device), "fp32")
     weights = weight_hash(vae)
@@ -126,9 +125,8 @@ def prepare(model: str | None, device: str | None, precision: str) -> tuple["Aut
     return vae, weights
 
 
-def dtypes() -> dict[str, "torch.dtype"]:
+def dtypes() -> dict[str, torch.dtype]:
     """By their names on the command line."""
-    from latentvae.store.format import DTYPES
 
     return {str(name): dtype for name, dtype in DTYPES.items()}
 
@@ -139,23 +137,21 @@ def own_device(device: str | None) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
-def cores(vae: "AutoencoderKL", batch_size: int) -> int:
+def cores(vae: AutoencoderKL, batch_size: int) -> int:
     """How many batches a CPU can work on at once: one per core, as far as memory goes."""
-    import torch
 
     free = SHARE * free_memory(vae.device)
     each = ordinary_peak(vae, 512, 512 * batch_size)
     return max(1, min(torch.get_num_threads(), int(free // each)))
 
 
-def tile_large(vae: "AutoencoderKL") -> None:
+def tile_large(vae: AutoencoderKL) -> None:
     """Have images with a side above `TILE` tiled exactly, however much memory there is."""
-    from latentvae.runtime.tiling.switch import enable_exact_tiling
 
     enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
 
 
-def room_for(vae: "AutoencoderKL", threads: int) -> "Room":
+def room_for(vae: AutoencoderKL, threads: int) -> Room:
     """Have large images encoded alone, where several at once would not fit into memory."""
 
     def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
@@ -171,14 +167,13 @@ def room_for(vae: "AutoencoderKL", threads: int) -> "Room":
     return room
 
 
-def plan_peak(vae: "AutoencoderKL", height: int, width: int) -> int:
+def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     """Bytes above the weights that encoding an image takes, tiled as the VAE is set to."""
-    from latentvae.runtime.tiling.planning import plan
 
     return plan(vae, height, width).encode.peak_bytes
 
 
-def tell(report: "EncodeReport", store: Path, as_json: bool) -> None:
+def tell(report: EncodeReport, store: Path, as_json: bool) -> None:
     """Print what was done, and end with exit code 3 where images failed.
 
     Raises:

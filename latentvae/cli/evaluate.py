@@ -1,8 +1,9 @@
 """`latentvae evaluate`: PSNR, SSIM, LPIPS, rate and rFID over a folder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
@@ -19,11 +20,9 @@ from latentvae.cli.options import (
     TileSize,
 )
 from latentvae.cli.session import find_lpips, finish, load_model, print_json, read_images, short_names
-
-if TYPE_CHECKING:
-    import torch
-
-    from latentvae.measure.rfid import Inception
+from latentvae.images.reading import find_images
+from latentvae.measure.evaluate import evaluate as run
+from latentvae.measure.rfid import Inception, load_inception
 
 WantRFID = Annotated[
     bool,
@@ -58,8 +57,6 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure reconstructions of images, each at its own size, and print a table."""
-    from latentvae.images.reading import find_images
-    from latentvae.measure.evaluate import evaluate as run
 
     if inception_weights is not None and not rfid:
         raise LatentVAEError("--inception-weights was given without --rfid, which uses them: add --rfid.")
@@ -85,9 +82,8 @@ def evaluate(
     finish(skipped, len(summary.images))
 
 
-def find_inception(weights: Path | None, device: "torch.device") -> tuple["Inception | None", str | None]:
+def find_inception(weights: Path | None, device: torch.device) -> tuple[Inception | None, str | None]:
     """rFID's network, or None and the reason. Weights that were named and cannot be used are an error."""
-    from latentvae.measure.rfid import load_inception
 
     try:
         return load_inception(weights).to(device), None

@@ -1,5 +1,6 @@
 """`latentvae export`: from a training checkpoint, or any model, to a folder that stock diffusers loads."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,18 @@ import typer
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Json
 from latentvae.cli.session import finish, print_json, read_images
+from latentvae.images.reading import find_images
+from latentvae.models.card import Provenance
+from latentvae.models.exporting import export as run
+from latentvae.models.formats.programs import program_notes
+from latentvae.models.latents import compute_latent_statistics
+from latentvae.models.loading import load
+from latentvae.models.publishing import check_publishable, publish
+from latentvae.training.checkpoint import MANIFEST, resolve
+from latentvae.training.config import DataConfig
+from latentvae.training.data.crops import split_sources
+from latentvae.training.data.sources import evenly
+from latentvae.training.validation import training_statistics
 
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
@@ -64,10 +77,6 @@ def export(
     json: Json = False,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
-    from latentvae.models.card import Provenance
-    from latentvae.models.exporting import export as run
-    from latentvae.models.formats.programs import program_notes
-    from latentvae.models.publishing import check_publishable, publish
 
     vae, state = load_any(source, ema)
     provenance = Provenance(
@@ -102,7 +111,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
     Raises:
         LatentVAEError: it is something else.
     """
-    import json
 
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +123,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def find_checkpoint(source: Path) -> Path | None:
     """The checkpoint that `source` is, or the newest whole one of the run it is; None for others."""
-    from latentvae.training.checkpoint import MANIFEST, resolve
 
     if (source / MANIFEST).is_file():
         return resolve(str(source), source.parent)
@@ -126,7 +133,6 @@ def find_checkpoint(source: Path) -> Path | None:
 
 def load_any(source: str, ema: bool) -> tuple[Any, dict[str, Any]]:
     """The model of a checkpoint and its state.json; of anything else the model, and nothing."""
-    from latentvae.models.loading import load
 
     checkpoint = find_checkpoint(Path(source))
     return (load(source), {}) if checkpoint is None else load_checkpoint(checkpoint, ema)
@@ -134,9 +140,6 @@ def load_any(source: str, ema: bool) -> tuple[Any, dict[str, Any]]:
 
 def load_checkpoint(checkpoint: Path, ema: bool) -> tuple[Any, dict[str, Any]]:
     """The model in a checkpoint, and its state.json."""
-    import json
-
-    from latentvae.models.loading import load
 
     vae = load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     return vae, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -164,9 +167,6 @@ def measure(vae: Any, images: Path | None, state: dict[str, Any], skipped: list[
 
 def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
     """Latent statistics of whole images, evenly chosen."""
-    from latentvae.images.reading import find_images
-    from latentvae.models.latents import compute_latent_statistics
-    from latentvae.training.data.sources import evenly
 
     paths = find_images(images)
     some = evenly(len(paths), STATISTICS_IMAGES)
@@ -180,9 +180,6 @@ def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
 
 def measure_training_data(vae: Any, config: dict[str, Any]) -> Any:
     """Latent statistics of what the run was trained on, as the run itself measures them at its end."""
-    from latentvae.training.config import DataConfig
-    from latentvae.training.data.crops import split_sources
-    from latentvae.training.validation import training_statistics
 
     try:
         data = DataConfig.model_validate(config)

@@ -8,6 +8,7 @@ import typer
 from latentvae.cli.gathering import Grid, Labels, Request, Size, Sources, gather
 from latentvae.cli.options import Device, Json, Model
 from latentvae.cli.session import finish, make_folder, print_json
+from latentvae.toolbox.atlas.features import check_format
 
 
 def features(
@@ -25,7 +26,6 @@ def features(
     OUT.npy is float32 (images, features), and OUT.json beside it says keys, labels and columns; OUT.parquet
     has them all in one table.
     """
-    from latentvae.toolbox.atlas.features import check_format
 
     check_format(output)
     make_folder(output.parent)  # before minutes of encoding

@@ -3,21 +3,23 @@
 import json as json_module
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
+from diffusers import AutoencoderKL
+from tqdm import tqdm
 
 from latentvae.base.errors import ImageError
 from latentvae.cli.options import Device, Json, Model, Seed
 from latentvae.cli.session import image_channels, load_model, make_folder, print_json, with_ending
+from latentvae.images.drawing import grid
+from latentvae.images.reading import load_image
+from latentvae.images.saving import save_image
 from latentvae.runtime.memory import free_memory, ordinary_peak
 from latentvae.runtime.tiling.fitting import TILE_SIZES, tile_to_fit
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.toolbox.editing.fill import Filling
+from latentvae.toolbox.editing.fill import Filling, fill_in_windows, hole_psnr
+from latentvae.toolbox.editing.fill import fill as run
 
 GRADIENTS = 4  # times the memory of a decoding that its gradients take: up to 3.6, measured on f8c4-small
 
@@ -86,13 +88,12 @@ def fill(
 
 def read_inputs(
     channels: int, image: Path, mask: Path, original: Path | None
-) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The image (1, C, H, W), which pixels are missing (H, W), and the complete image where there is one.
 
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.
     """
-    from latentvae.images.reading import load_image
 
     images, missing = load_image(image, channels=channels)[None], load_mask(mask)
     check_size(image, images, mask, missing)
@@ -103,13 +104,9 @@ def read_inputs(
 
 
 def complete_image(
-    vae: "AutoencoderKL", images: "torch.Tensor", missing: "torch.Tensor", side: int | None, **options: Any
-) -> "Filling":
+    vae: AutoencoderKL, images: torch.Tensor, missing: torch.Tensor, side: int | None, **options: Any
+) -> Filling:
     """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
-    from tqdm import tqdm
-
-    from latentvae.toolbox.editing.fill import fill as run
-    from latentvae.toolbox.editing.fill import fill_in_windows
 
     with tqdm(unit=" steps") as bar:
         if side is None or side >= max(images.shape[-2:]):
@@ -117,14 +114,13 @@ def complete_image(
         return fill_in_windows(vae, images, missing, side, progress=bar.update, **options)
 
 
-def load_mask(mask: Path) -> "torch.Tensor":
+def load_mask(mask: Path) -> torch.Tensor:
     """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
-    from latentvae.images.reading import load_image
 
     return load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
 
 
-def check_size(image: Path, images: "torch.Tensor", other: Path | None, plane: "torch.Tensor") -> None:
+def check_size(image: Path, images: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
     """Raises ImageError where a mask, or the original, is of another size than the image."""
     if plane.shape != images.shape[-2:]:
         (height, width), (wanted_height, wanted_width) = plane.shape, images.shape[-2:]
@@ -134,7 +130,7 @@ def check_size(image: Path, images: "torch.Tensor", other: Path | None, plane: "
         )
 
 
-def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int, method: str) -> int:
+def fitting_side(vae: AutoencoderKL, image: Path, height: int, width: int, method: str) -> int:
     """The longer side of the image, or else the largest window whose gradients fit into memory.
 
     A method without gradients tiles exactly, and needs no windows.
@@ -159,9 +155,8 @@ def fitting_side(vae: "AutoencoderKL", image: Path, height: int, width: int, met
     )
 
 
-def measure(result: "Filling", missing: "torch.Tensor", complete: "torch.Tensor | None") -> dict[str, Any]:
+def measure(result: Filling, missing: torch.Tensor, complete: torch.Tensor | None) -> dict[str, Any]:
     """The weights of the blend, the share that was missing and, with an original, PSNR in the hole."""
-    from latentvae.toolbox.editing.fill import hole_psnr
 
     figures: dict[str, Any] = {
         "missing_share": float(missing.float().mean()),
@@ -178,14 +173,12 @@ def measure(result: "Filling", missing: "torch.Tensor", complete: "torch.Tensor 
 
 def write_pictures(
     place: Path,
-    images: "torch.Tensor",
-    missing: "torch.Tensor",
-    result: "Filling",
-    complete: "torch.Tensor | None",
+    images: torch.Tensor,
+    missing: torch.Tensor,
+    result: Filling,
+    complete: torch.Tensor | None,
 ) -> dict[str, str]:
     """Save the filled image and a comparison; return their paths."""
-    from latentvae.images.drawing import grid
-    from latentvae.images.saving import save_image
 
     endings = (".filled.png", ".comparison.png")
     filled, compared = (place.with_name(with_ending(place.name, ending)) for ending in endings)

@@ -3,21 +3,27 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from diffusers import AutoencoderKL
+from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.cli.decode import Skipped, check_hashes, load_same_model, skip_all
 from latentvae.cli.session import load_model, read_images, short_names, skip
 from latentvae.cli.vary import root_of
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.store.dataset import LatentDataset
-    from latentvae.toolbox.atlas.gallery import Gallery
+from latentvae.images import captions
+from latentvae.images.reading import find_images
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.latents import decode, encode
+from latentvae.store.dataset import LatentDataset
+from latentvae.store.format import MANIFEST
+from latentvae.store.preview import original_image
+from latentvae.toolbox.atlas.gallery import Gallery, stored_images
+from latentvae.toolbox.atlas.labels import label_of, match_labels, read_table
+from latentvae.toolbox.atlas.page import picture_side
 
 Sources = Annotated[
     list[Path],
@@ -57,7 +63,7 @@ class Gathering:
         notes: for people.
     """
 
-    gallery: "Gallery"
+    gallery: Gallery
     skipped: Skipped = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -81,7 +87,6 @@ def gather(request: Request) -> Gathering:
     Raises:
         LatentVAEError: no image, no such model or device, labels that do not match, a store beside others.
     """
-    from latentvae.store.format import MANIFEST
 
     stores = [source for source in request.sources if (source / MANIFEST).is_file()]
     if stores and len(request.sources) > 1:
@@ -94,7 +99,6 @@ def gather(request: Request) -> Gathering:
 
 def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
     """The table, where one was named, if it is of these images; `names` holds the skipped ones too."""
-    from latentvae.toolbox.atlas.labels import match_labels, read_table
 
     if path is None:
         return None
@@ -105,20 +109,11 @@ def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
 
 def _side(request: Request, count: int) -> int:
     """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
-    from latentvae.toolbox.atlas.page import picture_side
 
     return picture_side(count) if request.with_pictures else 0
 
 
 def _from_images(request: Request) -> Gathering:
-    import torch
-
-    from latentvae.images import captions
-    from latentvae.images.reading import find_images
-    from latentvae.models.fingerprint import weight_hash
-    from latentvae.models.latents import encode
-    from latentvae.toolbox.atlas.gallery import Gallery
-    from latentvae.toolbox.atlas.labels import label_of
 
     files = find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
@@ -140,10 +135,6 @@ def _from_images(request: Request) -> Gathering:
 
 
 def _from_store(store: Path, request: Request) -> Gathering:
-    from tqdm import tqdm
-
-    from latentvae.store.dataset import LatentDataset
-    from latentvae.toolbox.atlas.gallery import Gallery, stored_images
 
     dataset = LatentDataset(store, mode="mode", scaled=False)
     if request.model is not None:
@@ -164,7 +155,7 @@ def _from_store(store: Path, request: Request) -> Gathering:
     return found
 
 
-def _whole_shards(dataset: "LatentDataset", skipped: Skipped) -> Iterator[range]:
+def _whole_shards(dataset: LatentDataset, skipped: Skipped) -> Iterator[range]:
     """Image numbers shard by shard; those of damaged shards are skipped."""
     first = 0
     for shard in dataset.manifest.shards:
@@ -182,19 +173,15 @@ def _whole_shards(dataset: "LatentDataset", skipped: Skipped) -> Iterator[range]
 class _Pictures:
     """Pictures of a store's images: from their files, else decoded, else none."""
 
-    dataset: "LatentDataset"
+    dataset: LatentDataset
     request: Request
-    vae: "AutoencoderKL | None" = None
+    vae: AutoencoderKL | None = None
     reason: str | None = None  # why there is no model to decode with
     decoded: int = 0
     missing: int = 0
 
-    def of(self, index: int, latents: "torch.Tensor") -> tuple[Any, bool]:
+    def of(self, index: int, latents: torch.Tensor) -> tuple[Any, bool]:
         """The image (C, H, W), and whether it was decoded."""
-        import torch
-
-        from latentvae.models.latents import decode
-        from latentvae.store.preview import original_image
 
         entry = self.dataset.entry(index)
         image = original_image(entry, self.dataset.manifest)

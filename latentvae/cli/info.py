@@ -8,6 +8,8 @@ import typer
 
 from latentvae.cli.options import Json, ModelArgument, SameModel
 from latentvae.cli.session import print_json
+from latentvae.models.exporting import SIDECAR
+from latentvae.models.loading import DEFAULT_MODEL, WEIGHTS_DIR, bundled, describe, load
 
 
 def info(
@@ -16,7 +18,6 @@ def info(
     json: Json = False,
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics."""
-    from latentvae.models.loading import DEFAULT_MODEL, bundled, describe, load
 
     model = model or same or DEFAULT_MODEL
     figures = describe(load(model))
@@ -31,8 +32,6 @@ def info(
 
 def latent_statistics(model: str) -> dict[str, Any] | None:
     """Per-channel figures from the sidecar of an export; None for models that have none."""
-    from latentvae.models.exporting import SIDECAR
-    from latentvae.models.loading import WEIGHTS_DIR
 
     for folder in (WEIGHTS_DIR / model, Path(model), Path(model) / "vae"):
         if (folder / SIDECAR).is_file():

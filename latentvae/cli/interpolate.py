@@ -1,10 +1,13 @@
 """`latentvae interpolate`: frames between images, as a strip, an animation and figures."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
+from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model, Precision, Store, TileSize
@@ -18,14 +21,20 @@ from latentvae.cli.session import (
     print_json,
     read_images,
 )
+from latentvae.images.reading import find_images
+from latentvae.images.saving import save_image
 from latentvae.runtime.memory import free_memory
 from latentvae.runtime.tiling.fitting import tile_to_fit
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.toolbox.editing.interpolate import Interpolation, Route, Step
+from latentvae.toolbox.editing.interpolate import (
+    Interpolation,
+    Route,
+    Step,
+    match_size,
+    save_animation,
+    step_sizes,
+    strip,
+)
+from latentvae.toolbox.editing.interpolate import interpolate as run
 
 COPIES = 1.5  # of all frames that memory holds at once: an animation's are bytes
 
@@ -62,9 +71,6 @@ def interpolate(
     json: Json = False,
 ) -> None:
     """Interpolate between images: writes a strip, an animation and the size of each step."""
-    from latentvae.images.reading import find_images
-    from latentvae.toolbox.editing.interpolate import interpolate as run
-    from latentvae.toolbox.editing.interpolate import step_sizes
 
     routes: tuple[Route, ...] = ("linear", "spherical") if route == "both" else (route,)
     check_places([output, *(output / name for name in routes if separate)], paths)
@@ -99,8 +105,8 @@ def check_places(places: list[Path], paths: list[Path]) -> None:
 
 
 def read_ends(
-    files: list[Path], vae: "AutoencoderKL", tile_size: int | None, store: Path | None
-) -> tuple[dict[Path, "torch.Tensor"], list[dict[str, str]]]:
+    files: list[Path], vae: AutoencoderKL, tile_size: int | None, store: Path | None
+) -> tuple[dict[Path, torch.Tensor], list[dict[str, str]]]:
     """The images that can be used, and those skipped; LatentVAEError where fewer than two can."""
     skipped: list[dict[str, str]] = []
     read = {path: image for path, image, _ in read_images(files, vae, skipped, tile_size, store)}
@@ -111,9 +117,8 @@ def read_ends(
     return read, skipped
 
 
-def check_room(count: int, image: "torch.Tensor") -> None:
+def check_room(count: int, image: torch.Tensor) -> None:
     """Raises ImageError where so many frames of the image's size would not fit into memory."""
-    import torch
 
     channels, height, width = image.shape
     needed = COPIES * count * channels * height * width * 4
@@ -126,10 +131,9 @@ def check_room(count: int, image: "torch.Tensor") -> None:
 
 
 def match(
-    vae: "AutoencoderKL", read: dict[Path, "torch.Tensor"], tile_size: int | None, store: Path | None
-) -> dict[Path, "torch.Tensor"]:
+    vae: AutoencoderKL, read: dict[Path, torch.Tensor], tile_size: int | None, store: Path | None
+) -> dict[Path, torch.Tensor]:
     """All images at the first one's size, and the VAE tiling if that size must be."""
-    from latentvae.toolbox.editing.interpolate import match_size
 
     first, *_ = read
     height, width = read[first].shape[-2:]
@@ -137,7 +141,7 @@ def match(
     return {path: match_size(image, height, width) for path, image in read.items()}
 
 
-def figures(route: str, found: "Interpolation", steps: list["Step"]) -> dict[str, Any]:
+def figures(route: str, found: Interpolation, steps: list[Step]) -> dict[str, Any]:
     """Every step, and how long and how even the way is, as JSON values."""
     summary: dict[str, Any] = {"route": route, "positions": found.positions}
     for name in ("lpips", "rms"):
@@ -153,14 +157,13 @@ def figures(route: str, found: "Interpolation", steps: list["Step"]) -> dict[str
 def write_pictures(
     output: Path,
     route: str,
-    found: "Interpolation",
-    steps: list["Step"],
+    found: Interpolation,
+    steps: list[Step],
     closed: bool,
     animation: str | None,
     fps: float,
 ) -> None:
     """Save the strip and the animation."""
-    from latentvae.toolbox.editing.interpolate import save_animation, strip
 
     strip(found, steps).save(output / f"{route}.strip.png")
     if animation is not None:  # which is endless: the way back to the first image ends before it
@@ -168,9 +171,8 @@ def write_pictures(
         save_animation(shown, output / f"{route}.{animation}", fps)
 
 
-def write_frames(folder: Path, found: "Interpolation") -> None:
+def write_frames(folder: Path, found: Interpolation) -> None:
     """Save every frame as a PNG, numbered in order."""
-    from latentvae.images.saving import save_image
 
     for number, frame in enumerate(found.frames):
         save_image(frame, folder / f"{number:04d}.png")
@@ -178,7 +180,6 @@ def write_frames(folder: Path, found: "Interpolation") -> None:
 
 def report(result: dict[str, Any], output: Path, as_json: bool) -> None:
     """Write the figures beside the pictures, and print them."""
-    import json
 
     text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
     (output / "interpolation.json").write_text(text, encoding="ascii")

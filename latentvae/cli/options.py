@@ -1,12 +1,9 @@
 """Options that verbs share."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 Model = Annotated[
     str | None,

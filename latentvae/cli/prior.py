@@ -1,20 +1,25 @@
 """`latentvae prior fit`: learn what latents look like, so that new ones can be drawn."""
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.optional import need
 from latentvae.cli.decode import load_same_model
 from latentvae.cli.options import Device, Json, Model
 from latentvae.cli.session import EXIT_INTERRUPTED, load_model, make_folder, print_json, usable_device
-
-if TYPE_CHECKING:
-    from latentvae.toolbox.priors.diffusion import DiffusionSettings
-    from latentvae.toolbox.priors.latent_set import LatentSet
-    from latentvae.toolbox.priors.prior import Prior
+from latentvae.images.reading import find_images
+from latentvae.store.dataset import LatentDataset
+from latentvae.store.encoding import Workload, encode_folder
+from latentvae.store.format import MANIFEST
+from latentvae.toolbox.priors.diffusion import DiffusionSettings, check_settings, fit_diffusion
+from latentvae.toolbox.priors.latent_set import LatentSet
+from latentvae.toolbox.priors.mixture import fit_mixture
+from latentvae.toolbox.priors.prior import Prior, check_target
 
 Kind = Literal["gaussian", "mixture", "diffusion"]
 
@@ -68,8 +73,6 @@ def fit(
     Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
     A folder of images is encoded first, by --model at --size.
     """
-    from latentvae.toolbox.priors.diffusion import DiffusionSettings, fit_diffusion
-    from latentvae.toolbox.priors.mixture import fit_mixture
 
     settings = DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
     place = usable_device(device)
@@ -90,15 +93,12 @@ def fit(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def check(kind: Kind, settings: "DiffusionSettings", folder: Path) -> None:
+def check(kind: Kind, settings: DiffusionSettings, folder: Path) -> None:
     """Refuse, before minutes of training, what could not be trained or saved.
 
     Raises:
         LatentVAEError: settings out of range or of another kind, a missing extra, a folder of other things.
     """
-    from latentvae.base.optional import need
-    from latentvae.toolbox.priors.diffusion import check_settings
-    from latentvae.toolbox.priors.prior import check_target
 
     if kind == "diffusion":
         check_settings(settings)
@@ -116,24 +116,18 @@ def free_place(folder: Path) -> Path:
     Raises:
         LatentVAEError: that one holds other things.
     """
-    from latentvae.toolbox.priors.prior import check_target
 
     place = folder.with_name(f"{folder.name}.stopped") if folder.exists() else folder
     check_target(place.resolve())
     return place
 
 
-def read(store: Path, size: int | None, model: str | None, device: str | None) -> "LatentSet":
+def read(store: Path, size: int | None, model: str | None, device: str | None) -> LatentSet:
     """The latents of a store; of a folder of images after encoding it to a store that is then thrown away.
 
     Raises:
         LatentVAEError: neither of both.
     """
-    from latentvae.images.reading import find_images
-    from latentvae.store.dataset import LatentDataset
-    from latentvae.store.encoding import Workload, encode_folder
-    from latentvae.store.format import MANIFEST
-    from latentvae.toolbox.priors.latent_set import LatentSet
 
     if not store.is_dir() or (store / MANIFEST).is_file():
         if not store.exists():
@@ -155,12 +149,10 @@ def read(store: Path, size: int | None, model: str | None, device: str | None) -
         return LatentSet(Path(scratch) / "store")
 
 
-def tell(made: "Prior", folder: Path, as_json: bool) -> None:
+def tell(made: Prior, folder: Path, as_json: bool) -> None:
     """Print what was learned."""
     card = made.card
     if as_json:
-        from dataclasses import asdict
-
         print_json({"prior": str(folder), **asdict(card)})
         return
     shape = "x".join(map(str, card.latent_shape))

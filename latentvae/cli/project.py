@@ -4,22 +4,23 @@ import csv
 import json as json_module
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import write_whole
+from latentvae.base.optional import need
 from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sources, gather
 from latentvae.cli.options import Device, Json, Model
 from latentvae.cli.session import check_output, finish, make_folder, print_json
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from latentvae.toolbox.atlas.clusters import Clustering
-    from latentvae.toolbox.atlas.gallery import Gallery
-    from latentvae.toolbox.atlas.page import Card
-    from latentvae.toolbox.atlas.projection import Projection
+from latentvae.toolbox.atlas.clusters import Clustering, cluster, few_label_accuracy, nmi
+from latentvae.toolbox.atlas.gallery import Gallery, known
+from latentvae.toolbox.atlas.page import Card, write_page
+from latentvae.toolbox.atlas.projection import Projection, neighbours
+from latentvae.toolbox.atlas.projection import project as run
+from latentvae.toolbox.atlas.scatter import draw_pictures, draw_scatter
 
 NEAR = 8  # neighbours of each image that the page shows
 MANY = 1000  # images from which on finding clusters takes seconds
@@ -53,9 +54,6 @@ def project(
     Where there are labels: how clusters agree with them (NMI), and how well a classifier does that learns
     from 10 labels a class, each beside the same on raw pixels.
     """
-    from latentvae.base.optional import need
-    from latentvae.toolbox.atlas.clusters import cluster
-    from latentvae.toolbox.atlas.projection import project as run
 
     check_output(output, sources)
     for package in ("sklearn", "matplotlib", *["umap"] * (method == "umap")):
@@ -80,7 +78,7 @@ def project(
     finish(found.skipped, len(gallery))
 
 
-def summarise(found: Gathering, mapped: "Projection", grouped: "Clustering", seed: int) -> dict[str, Any]:
+def summarise(found: Gathering, mapped: Projection, grouped: Clustering, seed: int) -> dict[str, Any]:
     """What projection.json holds."""
     gallery = found.gallery
     return {
@@ -97,9 +95,8 @@ def summarise(found: Gathering, mapped: "Projection", grouped: "Clustering", see
     }
 
 
-def measure(gallery: "Gallery", grouped: "Clustering", seed: int, notes: list[str]) -> Measured:
+def measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) -> Measured:
     """NMI of clusters, and accuracy from few labels, of latents and of pixels; what cannot be is left out."""
-    from latentvae.toolbox.atlas.clusters import cluster, few_label_accuracy, nmi
 
     if gallery.labels_from is None:
         return {}
@@ -124,17 +121,14 @@ def measure(gallery: "Gallery", grouped: "Clustering", seed: int, notes: list[st
     return {"nmi": agreement, "few_labels": few}
 
 
-def distinct(rows: "np.ndarray") -> int:
+def distinct(rows: np.ndarray) -> int:
     """How many rows differ."""
-    import numpy as np
 
     return len(np.unique(rows, axis=0))
 
 
-def make_cards(gallery: "Gallery", mapped: "Projection", grouped: "Clustering") -> list["Card"]:
+def make_cards(gallery: Gallery, mapped: Projection, grouped: Clustering) -> list[Card]:
     """What the page shows of each image."""
-    from latentvae.toolbox.atlas.page import Card
-    from latentvae.toolbox.atlas.projection import neighbours
 
     near = neighbours(gallery.features.values, NEAR).tolist()
     points = mapped.points.tolist()
@@ -148,12 +142,9 @@ def make_cards(gallery: "Gallery", mapped: "Projection", grouped: "Clustering") 
 
 
 def write_all(
-    output: Path, name: str, cards: list["Card"], mapped: "Projection", result: dict[str, Any]
+    output: Path, name: str, cards: list[Card], mapped: Projection, result: dict[str, Any]
 ) -> list[Path]:
     """Write page, pictures, figures and table; the page first in what is returned."""
-    from latentvae.base.files import write_whole
-    from latentvae.toolbox.atlas.page import write_page
-    from latentvae.toolbox.atlas.scatter import draw_pictures, draw_scatter
 
     about = f"{len(cards):,} images, {axes_text(mapped)}, {result['clusters']['count']} clusters"
     page = write_page(cards, name, about, figure_rows(result))
@@ -172,7 +163,7 @@ def write_all(
     return files
 
 
-def write_table(path: Path, cards: list["Card"]) -> None:
+def write_table(path: Path, cards: list[Card]) -> None:
     """key, label, cluster, x, y of each image; names keep their bytes."""
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
@@ -180,14 +171,14 @@ def write_table(path: Path, cards: list["Card"]) -> None:
         writer.writerows([card.key, card.label, card.cluster, *card.point] for card in cards)
 
 
-def axes_text(mapped: "Projection") -> str:
+def axes_text(mapped: Projection) -> str:
     """What the map is, in words."""
     if mapped.explained is None:
         return "UMAP"
     return f"PCA ({100 * sum(mapped.explained):.0f} % of the variance)"
 
 
-def axis_names(mapped: "Projection") -> tuple[str, str]:
+def axis_names(mapped: Projection) -> tuple[str, str]:
     """What to write along the axes."""
     if mapped.explained is None:
         return "UMAP 1", "UMAP 2"
@@ -222,13 +213,8 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def report(
-    found: Gathering, mapped: "Projection", grouped: "Clustering", result: dict[str, Any]
-) -> list[str]:
+def report(found: Gathering, mapped: Projection, grouped: Clustering, result: dict[str, Any]) -> list[str]:
     """The figures for people."""
-    import numpy as np
-
-    from latentvae.toolbox.atlas.gallery import known
 
     gallery = found.gallery
     lines = [

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
@@ -29,6 +30,11 @@ from latentvae.cli.session import (
     skip,
     with_ending,
 )
+from latentvae.images.drawing import comparison
+from latentvae.images.reading import find_images
+from latentvae.images.saving import save_image
+from latentvae.measure.metrics import Metrics
+from latentvae.models.latents import reconstruct as run
 from latentvae.models.loading import SAMPLE_PICTURE
 
 
@@ -51,11 +57,6 @@ def reconstruct(
     json: Json = False,
 ) -> None:
     """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
-    import torch
-
-    from latentvae.images.reading import find_images
-    from latentvae.measure.metrics import Metrics
-    from latentvae.models.latents import reconstruct as run
 
     sources = paths or [SAMPLE_PICTURE]
     files = find_images(sources)
@@ -85,8 +86,6 @@ def write_pictures(
     place: Path, image: Any, reconstruction: Any, row: Any, notes: list[str]
 ) -> dict[str, Any]:
     """Save the reconstruction and the comparison; return their paths for the report."""
-    from latentvae.images.drawing import comparison
-    from latentvae.images.saving import save_image
 
     make_folder(place.parent)
     plain = place.with_name(with_ending(place.name, ".reconstruction.png"))

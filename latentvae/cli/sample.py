@@ -1,21 +1,23 @@
 """`latentvae sample`: new images from a prior."""
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
+from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Device, Json, Model
 from latentvae.cli.session import image_channels, load_model, make_folder, print_json
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.toolbox.priors.prior import Prior
+from latentvae.images.drawing import grid
+from latentvae.images.saving import save_image
+from latentvae.toolbox.priors.loading import load_prior
+from latentvae.toolbox.priors.prior import Prior, StandardNormal
+from latentvae.toolbox.priors.sampling import check_request, sample_batches, sample_labels
 
 GRID = 64  # images at most that the grid shows
 HONEST = (
@@ -48,8 +50,6 @@ def sample(
 
     Image n depends on the prior, the seed and n alone: a larger --count does not change the first ones.
     """
-    from latentvae.toolbox.priors.loading import load_prior
-    from latentvae.toolbox.priors.sampling import check_request, sample_batches, sample_labels
 
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
@@ -80,22 +80,16 @@ def sample(
     typer.echo(f"Look at {output / 'samples.png'}.")
 
 
-def standard(vae: "AutoencoderKL", size: int) -> "Prior":
+def standard(vae: AutoencoderKL, size: int) -> Prior:
     """What is drawn from without a prior."""
-    from latentvae.toolbox.priors.prior import StandardNormal
 
     return StandardNormal(vae, size, size)
 
 
 def write(
-    batches: Iterable["torch.Tensor"], labels: list[int] | None, output: Path, result: dict[str, Any]
+    batches: Iterable[torch.Tensor], labels: list[int] | None, output: Path, result: dict[str, Any]
 ) -> None:
     """Write each image as it comes, then the grid of the first ones and the JSON, which names them all."""
-    import json
-
-    import torch
-
-    from latentvae.images.saving import save_image
 
     paths: list[Path] = []
     shown: list[torch.Tensor] = []
@@ -112,11 +106,8 @@ def write(
     (output / "samples.json").write_text(text + "\n", encoding="ascii")
 
 
-def sheet(images: "torch.Tensor") -> Any:
+def sheet(images: torch.Tensor) -> Any:
     """Images (N, C, H, W) in [-1, 1] in a grid that is about as wide as high."""
-    import torch
-
-    from latentvae.images.drawing import grid
 
     columns = math.ceil(math.sqrt(len(images)))
     missing = -len(images) % columns

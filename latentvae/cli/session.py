@@ -6,34 +6,32 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import typer
+from diffusers import AutoencoderKL
+from tqdm import tqdm
 
 from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError
+from latentvae.images.reading import load_image_with_info
+from latentvae.images.resizing import thumbnail
+from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.models.loading import load
+from latentvae.runtime.optimize import optimize
 from latentvae.runtime.tiling.fitting import tile_to_fit
-
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from latentvae.measure.lpips import LPIPS
 
 LONGEST_NAME = 255  # bytes of a file name that common file systems take
 EXIT_SKIPPED = 3
 EXIT_INTERRUPTED = 130  # as shells have it
 
 
-def load_model(model: str | None, device: str | None, precision: str) -> "AutoencoderKL":
+def load_model(model: str | None, device: str | None, precision: str) -> AutoencoderKL:
     """The model, optimized, at this precision.
 
     Raises:
         LatentVAEError: no such model or device, or no room on it.
     """
-    import torch
-
-    from latentvae.models.loading import load
-    from latentvae.runtime.optimize import optimize
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     place = usable_device(device)
@@ -43,13 +41,12 @@ def load_model(model: str | None, device: str | None, precision: str) -> "Autoen
         raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
 
 
-def usable_device(device: str | None) -> "torch.device":
+def usable_device(device: str | None) -> torch.device:
     """The device that was named, or the best one.
 
     Raises:
         LatentVAEError: it is not there.
     """
-    import torch
 
     try:
         place = torch.device(device or best_device())
@@ -61,16 +58,14 @@ def usable_device(device: str | None) -> "torch.device":
 
 def best_device() -> str:
     """cuda, mps or cpu."""
-    import torch
 
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def find_lpips(net: Any, weights: Path | None, device: "torch.device") -> tuple["LPIPS | None", str | None]:
+def find_lpips(net: Any, weights: Path | None, device: torch.device) -> tuple[LPIPS | None, str | None]:
     """The LPIPS network, or None and the reason. Weights that were named and cannot be used are an error."""
-    from latentvae.measure.lpips import load_lpips
 
     try:
         return load_lpips(net, weights).to(device), None
@@ -80,7 +75,7 @@ def find_lpips(net: Any, weights: Path | None, device: "torch.device") -> tuple[
         return None, str(error)
 
 
-def image_channels(vae: "AutoencoderKL") -> int:
+def image_channels(vae: AutoencoderKL) -> int:
     """1 or 3, as the model takes.
 
     Raises:
@@ -96,7 +91,7 @@ def image_channels(vae: "AutoencoderKL") -> int:
 
 def read_images(
     paths: list[Path],
-    vae: "AutoencoderKL",
+    vae: AutoencoderKL,
     skipped: list[dict[str, str]],
     tile_size: int | None = None,
     store: Path | None = None,
@@ -107,9 +102,6 @@ def read_images(
     While an image is out, the VAE tiles if it must: see `tile_to_fit`. With `longest`, larger images are
     shrunk to that many pixels along their longer side first.
     """
-    from tqdm import tqdm
-
-    from latentvae.images.reading import load_image_with_info
 
     channels = image_channels(vae)
     for path in tqdm(paths, unit="image", disable=len(paths) < 2):
@@ -125,16 +117,14 @@ def read_images(
         yield path, image, info
 
 
-def shrink(image: "torch.Tensor", longest: int) -> "torch.Tensor":
+def shrink(image: torch.Tensor, longest: int) -> torch.Tensor:
     """An image (C, H, W) with at most `longest` pixels along its longer side."""
-    from latentvae.images.resizing import thumbnail
 
     return thumbnail(image, longest)
 
 
 def skip(path: Path, error: LatentVAEError, skipped: list[dict[str, str]]) -> None:
     """Name a file that is left out on standard error, beside the progress bar and not in it."""
-    from tqdm import tqdm
 
     skipped.append({"path": str(path), "reason": str(error)})
     tqdm.write(f"skipped: {error}", file=sys.stderr)

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tqdm import tqdm
 
 from latentvae.cli.options import Json
 from latentvae.cli.session import print_json
+from latentvae.store.format import read_manifest
+from latentvae.store.webdataset import export_webdataset
 
 
 def shards(
@@ -19,10 +22,6 @@ def shards(
     json: Json = False,
 ) -> None:
     """Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on."""
-    from tqdm import tqdm
-
-    from latentvae.store.format import read_manifest
-    from latentvae.store.webdataset import export_webdataset
 
     count = read_manifest(source).count
     with tqdm(total=count, unit="image", disable=count < 2) as progress:

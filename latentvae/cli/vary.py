@@ -1,10 +1,12 @@
 """`latentvae vary`: copies of images that differ as their posteriors allow, and by how much."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
@@ -32,12 +34,12 @@ from latentvae.cli.session import (
     skip,
     with_ending,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from latentvae.measure.lpips import LPIPS
-    from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
+from latentvae.images import captions
+from latentvae.images.drawing import grid
+from latentvae.images.reading import find_images
+from latentvae.images.saving import save_image
+from latentvae.measure.lpips import LPIPS
+from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
 
 COPIES = "copies"  # folder below the output that holds nothing but copies, to train from
 ALIKE, VISIBLE = 0.02, 0.1  # of the latents' own standard deviation: noise that nobody sees, and a little
@@ -74,9 +76,6 @@ def vary(
 
     A copy depends on its image's pixels, the seed and its number alone.
     """
-    from latentvae.images import captions
-    from latentvae.images.reading import find_images
-    from latentvae.toolbox.editing.vary import Variations
 
     check_output(output, paths)
     files = find_images(paths)
@@ -106,19 +105,16 @@ class Study:
 
     temperatures: list[float]
     copies: int
-    lpips: "LPIPS | None"
+    lpips: LPIPS | None
     reason: str | None
     images: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    rows: list[list["torch.Tensor"]] = field(default_factory=list)  # of the contact sheet
-    spreads: list["Spread"] = field(default_factory=list)
-    found: dict[float, list[tuple["Distance", "Distance"]]] = field(default_factory=dict)
+    rows: list[list[torch.Tensor]] = field(default_factory=list)  # of the contact sheet
+    spreads: list[Spread] = field(default_factory=list)
+    found: dict[float, list[tuple[Distance, Distance]]] = field(default_factory=dict)
 
-    def add(self, path: Path, image: Any, variations: "Variations", place: Path, caption: Any) -> None:
+    def add(self, path: Path, image: Any, variations: Variations, place: Path, caption: Any) -> None:
         """Write one image's copies as PLACE.tTEMPERATURE.COPY.png."""
-        import json
-
-        from latentvae.toolbox.editing.vary import Reference
 
         reconstruction = variations.reconstruction.cpu()
         references = [Reference(each, self.lpips) for each in (image, reconstruction)]
@@ -160,7 +156,7 @@ class Study:
             rows.append(row)
         return rows
 
-    def _measure(self, temperature: float, varied: Any, references: list["Reference"]) -> None:
+    def _measure(self, temperature: float, varied: Any, references: list[Reference]) -> None:
         original, reconstruction = (reference.distance(varied) for reference in references)
         self.found.setdefault(temperature, []).append((original, reconstruction))
 
@@ -172,9 +168,8 @@ def mean(figures: list[float | None]) -> float | None:
     return average if math.isfinite(average) else None
 
 
-def save(image: "torch.Tensor", file: Path) -> None:
+def save(image: torch.Tensor, file: Path) -> None:
     """Write a copy."""
-    from latentvae.images.saving import save_image
 
     save_image(image, file)
 
@@ -186,9 +181,6 @@ def root_of(path: Path, sources: list[Path]) -> Path:
 
 def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> None:
     """Write the contact sheet and the figures, and print them."""
-    import json
-
-    from latentvae.images.drawing import grid
 
     titles = ["Original", "Temperature 0", *(f"Temperature {t:g}, copy {c}" for t, c in study.shown())]
     sheet = output / "contact-sheet.png"

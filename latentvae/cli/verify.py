@@ -8,6 +8,8 @@ import typer
 from latentvae.base.errors import StoreError
 from latentvae.cli.options import Json
 from latentvae.cli.session import print_json
+from latentvae.store.format import read_manifest
+from latentvae.store.verification import verify as run
 
 
 def verify(
@@ -17,8 +19,6 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check every shard of a store against its hashes and its index; exit code 2 where something is wrong."""
-    from latentvae.store.format import read_manifest
-    from latentvae.store.verification import verify as run
 
     problems = run(store, progress=not json)
     manifest = read_manifest(store)
