@@ -17,12 +17,12 @@ from latentvae.pipelines.agree import (
     MIN_SCORE,
     Agreement,
     Pair,
+    agreement_of,
     both_ways,
     check_same_shape,
     config_scaling,
-    plain,
+    plain_copy,
     probe_images,
-    summarise,
 )
 
 PICTURE = "agreement.png"
@@ -51,9 +51,9 @@ def agree(
     skipped: list[dict[str, str]] = []
     images = read_images(photos, vaes[0], size, skipped)
     scalings = (config_scaling(vaes[0]), config_scaling(vaes[1]))
-    copies = tuple(plain(vae) for vae in vaes)
+    copies = tuple(plain_copy(vae) for vae in vaes)
     pairs = [both_ways(copies, scalings, image.to(vaes[0].device)) for image in images]
-    agreement = summarise(pairs)
+    agreement = agreement_of(pairs)
     picture = make_folder(output) / PICTURE
     draw(pairs[:MAX_ROWS], picture)
     if json:

@@ -114,11 +114,12 @@ def agree(
         check_autoencoder(vae)
     check_same_shape(vae_a, vae_b)
     scalings = (config_scaling(vae_a), config_scaling(vae_b))
-    return measure(vae_a, vae_b, scalings, images)
+    return measure_agreement(vae_a, vae_b, scalings, images)
 
 
 def config_scaling(vae: AutoencoderKL) -> Scaling:
     """The scaling that a config states: shift_factor and scaling_factor, one for all channels."""
+    # (1, 1, 1, 1) each; a shift_factor of None means none
     shift, factor = vae.config["shift_factor"] or 0.0, vae.config["scaling_factor"]
     return Scaling(torch.tensor(shift).view(1, 1, 1, 1), torch.tensor(factor).view(1, 1, 1, 1))
 
@@ -141,7 +142,7 @@ def check_same_shape(vae_a: AutoencoderKL, vae_b: AutoencoderKL) -> None:
         )
 
 
-def measure(
+def measure_agreement(
     vae_a: AutoencoderKL,
     vae_b: AutoencoderKL,
     scalings: tuple[Scaling, Scaling],
@@ -150,14 +151,14 @@ def measure(
 ) -> Agreement:
     """`agree`, with the scaling that a pipeline does with each VAE, on `device` (default: A's)."""
     place = device or vae_a.device
-    vaes = tuple(plain(vae).to(place) for vae in (vae_a, vae_b))
+    vaes = tuple(plain_copy(vae).to(place) for vae in (vae_a, vae_b))
     if images is None:
         images = probe_images(vae_a.config["in_channels"])
     batches = [images] if isinstance(images, torch.Tensor) else images
-    return summarise([both_ways(vaes, scalings, batch.to(place)) for batch in batches])
+    return agreement_of([both_ways(vaes, scalings, batch.to(place)) for batch in batches])
 
 
-def plain(vae: AutoencoderKL) -> AutoencoderKL:
+def plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
     """A float32 copy without hooks or patches."""
     if any(parameter.is_meta for parameter in vae.parameters()):
         raise LatentVAEError(
@@ -184,14 +185,15 @@ def both_ways(vaes: tuple[Any, ...], scalings: tuple[Scaling, Scaling], images: 
     modes = (posterior_a.mode(), posterior_b.mode())
     scaled = tuple(scaling.scale(mode) for scaling, mode in zip(scalings, modes, strict=True))
     decoded = [
+        # each decoder gets the other's latents through its own scaling, as a denoiser would give them
         [decode(vae, scaling.unscale(latents), padding).clamp(-1, 1) for latents in scaled]
         for vae, scaling in zip(vaes, scalings, strict=True)
     ]
-    (a_of_a, a_of_b), (b_of_a, b_of_b) = decoded
+    (a_of_a, a_of_b), (b_of_a, b_of_b) = decoded  # whose decoder, of whose latents
     return Pair(images, (scaled[0], scaled[1]), (a_of_a, b_of_b), (b_of_a, a_of_b))
 
 
-def summarise(pairs: list[Pair]) -> Agreement:
+def agreement_of(pairs: list[Pair]) -> Agreement:
     """The figures over all batches together.
 
     Raises:
@@ -202,6 +204,7 @@ def summarise(pairs: list[Pair]) -> Agreement:
     a, b = (torch.cat([_by_channel(pair.scaled[i]) for pair in pairs], 1) for i in range(2))
     if not (a.isfinite().all() and b.isfinite().all()):
         raise LatentVAEError("a VAE gives latents that are not finite in float32: its weights are broken.")
+    # (C, N) each: what channels have in common, apart from a shift
     centred_a, centred_b = (x - x.mean(1, keepdim=True) for x in (a, b))
     variance, tiny = centred_a.square().mean().clamp(min=1e-12), torch.finfo(torch.float64).tiny
     product = (centred_a * centred_b).sum(1)

@@ -1,4 +1,8 @@
-"""How a diffusers pipeline is made, what it asks of its VAE, and whether this one has it."""
+"""What a diffusers pipeline asks of its VAE, and whether this one has it.
+
+What can be told from a pipeline's own attributes and methods is told so; the rest stands in the table of
+facts. First how a pipeline is read, then one check for each thing it may want.
+"""
 
 import inspect
 from types import CodeType
@@ -9,15 +13,32 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.pipelines.agree import Agreement, Scaling, config_scaling, measure
+from latentvae.pipelines.agree import Agreement, Scaling, config_scaling, measure_agreement
 
 COMPONENTS = ("vae", "vqvae")  # the second: LDMTextToImagePipeline
 DENOISERS = ("unet", "transformer")
+
+# Facts of diffusers' sources that no attribute tells; classes by the start of their names.
 TAKES_IMAGE_LATENTS = "StableDiffusionLatentUpscale"  # its UNet takes 2C channels and gives C + 1
+COMPUTE_WITH_8 = ("LDMTextToImage", "Lumina", "HunyuanDiT", "DreamLite")  # whatever the VAE's compression is
+SETS_FACTOR = "StableDiffusionUpscale"  # its constructor writes this into the VAE's config:
+FIXED_FACTOR = 0.08333
+UNETS_OF_INPAINTING = (4, 9)  # SD's and SDXL's raise for others
 
 
 class SwapError(LatentVAEError):
     """A VAE that cannot work in this pipeline."""
+
+
+class LatentSpaceError(SwapError):
+    """A VAE whose latents the pipeline's denoiser was not trained on; `agreement` has the figures, if any."""
+
+    def __init__(self, message: str, agreement: Agreement | None = None) -> None:
+        super().__init__(message)
+        self.agreement = agreement
+
+
+# --- how a pipeline is read
 
 
 def find_vae(pipe: Any) -> tuple[str, Any]:
@@ -72,6 +93,7 @@ def pipeline_scaling(pipe: Any, vae: AutoencoderKL) -> Scaling:
     reads, (mean, std) = names_read(type(pipe)), latent_moments(vae)
     scaling = config_scaling(vae)
     if "latents_mean" in reads and mean and std:
+        # (latents - mean) / std * scaling_factor: both, as SDXL's code has it
         means, stds = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return Scaling(means, scaling.factor / stds)
     return scaling if "shift_factor" in reads else Scaling(torch.zeros_like(scaling.shift), scaling.factor)
@@ -84,7 +106,7 @@ def latent_moments(vae: Any) -> tuple[Any, Any]:
 
 def find_denoiser(pipe: Any) -> tuple[str, Any]:
     """The component that works on latents, and its name."""
-    found = [(name, getattr(pipe, name, None)) for name in DENOISERS]
+    found = [(name, getattr(pipe, name, None)) for name in DENOISERS]  # SD3 and Flux have transformers
     return next(((name, model) for name, model in found if model is not None), ("unet", None))
 
 
@@ -103,25 +125,13 @@ def latent_channels(pipe: Any) -> int:
     taken = config["in_channels"]
     if is_kind(pipe, TAKES_IMAGE_LATENTS):
         return taken // 2
+    # what is beside the latents comes in and not out, a variance goes out and not in
     fewest = min(taken, config.get("out_channels") or taken)
+    # a token of 2 x 2 pixels holds four times the channels
     return fewest // 4 if packs(pipe) else fewest
 
 
-# Facts of diffusers' sources that no attribute tells; classes by the start of their names.
-COMPUTE_WITH_8 = ("LDMTextToImage", "Lumina", "HunyuanDiT", "DreamLite")  # whatever the VAE's compression is
-SETS_FACTOR, FIXED_FACTOR = (
-    "StableDiffusionUpscale",
-    0.08333,
-)  # its constructor writes this into the VAE's config
-UNETS_OF_INPAINTING = (4, 9)  # SD's and SDXL's raise for others
-
-
-class LatentSpaceError(SwapError):
-    """A VAE whose latents the pipeline's denoiser was not trained on; `agreement` has the figures, if any."""
-
-    def __init__(self, message: str, agreement: Agreement | None = None) -> None:
-        super().__init__(message)
-        self.agreement = agreement
+# --- the checks
 
 
 def check_fit(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
@@ -130,6 +140,7 @@ def check_fit(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
     Raises:
         SwapError: says what the VAE has, what the pipeline wants, and what to do.
     """
+    # nothing is computed here: what is wrong comes out in an instant, before two VAEs are compared
     check_channels(pipe, vae)
     check_compression(pipe, vae)
     check_scaling(pipe, vae, old)
@@ -176,6 +187,7 @@ def check_compression(pipe: Any, vae: AutoencoderKL) -> None:
 def check_scaling(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
     """Scaling and shift that the pipeline would ignore, use twice, or change."""
     config, reads, kind = vae.config, names_read(type(pipe)), type(pipe).__name__
+    # what the present VAE has too, the denoiser was trained with: ignored all along, it stays so
     before = old.config if isinstance(old, AutoencoderKL) else {}
     shift, factor = config["shift_factor"] or 0.0, config["scaling_factor"]
     if not factor:
@@ -226,6 +238,7 @@ def _check_moments(kind: str, mean: list[float], std: list[float], factor: float
             f"this VAE has latents_mean of {len(mean)} channels; {kind} takes 4 and no other number. Export "
             "it with `latentvae export`, which folds the mean into the weights, or set both to None."
         )
+    # a factor near 1 beside the deviations is right, and so are deviations near 1 beside a factor
     rms = (sum(value * value for value in std) / 4) ** 0.5
     if not 0.9 < factor < 1.1 and 0.5 < factor * rms < 2:
         raise SwapError(
@@ -240,7 +253,7 @@ def check_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
     reads, kind = names_read(type(pipe)), type(pipe).__name__
     if "post_quant_conv" not in reads or vae.post_quant_conv is not None:
         return
-    dtype = getattr(old, "dtype", None)
+    dtype = getattr(old, "dtype", None)  # which the new one will get
     if is_kind(pipe, SETS_FACTOR):
         raise SwapError(f"this VAE has no post_quant_conv, whose dtype {kind} reads. Use a VAE that has one.")
     if dtype == torch.float16 and vae.config["force_upcast"]:
@@ -284,8 +297,9 @@ def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.de
             f"the {name} was trained on other latents than this VAE's: those have {shapes[0][0]} channels at "
             f"1/{shapes[0][1]} of the side, these {shapes[1][0]} at 1/{shapes[1][1]}. {ways}"
         )
+    # scaled as this pipeline will: a factor that it ignores cannot tell two VAEs apart
     scalings = (pipeline_scaling(pipe, old), pipeline_scaling(pipe, vae))
-    agreement = measure(old, vae, scalings, device=device)
+    agreement = measure_agreement(old, vae, scalings, device=device)
     if not agreement.same:
         raise LatentSpaceError(
             f"the {name} was trained on other latents than this VAE's: {agreement}. {ways}", agreement

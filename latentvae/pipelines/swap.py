@@ -50,7 +50,7 @@ def swap(pipe: Any, vae: AutoencoderKL, allow_new_latent_space: bool = False) ->
     """
     check_autoencoder(vae)
     name, old = find_vae(pipe)
-    if vae is old:
+    if vae is old:  # it may carry this pipeline's own hooks, which the checks would refuse
         return old
     check_fit(pipe, vae, old)
     with without_offloading(pipe) as device:
@@ -80,24 +80,24 @@ def without_offloading(pipe: Any) -> Iterator[torch.device]:
             "calling pipe.enable_group_offload()."
         )
     device = torch.device(pipe._execution_device)
-    if getattr(pipe, "_all_hooks", []):
+    if getattr(pipe, "_all_hooks", []):  # set by model offloading only
         enable = pipe.enable_model_cpu_offload
     elif any(hasattr(part, "_hf_hook") for part in parts):
         enable = pipe.enable_sequential_cpu_offload
     else:
         yield device
         return
-    place = getattr(pipe, "_offload_device", device)
+    place = getattr(pipe, "_offload_device", device)  # as the user chose it
     pipe.remove_all_hooks()
     try:
-        yield place
+        yield place  # the caller changes components here: hooks then go over what is there
     finally:
         enable(device=place)
 
 
 def _put_in(pipe: Any, name: str, vae: AutoencoderKL, old: Any) -> None:
     """Everything that may fail first; then the pipeline's attributes, which cannot."""
-    beside = old if old is not None else find_denoiser(pipe)[1]
+    beside = old if old is not None else find_denoiser(pipe)[1]  # whose device and dtype it gets
     vae.to(beside.device).eval()
     if vae.dtype != beside.dtype:
         cast(vae, beside.dtype)
@@ -114,6 +114,7 @@ def _put_in(pipe: Any, name: str, vae: AutoencoderKL, old: Any) -> None:
 def derived_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> dict[str, Any]:
     """What the pipeline's constructor computes from its VAE, for this one; processors keep other options."""
     factor, channels = spatial_compression_ratio(vae), vae.config["latent_channels"]
+    # some pipelines have none, or None: then nothing is to be rescaled
     old_factor = getattr(pipe, "vae_scale_factor", None) or factor
     derived: dict[str, Any] = {"vae_scale_factor": factor} if hasattr(pipe, "vae_scale_factor") else {}
     derived |= {attribute: channels for attribute in CHANNEL_ATTRIBUTES if hasattr(pipe, attribute)}
@@ -127,6 +128,7 @@ def derived_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> dict[str, Any
         if config.get("vae_latent_channels") == old_channels:
             config["vae_latent_channels"] = channels
         if config != dict(processor.config):
+            # a new one: nothing of the pipeline may change before all that can fail is done
             derived[attribute] = type(processor).from_config(config)
     return derived
 

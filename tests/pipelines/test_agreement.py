@@ -17,7 +17,7 @@ from latentvae.base.errors import LatentVAEError, ModelError
 from latentvae.cli.agree import PICTURE
 from latentvae.cli.agree import agree as verb
 from latentvae.models.exporting import export, fold_latent_mean
-from latentvae.pipelines.agree import MAX_LOSS, MIN_SCORE, agree, plain, probe_images
+from latentvae.pipelines.agree import MAX_LOSS, MIN_SCORE, agree, plain_copy, probe_images
 
 app = typer.Typer()
 app.command()(verb)
@@ -159,7 +159,7 @@ def test_refuses_what_cannot_be_compared(tiny_vae: Any) -> None:
     with pytest.raises(ModelError, match="Linear came"):
         agree(tiny_vae, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(LatentVAEError, match="offloaded"):
-        plain(copy.deepcopy(tiny_vae).to("meta"))
+        plain_copy(copy.deepcopy(tiny_vae).to("meta"))
 
 
 def test_constant_latents_agree_with_nothing(tiny_vae: Any, probes: list[torch.Tensor]) -> None:

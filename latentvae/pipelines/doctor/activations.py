@@ -26,7 +26,7 @@ class Call(NamedTuple):
     layer: str
 
 
-class Outputs(NamedTuple):
+class ProbeOutputs(NamedTuple):
     """What a model makes of one probe, and what its layers give on the way."""
 
     posterior: Posterior
@@ -71,13 +71,13 @@ class Watch(TorchFunctionMode):
     def _see(self, name: str, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         low, high = output.aminmax()
         value = float(torch.maximum(-low, high))  # NaN where there is one
-        self._calls += 1
+        self._calls += 1  # a number for each call: a layer that runs twice may overflow the second time only
         if not math.isfinite(value) and self.overflow is None:
             self.overflow = Call(self._calls, name)
         self.largest[name] = max(value, self.largest.get(name, 0.0))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = kwargs or {}  # torch gives None where there are none
         if func is F.scaled_dot_product_attention and args[0].dtype == torch.float32:
             attention = next(reversed(self.largest)).rpartition(".")[0]  # from its to_v, seen last
             self.largest[f"{attention}.{LOGITS}"] = _largest_logit(*args[:2])
@@ -90,13 +90,14 @@ class Watch(TorchFunctionMode):
 
 def _largest_logit(query: torch.Tensor, key: torch.Tensor) -> float:
     """Of attention (B, heads, N, C), in blocks of rows: the whole is N x N."""
+    # of a 1024 px image, 1024 rows of 16,384 are 64 MB in fp32; all of them would be 1 GB
     blocks = [(rows @ key.transpose(-1, -2)).abs().max() for rows in query.split(1024, dim=-2)]
     return float(torch.stack(blocks).max()) / math.sqrt(query.shape[-1])
 
 
 def stock_copy(vae: AutoencoderKL, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """A new AutoencoderKL of the same weights and config: without hooks, tiling or speed-ups."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory for random weights that are replaced at once
         copy = AutoencoderKL.from_config(vae.config)
     weights = {key: tensor.detach().to(dtype, copy=True) for key, tensor in vae.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
@@ -109,7 +110,7 @@ def run_watched(
     probes: Mapping[str, torch.Tensor],
     latents: Mapping[str, torch.Tensor] | None = None,
     title: str | None = None,
-) -> dict[str, Outputs]:
+) -> dict[str, ProbeOutputs]:
     """Encode and decode probes, watching every layer.
 
     Args:
@@ -125,5 +126,5 @@ def run_watched(
         with Watch(vae) as decoding:
             decoded = decode(vae, posterior.mode() if latents is None else latents[name], padding)
         largest = encoding.largest | decoding.largest
-        outputs[name] = Outputs(posterior, decoded, largest, encoding.overflow, decoding.overflow)
+        outputs[name] = ProbeOutputs(posterior, decoded, largest, encoding.overflow, decoding.overflow)
     return outputs

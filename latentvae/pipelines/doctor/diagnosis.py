@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, ModelError
-from latentvae.pipelines.doctor.activations import LOGITS, Call, Outputs, run_watched, stock_copy
+from latentvae.pipelines.doctor.activations import LOGITS, Call, ProbeOutputs, run_watched, stock_copy
 
 FP16_MAX = torch.finfo(torch.float16).max  # 65504
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,7 @@ class Diagnosis:
     layers: tuple[Layer, ...]  # in order of execution
     dtypes: dict[str, DtypeReport]  # bf16, fp16
     force_upcast: bool  # what the model's config says
-    outputs: dict[str, Outputs] = field(repr=False, compare=False)  # in fp32, by probe
+    outputs: dict[str, ProbeOutputs] = field(repr=False, compare=False)  # in fp32, by probe
 
     @property
     def fp16_works(self) -> bool:
@@ -168,7 +168,7 @@ def _check_probes(probes: Mapping[str, torch.Tensor]) -> None:
             raise ImageError(f"the probe {name!r} has values outside [-1, 1]; scale it as load_image does.")
 
 
-def _layers(vae: AutoencoderKL, outputs: Mapping[str, Outputs]) -> list[Layer]:
+def _layers(vae: AutoencoderKL, outputs: Mapping[str, ProbeOutputs]) -> list[Layer]:
     """Every layer with its largest value over the probes.
 
     Raises:
@@ -192,7 +192,7 @@ def _kind(vae: AutoencoderKL, name: str) -> str:
 
 
 def _compare(
-    vae: AutoencoderKL, dtype: str, probes: Mapping[str, torch.Tensor], reference: Mapping[str, Outputs]
+    vae: AutoencoderKL, dtype: str, probes: Mapping[str, torch.Tensor], reference: Mapping[str, ProbeOutputs]
 ) -> DtypeReport:
     """Run a model of one dtype and compare it with fp32's outputs."""
     latents = {name: wanted.posterior.mode() for name, wanted in reference.items()}

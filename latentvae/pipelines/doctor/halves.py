@@ -44,7 +44,7 @@ def compare_halves(vae: AutoencoderKL, images: Mapping[str, torch.Tensor]) -> di
     wanted = _pictures(vae, torch.float32, images)
     found = {}
     for name, dtype in HALVES.items():
-        given = _pictures(vae, dtype, images)
+        given = _pictures(vae, dtype, images)  # from latents of its own, as users get them
         differences = [(given[key].int() - wanted[key].int()).abs() for key in images]
         found[name] = HalfPicture(
             psnr=min(float(psnr(from_uint8(wanted[key]), from_uint8(given[key])).min()) for key in images),

@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.pipelines.doctor.activations import LOGITS, Outputs, stock_copy
+from latentvae.pipelines.doctor.activations import LOGITS, ProbeOutputs, stock_copy
 from latentvae.pipelines.doctor.diagnosis import FP16_MAX, MIN_PSNR, Diagnosis, Overflow, diagnose
 
 TOLERANCE = 1e-4  # of the range of the original's outputs
@@ -152,7 +152,7 @@ def _turned(vae: AutoencoderKL, knobs: list[Knob], exponents: list[int]) -> Auto
     return copy
 
 
-def _errors(before: dict[str, Outputs], after: dict[str, Outputs]) -> tuple[float, float]:
+def _errors(before: dict[str, ProbeOutputs], after: dict[str, ProbeOutputs]) -> tuple[float, float]:
     """Largest error of the reconstructions and of the moments, each over the range of `before`."""
     images, mean, logvar = (
         _relative([read(before[name]) for name in before], [read(after[name]) for name in before])
