@@ -1,4 +1,4 @@
-"""Packages that only some need: which extra of ours brings each, imported when it is needed and not before."""
+"""Packages that only some need, imported when they are needed: which extra of ours brings each."""
 
 from importlib import import_module
 from typing import Any

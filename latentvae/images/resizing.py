@@ -1,19 +1,13 @@
 """What is done to an image's size: aspect buckets, the square middle, a shorter side, a small copy."""
 
 import math
-import os
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn.functional import interpolate
-
-from latentvae.images.reading import FORMATS, ORIENTATION_TAG
 
 PREPROCESSING_VERSION = 1  # to be raised when the same image file would give other pixels
 SHARES = 8  # sides of buckets are multiples of an eighth of the size, where the compression ratio allows
@@ -83,7 +77,7 @@ class Geometry:
         return [f"enlarged x {self.resized[0] / original[0]:.3g}"]
 
 
-def fit(original: Size, policy: Preprocessing, ratio: int) -> Geometry:
+def plan_geometry(original: Size, policy: Preprocessing, ratio: int) -> Geometry:
     """What the preprocessing does to an image of the original width and height.
 
     Args:
@@ -119,22 +113,6 @@ def _cover(original: Size, wanted: Size) -> Geometry:
         None if resized == original else (resized[0], resized[1]),
         None if resized == wanted else (left, top, *wanted),
     )
-
-
-def read_size(path: Path) -> Size | None:
-    """Upright width and height from an image file's header; None where it has no usable one.
-
-    Batches are planned by it. What loading the file gives decides all else, so that a header may be wrong.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(os.fspath(path), formats=FORMATS) as image:
-                turned = 5 <= int(image.getexif().get(ORIENTATION_TAG, 1)) <= 8
-                width, height = image.size
-    except Exception:  # Pillow's readers raise nearly everything; loading the file says what is wrong with it
-        return None
-    return (height, width) if turned else (width, height)
 
 
 def resize_short_side(image: torch.Tensor, size: int) -> torch.Tensor:
