@@ -1,9 +1,7 @@
 """What is usual among normal images, for one VAE: quantiles of every term, and the file that keeps them."""
 
 import json
-import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,47 +14,32 @@ from safetensors.numpy import save
 from torch.nn.functional import interpolate
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import check_file, whole_file
 from latentvae.models.fingerprint import weight_hash
 from latentvae.toolbox.anomaly.terms import TERMS, Look
 
-LEVELS = np.linspace(0, 1, 101)  # of the stored quantiles
-MIDDLE, HIGH = 50, 95  # places in LEVELS: a term counts in units of the distance between them
-
-
-def quantiles_of(values: list[float]) -> list[float]:
-    """Quantiles at LEVELS, linear between the values."""
-    found: list[float] = np.quantile(np.asarray(values, dtype=np.float64), LEVELS).tolist()
-    return found
-
-
-def share_below(value: float, quantiles: list[float]) -> float:
-    """The share of normal images with a lower value, 0..1, linear between the stored quantiles."""
-    below, above = (np.searchsorted(quantiles, value, side=side) for side in ("left", "right"))
-    if below != above:  # on one quantile, or on several that are equal: their middle
-        return float(LEVELS[below] + LEVELS[above - 1]) / 2
-    return float(np.interp(value, quantiles, LEVELS))
-
-
-def excess(value: float, quantiles: list[float]) -> float:
-    """How far a value is above the median, in units of the distance from there to the 95 % quantile."""
-    spread = quantiles[HIGH] - quantiles[MIDDLE]
-    return (value - quantiles[MIDDLE]) / max(spread, 1e-9 * abs(quantiles[MIDDLE]), 1e-12)
-
-
-FORMAT = "latentvae-anomaly-3"  # 1 was JSON, without layouts; 2 had scores of other terms
-SUFFIX = ".safetensors"
 LEAST = 5  # normal images: fewer have no quantiles
 FOLDS = 5
-LIKENESS_SAMPLE = (
-    2000  # images of a cloud whose distances to each other are measured: they take N x N numbers
-)
+
+# Of the quantiles
+LEVELS = np.linspace(0, 1, 101)  # of the stored ones
+MIDDLE, HIGH = 50, 95  # places in LEVELS: a term counts in units of the distance between them
+
+# Of the cloud
+SHRINKAGE = 0.1  # of the covariance towards its diagonal, so that few images give an inverse
+LIKENESS_SAMPLE = 2000  # images whose distances to each other are measured: they take N x N numbers
+ALIKE = 0.5  # digits have 0.3, photographs of anything 0.7
+
+# Of the score
 # Of the smooth maximum, log-mean-exp: a defect often shows in one term alone, which a mean would drown.
 SHARPNESS = 3.0
-SHRINKAGE = 0.1  # of the covariance towards its diagonal, so that few images give an inverse
 # The term of the score, the first that was measured, where no two normal images are alike: what the whole of
 # an image is says nothing then, and `alone` finds more by itself than with `patch` (docs/toolbox.md).
 PLACES = ("alone", "patch")
-ALIKE = 0.5  # digits have 0.3, photographs of anything 0.7
+
+# Of the file
+FORMAT = "latentvae-anomaly-3"  # 1 was JSON, without layouts; 2 had scores of other terms
+SUFFIX = ".safetensors"
 AGAIN = "make it again with `latentvae anomaly fit`"
 
 
@@ -110,9 +93,11 @@ class Cloud:
         near 1 where no image is more like another than the rest. Of a large cloud, only every so many count.
         """
         some = self.layout[:: -(-len(self.layout) // LIKENESS_SAMPLE)]
-        squares = np.square(some).sum(1)
+        squares = np.square(some).sum(1)  # |a - b|^2 = |a|^2 + |b|^2 - 2ab, so no (N, N, 64C) is made
         distances = squares[:, None] + squares - 2 * some @ some.T
+        # clip: of equal layouts rounding can leave less than 0; and nobody is its own neighbour
         apart = np.sqrt(distances.clip(0))[~np.eye(len(squares), dtype=bool)].reshape(len(squares), -1)
+        # medians: a few copies in the set do not make it one of images that are alike
         return float(np.median(apart.min(1)) / max(np.median(apart), 1e-12))
 
     def without(self, left_out: np.ndarray) -> "Cloud":
@@ -126,7 +111,7 @@ class Cloud:
     @cached_property
     def _inverse(self) -> np.ndarray:
         covariance = np.atleast_2d(np.cov(self.pooled, rowvar=False, bias=True))
-        diagonal = np.diag(np.diag(covariance) + 1e-9)
+        diagonal = np.diag(np.diag(covariance) + 1e-9)  # a channel that never varies has an inverse too
         found: np.ndarray = np.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * diagonal)
         return found
 
@@ -167,6 +152,7 @@ class Calibration:
 
     def _heat(self, one: Look) -> torch.Tensor:
         if self.counted != ["alone"] or one.lonely is None:
+            # the root, because squares of a few bright places would leave all else black
             return (one.error / max(self.quantiles["patch"][HIGH], 1e-12)).sqrt()
         usual = min(float(one.lonely.nanmedian()), self.quantiles["alone"][MIDDLE])
         unit = max(self.quantiles["alone"][HIGH] - usual, 1e-12)
@@ -178,7 +164,7 @@ class Calibration:
         """The terms in the score: all where normal images are alike, else one of single places."""
         if self.cloud.likeness >= ALIKE:
             return [next((name for name in PLACES if self._tells(name)), PLACES[-1])]
-        return [name for name in self.quantiles if name != "score"]
+        return [name for name in self.quantiles if name != "score"]  # which is made of the others
 
     def _tells(self, name: str) -> bool:
         """Whether a term differs at all: `alone` does not in images too small to have an elsewhere."""
@@ -189,6 +175,7 @@ class Calibration:
         """Smooth maximum over counted terms of how far each is above its median, in units of its spread."""
         above = np.array([excess(terms[name], self.quantiles[name]) for name in self.counted])
         top = above.max()
+        # top taken out first: exp of a score of some hundreds is infinite
         return float(top + np.log(np.mean(np.exp(SHARPNESS * (above - top)))) / SHARPNESS)
 
     def check(self, vae: AutoencoderKL) -> None:
@@ -205,45 +192,68 @@ class Calibration:
             )
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all: the cloud, and all else in its metadata."""
+        """Write a safetensors file, whole or not at all: the cloud, and all else in its metadata.
+
+        Raises:
+            LatentVAEError: it cannot be written.
+        """
         about = {"format": FORMAT, "weights_sha256": self.weights_sha256, "lpips_net": self.lpips_net or ""}
         about["quantiles"] = json.dumps(self.quantiles)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
+        with whole_file(path) as partial:
+            # not by safetensors' own `save_file`: names of files need not be UTF-8
             partial.write_bytes(save({"pooled": self.cloud.pooled, "layout": self.cloud.layout}, about))
-            partial.replace(path)
-        except OSError as error:
-            reason = error.strerror or error
-            raise LatentVAEError(
-                f"{path} cannot be written ({reason}): name a file in your folder."
-            ) from error
-        finally:
-            with suppress(OSError):  # gone by then, unless something failed
-                partial.unlink()
 
 
-def check_place(path: Path) -> None:
-    """Refuse to write a calibration over anything else, before the images are looked at.
+def calibrate(vae: AutoencoderKL, looks: Iterable[Look], lpips_net: str | None = None) -> Calibration:
+    """Learn from normal images what is usual.
+
+    Distances in latent space are measured with each fifth of the images against the others, because a
+    distance to a cloud that an image is part of is too short.
+
+    Args:
+        vae: what looked at them.
+        looks: of the normal images, at least 5; hundreds give quantiles that mean something.
+        lpips_net: of the network they were measured with; None: with none.
 
     Raises:
-        LatentVAEError: another suffix (such as that of a photograph), or a file that is no calibration.
+        LatentVAEError: fewer than 5.
     """
-    if path.suffix != SUFFIX:
-        raise LatentVAEError(
-            f"{path} came as the file of the calibration, which is named last and ends in {SUFFIX}, such as "
-            f"normal{SUFFIX}. Nothing was written."
-        )
-    if path.exists() and not _is_calibration(path):
-        raise LatentVAEError(f"{path} is there and is no calibration: name another file, or delete it first.")
+    seen = list(looks)
+    if len(seen) < LEAST:
+        images = "1 normal image" if len(seen) == 1 else f"{len(seen)} normal images"
+        raise LatentVAEError(f"{images} came; at least {LEAST} are needed, and hundreds are better.")
+    cloud = Cloud(np.stack([one.pooled for one in seen]), np.stack([one.layout for one in seen]))
+    fold = np.arange(len(seen)) % FOLDS  # every fifth, so that no series in a folder is left out whole
+    others = [cloud.without(fold == number) for number in range(FOLDS)]
+    # image i against the cloud without its own fold
+    rows = [{**one.terms, **others[i % FOLDS].distances(one)} for i, one in enumerate(seen)]
+    quantiles = {name: quantiles_of([row[name] for row in rows]) for name in rows[0]}
+    made = Calibration(
+        weight_hash(vae), lpips_net, quantiles, cloud
+    )  # all of the cloud: new images are not in it
+    quantiles["score"] = quantiles_of([made.score(row) for row in rows])
+    return made
 
 
-def _is_calibration(path: Path) -> bool:
-    """Whether a file is one, of this format or an earlier one of safetensors."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return (file.metadata() or {}).get("format", "").startswith(FORMAT.rstrip("0123456789"))
-    except (OSError, SafetensorError):
-        return False
+def quantiles_of(values: list[float]) -> list[float]:
+    """Quantiles at LEVELS, linear between the values."""
+    found: list[float] = np.quantile(np.asarray(values, dtype=np.float64), LEVELS).tolist()
+    return found
+
+
+def share_below(value: float, quantiles: list[float]) -> float:
+    """The share of normal images with a lower value, 0..1, linear between the stored quantiles."""
+    below, above = (np.searchsorted(quantiles, value, side=side) for side in ("left", "right"))
+    if below != above:  # on one quantile, or on several that are equal: their middle
+        return float(LEVELS[below] + LEVELS[above - 1]) / 2
+    return float(np.interp(value, quantiles, LEVELS))
+
+
+def excess(value: float, quantiles: list[float]) -> float:
+    """How far a value is above the median, in units of the distance from there to the 95 % quantile."""
+    spread = quantiles[HIGH] - quantiles[MIDDLE]
+    # normal images that all have one value, or all 0: any other is far above, but not infinitely
+    return (value - quantiles[MIDDLE]) / max(spread, 1e-9 * abs(quantiles[MIDDLE]), 1e-12)
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -274,6 +284,29 @@ def load_calibration(path: Path) -> Calibration:
         raise LatentVAEError(f"{path} is no calibration ({error}): {AGAIN}.") from error
 
 
+def check_place(path: Path) -> None:
+    """Refuse to write a calibration over anything else, before the images are looked at.
+
+    Raises:
+        LatentVAEError: another suffix (such as that of a photograph), or a file that is no calibration.
+    """
+    if path.suffix != SUFFIX:
+        raise LatentVAEError(
+            f"{path} came as the file of the calibration, which is named last and ends in {SUFFIX}, such as "
+            f"normal{SUFFIX}. Nothing was written."
+        )
+    check_file(path, "calibration", _is_calibration)
+
+
+def _is_calibration(path: Path) -> bool:
+    """Whether a file is one, of this format or an earlier one of safetensors."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("format", "").startswith(FORMAT.rstrip("0123456789"))
+    except (OSError, SafetensorError):
+        return False
+
+
 def _checked_quantiles(read: object) -> dict[str, list[float]]:
     wanted = TERMS.keys() | {"score"}
     if not isinstance(read, dict) or not read.keys() <= wanted or not {"pixel", "kl", "score"} <= read.keys():
@@ -282,31 +315,3 @@ def _checked_quantiles(read: object) -> dict[str, list[float]]:
     if not all(values.shape == LEVELS.shape and np.isfinite(values).all() for values in columns):
         raise ValueError("its quantiles are not whole")
     return read
-
-
-def calibrate(vae: AutoencoderKL, looks: Iterable[Look], lpips_net: str | None = None) -> Calibration:
-    """Learn from normal images what is usual.
-
-    Distances in latent space are measured with each fifth of the images against the others, because a
-    distance to a cloud that an image is part of is too short.
-
-    Args:
-        vae: what looked at them.
-        looks: of the normal images, at least 5; hundreds give quantiles that mean something.
-        lpips_net: of the network they were measured with; None: with none.
-
-    Raises:
-        LatentVAEError: fewer than 5.
-    """
-    seen = list(looks)
-    if len(seen) < LEAST:
-        images = "1 normal image" if len(seen) == 1 else f"{len(seen)} normal images"
-        raise LatentVAEError(f"{images} came; at least {LEAST} are needed, and hundreds are better.")
-    cloud = Cloud(np.stack([one.pooled for one in seen]), np.stack([one.layout for one in seen]))
-    fold = np.arange(len(seen)) % FOLDS
-    others = [cloud.without(fold == number) for number in range(FOLDS)]
-    rows = [{**one.terms, **others[i % FOLDS].distances(one)} for i, one in enumerate(seen)]
-    quantiles = {name: quantiles_of([row[name] for row in rows]) for name in rows[0]}
-    made = Calibration(weight_hash(vae), lpips_net, quantiles, cloud)
-    quantiles["score"] = quantiles_of([made.score(row) for row in rows])
-    return made

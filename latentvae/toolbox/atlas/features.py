@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.base.files import write_whole
+from latentvae.base.files import whole_file
 from latentvae.base.optional import need
 
 FORMATS = (".npy", ".parquet")
@@ -73,13 +73,11 @@ class Features:
             return [self._save_parquet(path)]
         names = path.with_suffix(".json")
         rows = {**self.about(), "columns": self.columns, "keys": self.keys, "labels": self.labels}
-        write_whole(names, lambda partial: partial.write_text(json.dumps(rows) + "\n", encoding="ascii"))
-        write_whole(path, self._save_array)
-        return [path, names]
-
-    def _save_array(self, path: Path) -> None:
-        with path.open("wb") as file:  # a name alone would get another suffix
+        with whole_file(names) as partial:
+            partial.write_text(json.dumps(rows) + "\n", encoding="ascii")
+        with whole_file(path) as partial, partial.open("wb") as file:  # a name alone would get another suffix
             np.save(file, self.values, allow_pickle=False)
+        return [path, names]
 
     def _save_parquet(self, path: Path) -> Path:
         arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
@@ -91,7 +89,8 @@ class Features:
         arrays += [arrow.array(column) for column in self.values.T]
         table = arrow.Table.from_arrays(arrays, names=[*columns, *self.columns])
         table = table.replace_schema_metadata({"latentvae": json.dumps(self.about())})
-        write_whole(path, lambda partial: parquet.write_table(table, partial))
+        with whole_file(path) as partial:
+            parquet.write_table(table, partial)
         return path
 
 

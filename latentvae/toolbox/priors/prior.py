@@ -1,7 +1,6 @@
 """What a prior over latents is: draws by seed and number, and a folder that belongs to one VAE."""
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.base.files import put_in_place
+from latentvae.base.files import check_folder, whole_folder
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import seeded_noise
 from latentvae.models.loading import spatial_compression_ratio
@@ -110,19 +109,12 @@ class Prior(ABC):
         """
         final = Path(folder).resolve()
         check_target(final)
-        partial = final.parent / f".{final.name}.partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        with whole_folder(
+            final, message="{path} cannot be written ({reason}): choose another folder."
+        ) as partial:
             self.write(partial)
             text = json.dumps({"format": FORMAT, **asdict(self.card)}, indent=1)
             (partial / SIDECAR).write_text(text + "\n", encoding="utf-8")
-            put_in_place(partial, final)
-        except OSError as error:
-            reason = error.strerror or error
-            raise LatentVAEError(f"{folder} cannot be written ({reason}): choose another folder.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return final
 
 
@@ -180,12 +172,4 @@ def check_target(folder: Path) -> None:
     Raises:
         LatentVAEError: a file, or a folder that holds no prior, or other things beside one.
     """
-    if folder.is_file():
-        raise LatentVAEError(f"{folder} is a file; wanted a folder to write the prior to.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SIDECAR).is_file():
-        raise LatentVAEError(f"{folder} is not empty and no earlier prior: choose another folder.")
-    if folder.is_dir() and (others := {each.name for each in folder.iterdir()} - WRITTEN):
-        raise LatentVAEError(
-            f"{folder} holds {min(others)!r} beside an earlier prior, and all in it would be replaced: "
-            "choose another folder, or move that away."
-        )
+    check_folder(folder, "prior", SIDECAR, WRITTEN, instead="Choose another folder, or move that away")
