@@ -22,7 +22,8 @@ import torch
 from machine import machine
 
 from latentvae.models.presets import build
-from latentvae.training.config import Config, load_config
+from latentvae.training.config import Config
+from latentvae.training.recipes import load_config
 from latentvae.training.record import read_records
 
 VARIANTS: dict[str, list[str]] = {

@@ -33,7 +33,7 @@ from latentvae.images.reading import find_images, load_image
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.measure.rfid import FeatureStatistics, frechet_distance
 from latentvae.models.latents import reconstruct
-from latentvae.training.config import load_config
+from latentvae.training.recipes import load_config
 
 TERM = "regularise.equivariance.probability"
 SIDE = 128  # px of the crops that are encoded

@@ -31,8 +31,8 @@ from latentvae.models.latents import encode, pool_latents
 from latentvae.toolbox.atlas.clusters import cluster, nmi
 from latentvae.toolbox.atlas.gallery import raw_pixels
 from latentvae.toolbox.atlas.projection import normalise, project
-from latentvae.training.config import load_config
 from latentvae.training.loop import train
+from latentvae.training.recipes import load_config
 
 PER_CLASS, DRAWS, SEEDS = 10, 20, 5
 GRIDS = (0, 2, 4, 8)

@@ -6,8 +6,8 @@ from diffusers import AutoencoderKL
 from digits import SIDE, Digits, write_digits
 
 import latentvae
-from latentvae.training.config import load_config
 from latentvae.training.loop import train
+from latentvae.training.recipes import load_config
 
 STEPS = 200  # of 32 digits: half a minute on one core
 # A Laplace likelihood of scale 0.05 (a fortieth of the range) against the KL: latents hold what a digit is.

@@ -28,7 +28,8 @@ import torch
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.training.checkpoint import newest
-from latentvae.training.config import Config, load_config, recipes
+from latentvae.training.config import Config
+from latentvae.training.recipes import load_config, recipes
 from latentvae.training.record import read_records
 
 STOPPED = 4  # exit code of `latentvae train`: saved, and there is more to do

@@ -6,9 +6,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim import AdamW
 
-from latentvae.base.errors import ConfigError
 from latentvae.training.config import AdversarialConfig, Config
 from latentvae.training.losses import d_loss, g_loss
+
+GROUPS = 8  # of GroupNorm; they must divide the width
 
 
 class PatchGAN(nn.Module):
@@ -22,13 +23,10 @@ class PatchGAN(nn.Module):
         in_channels: of the images.
         width: channels of the first layer; doubled with each of the others up to eight times.
         layers: strided layers; each doubles the stride.
-        groups: of the norms.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3, groups: int = 8) -> None:
+    def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
         super().__init__()
-        if width % groups:
-            raise ConfigError(f"a discriminator of width {width} cannot be divided into {groups} groups.")
         widths = [width * min(2**level, 8) for level in range(layers + 1)]
         stages: list[nn.Module] = [
             nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1),
@@ -40,7 +38,7 @@ class PatchGAN(nn.Module):
                 nn.Conv2d(
                     widths[level - 1], widths[level], 4, 2 if level < layers else 1, padding=1, bias=False
                 ),
-                nn.GroupNorm(groups, widths[level]),
+                nn.GroupNorm(GROUPS, widths[level]),
                 nn.LeakyReLU(0.2),
             ]
         stages.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))

@@ -51,7 +51,7 @@ def pixel_loss(
 class VAELoss(nn.Module):
     """The weighted terms of the VAE's loss, each sum divided by C*H*W, with every term by name beside it.
 
-    The total that is trained is `reconstruction` + (`kl` or `distillation`) + the adversary's weighted g_loss.
+    What is trained is `reconstruction` + (`kl` or `distillation`) + the adversary's weighted g_loss.
 
     Args:
         config: the weights.

@@ -1,13 +1,96 @@
-"""What Accelerate wraps: one module whose forward is the whole way from images to reconstructions."""
+"""What is trained, and what Accelerate wraps: the VAE with its teacher, from images to reconstructions."""
 
+import fnmatch
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from latentvae.base.errors import ConfigError
 from latentvae.models.latents import Posterior
+from latentvae.models.loading import cast, load, spatial_compression_ratio
+from latentvae.models.presets import build, nearest
+from latentvae.training.config import Config
 from latentvae.training.draws import Transform
+
+FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a latent space
+
+
+def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, AutoencoderKL | None]:
+    """The VAE to train, with what is not to be trained frozen; and the teacher, if there is one.
+
+    Raises:
+        LatentVAEError: a model that cannot be loaded, crops that it would cut, a teacher of other latents, or
+            patterns to freeze that fit nothing.
+    """
+    torch.manual_seed(config.seed)  # the only draw from torch's own generator: the first weights
+    model = config.model
+    vae = load(model.init) if model.init else build(model.preset, **model.overrides)
+    # fp32 whatever a file holds: bf16 master weights would round most of a small update away
+    cast(vae.to(device), config.train.dtype).to(memory_format=config.train.memory_format)
+    _check_crop(config, vae)
+    teacher = None
+    if model.teacher is not None:
+        teacher = load(model.teacher, dtype=config.train.dtype, device=device).requires_grad_(False)
+        _check_latent_shapes(vae, teacher)
+        # the student speaks the teacher's latent space, so it is scaled like the teacher
+        vae.register_to_config(**{key: teacher.config[key] for key in FACTORS})
+    # what comes before the latents; with it frozen they stay as they are, bit for bit
+    patterns = ["encoder.*", "quant_conv.*"] if model.mode == "decoder_only" else []
+    freeze(vae, [*patterns, *model.freeze])
+    if config.train.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    return vae.train(), teacher
+
+
+def _check_crop(config: Config, vae: AutoencoderKL) -> None:
+    """A parent's compression ratio is known only once it is loaded."""
+    crop, ratio = config.data.crop, spatial_compression_ratio(vae)
+    if crop % ratio:
+        raise ConfigError(
+            f"data.crop={crop} is not a multiple of the compression ratio {ratio} of {config.model.init}; "
+            f"use {(crop // ratio + 1) * ratio}."
+        )
+
+
+def _check_latent_shapes(vae: AutoencoderKL, teacher: AutoencoderKL) -> None:
+    """Refuse a teacher whose latents the student cannot have.
+
+    Raises:
+        ConfigError: names both shapes.
+    """
+    shapes = [(each.config["latent_channels"], spatial_compression_ratio(each)) for each in (vae, teacher)]
+    if shapes[0] != shapes[1]:
+        (student_channels, student_ratio), (channels, ratio) = shapes
+        raise ConfigError(
+            f"the student has {student_channels} latent channels at a ratio of {student_ratio}, the teacher "
+            f"{channels} at {ratio}. Choose a preset f{ratio}c{channels}, or set "
+            f"model.overrides.latent_channels={channels}."
+        )
+    images = [each.config["in_channels"] for each in (vae, teacher)]
+    if images[0] != images[1]:
+        raise ConfigError(
+            f"the student's images have {images[0]} channels, the teacher's {images[1]}. Set "
+            f"model.overrides.in_channels and out_channels to {images[1]}."
+        )
+
+
+def freeze(vae: AutoencoderKL, patterns: list[str]) -> None:
+    """Take the parameters that match any pattern ("encoder.*", "*.norm*.weight") out of training.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing left to train.
+    """
+    names = dict(vae.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching and pattern != "quant_conv.*":  # some models have none
+            raise ConfigError(f"model.freeze: no parameter matches {pattern!r}.{nearest(pattern, names)}")
+        for name in matching:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ConfigError(f"model.freeze={patterns} leaves nothing to train. Remove a pattern.")
 
 
 class Outputs(NamedTuple):
@@ -46,13 +129,13 @@ class TrainableVAE(nn.Module):
             latent_noise: added to the latents, for a decoder that must bear a diffusion model's errors.
             transform: applied to the latents.
         """
-        moments = self.vae.encode(images).latent_dist.parameters
+        moments = self.vae.encode(images).latent_dist.parameters  # (B, 2c, h, w)
         (teacher,) = self.frozen
         teacher_moments = None
         if teacher is not None:
             with torch.no_grad():
                 teacher_moments = teacher.encode(images).latent_dist.parameters
-        latents = Posterior(moments if teacher_moments is None else teacher_moments).at(noise)
+        latents = Posterior(moments if teacher_moments is None else teacher_moments).at(noise)  # (B, c, h, w)
         if latent_noise is not None:
             latents = latents + latent_noise
         if transform is not None:

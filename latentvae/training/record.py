@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 
-from latentvae.base.errors import ConfigError
 from latentvae.measure.metrics import MetricsSummary
-from latentvae.models.presets import nearest
 from latentvae.training.checkpoint import TrainingState
-from latentvae.training.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -141,19 +138,10 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def tracker_name(config: Config) -> str | None:
-    """The tracker that Accelerate is to start, or None; says so where its package is missing.
-
-    Raises:
-        ConfigError: Accelerate knows no tracker of that name.
-    """
-    name = config.train.tracker
+def installed_tracker(name: str) -> str | None:
+    """The tracker that Accelerate is to start, or None; says so where its package is missing."""
     if name == "none":
         return None
-    if name not in LOGGER_TYPE_TO_CLASS:
-        known = ", ".join(["none", *map(str, LOGGER_TYPE_TO_CLASS)])
-        hint = nearest(name, known.split(", "))
-        raise ConfigError(f"train.tracker={name!r} is no tracker of Accelerate's.{hint} Known: {known}.")
     if LoggerType(name) not in get_available_trackers():
         logger.warning("tracker %s is not installed: figures go to metrics.jsonl only. Extra: [train].", name)
         return None

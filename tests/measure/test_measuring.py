@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from latentvae.measure.rfid import FeatureStatistics
-from latentvae.training.config import load_config
+from latentvae.training.recipes import load_config
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # scripts, which import each other

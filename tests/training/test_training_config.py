@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from latentvae.base.errors import ConfigError
-from latentvae.training.config import Config, load_config, recipes
+from latentvae.training.config import Config
+from latentvae.training.recipes import load_config, recipes
 
 RECIPES = sorted(path.stem for path in Path(__file__).parents[2].glob("train/configs/*.yaml"))
 

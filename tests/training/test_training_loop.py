@@ -28,12 +28,14 @@ from latentvae.models.exporting import export
 from latentvae.models.latents import compute_latent_statistics, encode
 from latentvae.models.presets import build
 from latentvae.training import checkpoint, loop
-from latentvae.training.config import Config, TrainConfig, load_config
+from latentvae.training.checks import check_exported
+from latentvae.training.config import Config, TrainConfig
 from latentvae.training.data import crops as data_module
 from latentvae.training.draws import sample_noise
 from latentvae.training.loop import TrainingInterrupted, stop_on_signal, train
 from latentvae.training.optim import EMA
-from latentvae.training.setup import check_exported, set_up
+from latentvae.training.recipes import load_config
+from latentvae.training.setup import set_up
 from latentvae.training.step import optimizer_step
 
 STEPS = 12

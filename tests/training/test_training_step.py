@@ -17,10 +17,10 @@ from latentvae.models.latents import encode
 from latentvae.models.loading import load
 from latentvae.models.presets import build
 from latentvae.training import checkpoint
-from latentvae.training.config import load_config
 from latentvae.training.data.crops import Batch, training_batches
 from latentvae.training.loop import Clock, loop, save, train
 from latentvae.training.losses import adaptive_weight, d_loss, g_loss, latent_cosine
+from latentvae.training.recipes import load_config
 from latentvae.training.setup import Run, set_up, with_precision
 from latentvae.training.step import latent_terms, optimizer_step, prepare
 

@@ -1,0 +1,237 @@
+"""Whatever can be wrong with a run and needs no weights to be seen, in one place: before anything loads.
+
+`check_values` looks at the settings alone, when they are read. `check_start` looks at them once more, as code
+may have changed them, and at this machine. What only weights can tell is refused where they load (module.py).
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from latentvae.base.errors import ConfigError, ModelError
+from latentvae.measure.lpips import smallest_side
+from latentvae.models.exporting import SIDECAR
+from latentvae.models.presets import nearest, preset_config
+from latentvae.training import checkpoint
+from latentvae.training.adversary import GROUPS
+from latentvae.training.config import Config, DataConfig, ModelConfig, OptimConfig
+from latentvae.training.data.sources import parts
+
+
+def check_start(config: Config, resume: str | None) -> Path | None:
+    """Refuse a run that could not start or end well; return the checkpoint to continue from, if any.
+
+    Nothing is made or written here, so a run that is refused leaves nothing behind.
+
+    Raises:
+        ConfigError: settings that do not fit together; an unknown tracker; nothing to resume; an output that
+            is another run's, not writable, or in the way; a checkpoint where a model was wanted.
+    """
+    check_values(config)
+    _check_tracker(config.train.tracker)
+    folder = Path(config.output)
+    _check_apart(folder, config.data)
+    start = _starting_point(folder, resume)
+    _check_writable(folder)
+    for setting, source in (("init", config.model.init), ("teacher", config.model.teacher)):
+        check_exported(setting, source)
+    return start
+
+
+# --- the settings alone ------------------------------------------------------------------------------------
+
+
+def check_values(config: Config) -> None:
+    """Refuse settings that do not fit together.
+
+    Raises:
+        ConfigError: names both settings, and values that would do.
+    """
+    _check_sizes(config.data)
+    _check_model(config.model)
+    _check_ratio(config)
+    _check_adversary(config)
+    _check_perceptual(config)
+    _check_steps(config.optim, config.train.max_steps)
+    if config.loss.free_bits and config.train.accumulation > 1:
+        raise ConfigError(
+            f"loss.free_bits={config.loss.free_bits} counts a channel's nats over one forward pass, and "
+            f"train.accumulation={config.train.accumulation} has several in a step; use one larger batch"
+        )
+    scales = config.regularise.equivariance
+    if scales.min_scale > scales.max_scale:
+        raise ConfigError(
+            f"regularise.equivariance.min_scale={scales.min_scale} is above "
+            f"max_scale={scales.max_scale}; both are in 32nds of the full size"
+        )
+
+
+def _check_sizes(data: DataConfig) -> None:
+    if data.short_side is not None and data.short_side < data.crop:
+        raise ConfigError(
+            f"data.short_side={data.short_side} is below data.crop={data.crop}: no image would "
+            "be large enough; raise one or lower the other"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.init is not None and model.overrides:
+        raise ConfigError(
+            f"model.overrides={model.overrides} with model.init={model.init}, whose shape is "
+            "its own; leave one out, or add --set model.overrides={} where a recipe has them"
+        )
+    if model.mode == "decoder_only" and model.init is None:
+        raise ConfigError("model.mode=decoder_only keeps a model's latents; name it in model.init")
+    if (model.mode == "distil") != (model.teacher is not None):
+        raise ConfigError(
+            f"model.mode={model.mode} with model.teacher={model.teacher}; "
+            "distil needs a teacher, and only distil has one"
+        )
+
+
+def _check_ratio(config: Config) -> None:
+    """The preset's shape; that of `model.init` is its own, so its ratio is checked once it is loaded."""
+    try:
+        shape = preset_config(config.model.preset, **config.model.overrides)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    channels = shape["in_channels"], shape["out_channels"]
+    if channels[0] != channels[1] or channels[0] not in (1, 3):
+        raise ConfigError(
+            f"in_channels={channels[0]} and out_channels={channels[1]}; images have 1 or 3 channels, and a "
+            "reconstruction as many. Set both in model.overrides"
+        )
+    if config.model.init is not None:
+        return
+    factor = 2 ** (len(shape["block_out_channels"]) - 1)
+    for name in ("crop", "val_size"):
+        size = getattr(config.data, name)
+        if size % factor:
+            raise ConfigError(
+                f"data.{name}={size} is not a multiple of the model's compression ratio {factor}; "
+                f"use {size // factor * factor or factor} or {(size // factor + 1) * factor}"
+            )
+
+
+def _check_adversary(config: Config) -> None:
+    adversarial, last = config.adversarial, config.train.max_steps
+    if not adversarial.disc_weight:
+        return
+    if config.data.crop < (least := 3 * 2**adversarial.layers):  # PatchGAN.min_size
+        raise ConfigError(
+            f"data.crop={config.data.crop} leaves a discriminator of {adversarial.layers} layers no "
+            f"patch; use {least} or more, or fewer adversarial.layers"
+        )
+    if adversarial.width % GROUPS:
+        raise ConfigError(
+            f"a discriminator of width {adversarial.width} cannot be divided into {GROUPS} groups."
+        )
+    if adversarial.disc_start >= last:
+        raise ConfigError(
+            f"adversarial.disc_start={adversarial.disc_start} is not before train.max_steps={last}; "
+            "lower it, or set adversarial.disc_weight=0"
+        )
+
+
+def _check_perceptual(config: Config) -> None:
+    net, least = config.loss.perceptual_net, smallest_side(config.loss.perceptual_net)
+    if config.loss.perceptual_weight and config.data.crop < least:
+        raise ConfigError(
+            f"data.crop={config.data.crop} is too small for loss.perceptual_net={net}, which needs {least} "
+            "pixels. Use larger crops, or another network."
+        )
+
+
+def _check_steps(optim: OptimConfig, last: int) -> None:
+    decay = 0 if optim.schedule == "constant" else optim.decay_steps or 0
+    if optim.warmup_steps + decay > last:
+        raise ConfigError(
+            f"optim.warmup_steps={optim.warmup_steps} and "
+            f"optim.decay_steps={optim.decay_steps} do not fit into train.max_steps={last}; lower them"
+        )
+
+
+# --- this machine ------------------------------------------------------------------------------------------
+
+
+def _check_tracker(name: str) -> None:
+    if name != "none" and name not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(["none", *map(str, LOGGER_TYPE_TO_CLASS)])
+        hint = nearest(name, known.split(", "))
+        raise ConfigError(f"train.tracker={name!r} is no tracker of Accelerate's.{hint} Known: {known}.")
+
+
+def _check_apart(folder: Path, data: DataConfig) -> None:
+    """Pictures that a run writes among its images would be some of them when it is resumed."""
+    for setting, spec in (("data.train", data.train), ("data.val", data.val)):
+        places = [] if spec is None else [part.resolve() for part in parts(spec)]
+        for place in (place for place in places if folder.resolve().is_relative_to(place)):
+            raise ConfigError(
+                f"output={folder} lies in {place}, the folder of {setting}: the pictures of a run would be "
+                "taken for images when it is resumed. Choose an output elsewhere, such as "
+                f"--set output={place.parent / 'runs'}."
+            )
+
+
+def _starting_point(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to continue from; a new run never goes on in another's folder."""
+    own = folder / "checkpoints"
+    start = checkpoint.resolve(resume, own) if resume else None
+    if checkpoint.listing(own) and (start is None or start.resolve().parent != own.resolve()):
+        raise ConfigError(
+            f"{folder} holds a run's checkpoints. Add --resume latest, or choose another output."
+        )
+    return start
+
+
+def _check_writable(folder: Path) -> None:
+    """Look at the nearest folder that exists, so that nothing is made for a run that is refused later."""
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except OSError:  # a folder on the way that may not be entered
+        usable = False
+    if not usable:
+        raise ConfigError(f"output={folder} cannot be written to. Choose another output.")
+    exported = folder / "vae"
+    full = exported.is_dir() and any(exported.iterdir())
+    # an export of this run's, which is known by its sidecar, may be replaced; anything else is somebody's
+    if exported.is_file() or (full and not (exported / SIDECAR).is_file()):
+        raise ConfigError(
+            f"{exported} is there and no earlier export, so the model could not be written to it. "
+            "Choose another output."
+        )
+
+
+def check_exported(name: str, path: str | None) -> None:
+    """Refuse a checkpoint in place of a model: the scale of its latents has not been measured.
+
+    Raises:
+        ConfigError: with the way to export it.
+    """
+    if path is None or not Path(path).exists():  # a bundled name or one of a hub
+        return
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / checkpoint.MANIFEST).is_file() and (folder / "state.json").is_file():
+        raise ConfigError(
+            f"model.{name}={path} is of a checkpoint, whose config has no scale of its latents yet. Export "
+            f"it first, by `latentvae export {folder} -o FOLDER`, and name that folder."
+        )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something tiny on the process's device.
+
+    Raises:
+        ConfigError: this machine cannot compile.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except Exception as error:  # a missing compiler shows in many ways
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"train.compile=true, but this machine cannot compile ({reason}). Install a C++ compiler (and, "
+            "for a GPU, triton), or set train.compile=false."
+        ) from error

@@ -1,0 +1,97 @@
+"""How a run is told what to do: a recipe by its name or a YAML file, with `--set a.b=c` on top."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from latentvae.base.errors import ConfigError
+from latentvae.models.presets import nearest
+from latentvae.training.checks import check_values
+from latentvae.training.config import Config, Section
+
+# An editable checkout keeps the recipes where people edit them; a wheel carries them inside the package.
+_RECIPE_DIRS = (
+    Path(__file__).parents[2] / "train" / "configs",
+    Path(__file__).parents[1] / "recipes",
+)
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = next((folder for folder in _RECIPE_DIRS if folder.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
+def load_config(source: str | Path | None, settings: list[str] | None = None) -> Config:
+    """Read a recipe by name or a YAML file by path, apply `a.b=c` settings in order, and check the result.
+
+    Raises:
+        ConfigError: no such recipe or file, bad YAML, unknown keys (with the nearest), wrong types, or values
+            that do not fit together.
+    """
+    tree = _read(source) if source is not None else {}
+    for setting in settings or []:
+        _apply(tree, setting)
+    try:
+        config = Config.model_validate(tree)
+        check_values(config)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+    except ConfigError as error:
+        raise ConfigError(f"config: {error}") from error
+    return config
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file():
+        known = recipes()
+        if str(source) not in known:
+            raise ConfigError(
+                f"no config {str(source)!r}: no such file, and the recipes are {', '.join(known)}."
+                + nearest(str(source), known)
+            )
+        path = known[str(source)]
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} could not be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds {type(tree).__name__}; wanted sections such as `data:` and `train:`."
+        )
+    sections = [name for name, field in Config.model_fields.items() if isinstance(field.default, Section)]
+    # a section whose lines are all commented out reads as None
+    return {key: {} if value is None and key in sections else value for key, value in tree.items()}
+
+
+def _apply(tree: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"--set {setting!r} is not of the form section.key=value, e.g. train.max_steps=200."
+        )
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section.")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting!r}: {text!r} is not a YAML value ({error}).") from error
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        came = "" if isinstance(problem["input"], dict) else f" (came: {problem['input']!r})"
+        return f"{place or 'config'}: {problem['msg'].removeprefix('Value error, ')}{came}"
+    section: Any = Config
+    for part in problem["loc"][:-1]:
+        section = section.model_fields[part].annotation
+    known = list(section.model_fields)
+    hint = nearest(str(problem["loc"][-1]), known) or f" Known: {', '.join(known)}."
+    return f"unknown setting {place!r}.{hint}"
