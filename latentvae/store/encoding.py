@@ -1,4 +1,9 @@
-"""Encoding folders of images to a store, as far as that is not done yet."""
+"""Encoding folders of images to a store, as far as that is not done yet.
+
+`encode_folder` is the whole story: images are found, the store is taken hold of, shards are planned and
+compared with what is there (`planning`), encoded (`pipeline`) and put in place (`journal`). Several processes
+do it together: each the shards whose number, modulo the count of processes, is its own.
+"""
 
 import os
 import time
@@ -7,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +21,15 @@ from tqdm import tqdm
 
 from latentvae.base.errors import ImageError
 from latentvae.images.reading import PathLike
-from latentvae.images.resizing import Preprocessing
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.store.format import (
-    DtypeName,
-    Failure,
-    Manifest,
-    damage,
-    read_entries,
-    read_failures,
-    shard_number,
-)
-from latentvae.store.journal import Journal
-from latentvae.store.locking import joined, locked
-from latentvae.store.pipeline import Assembly, Batch, Computer, Loaded, Loader, Moments, Row, examine, feed
-from latentvae.store.planning import (
-    BATCH_SIZE,
-    LARGE,
-    SHARD_SIZE,
-    Plan,
-    PlannedShard,
-    Source,
-    check_folder,
-    check_same,
-    find_sources,
-    new_settings,
-    plan_shards,
-    preprocessing,
-)
+from latentvae.store import format as layout
+from latentvae.store import planning
+from latentvae.store.format import DtypeName, Failure, Manifest, Row
+from latentvae.store.journal import Journal, check_folder, joined, locked
+from latentvae.store.pipeline import Batch, Computer, Loaded, Loader, Moments, feed
+from latentvae.store.planning import Loss, Plan, PlannedShard, Source
 from latentvae.store.processes import Processes
-from latentvae.store.salvage import Loss, refusal
 
 NOT_FINITE = "{} gives moments that are NaN or infinite: encode in a precision of wider range (fp32, bf16)"
 UNWRITTEN = 2  # shards whose moments may be in memory besides the one that is being encoded
@@ -72,190 +54,6 @@ class Workload:
     workers: int | None = None
     room: Room | None = None
     progress: bool = False
-
-
-class Worker:
-    """One process's part of a run."""
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        journal: Journal,
-        settings: Manifest,
-        sources: dict[str, Source],
-        work: Workload,
-        processes: Processes,
-    ) -> None:
-        self.vae, self.journal, self.settings, self.sources = vae, journal, settings, sources
-        self.work, self.processes = work, processes
-        self.quiet = not (work.progress and processes.is_main)
-        self.damaged: dict[str, str] = {}  # what is wrong, by name of the shard
-        self.loader = Loader(
-            sources,
-            settings.preprocessing,
-            spatial_compression_ratio(vae),
-            settings.batch_size,
-            settings.flips,
-        )
-
-    def check(self, shards: list[PlannedShard]) -> list[Loss]:
-        """Compare this process's shards with their hashes; what repairing the damaged ones would lose."""
-        losses = []
-        for shard in self._bar(self._own(shards), "checking"):
-            problem = damage(self.journal.store, shard.record) if shard.record else None
-            if problem is None:
-                continue
-            self.damaged[shard.name] = problem
-            gone = set(shard.vanished)
-            keys = [entry.key for entry in read_entries(self.journal.store, shard.name) if entry.key in gone]
-            if keys:
-                losses.append(Loss(problem, keys))
-        return losses
-
-    def encode(self, shards: list[PlannedShard], retry_failed: bool) -> dict[str, Any]:
-        """Do this process's shards, which `check` has seen; what it did, as JSON values."""
-        wanted: list[PlannedShard] = []
-        for shard in self._bar(self._own(shards), "examining"):
-            damaged = shard.name in self.damaged
-            finding = examine(self.journal.store, shard, self.sources, retry_failed, damaged)
-            if finding.encode:
-                wanted.append(shard)
-            elif finding.lists is not None and shard.record is not None:
-                self.journal.write(shard.name, shard.record.sha256, *finding.lists)
-        waiting = self._encode(wanted) if wanted else 0.0
-        return {
-            "encoded": sum(len(shard.keys) for shard in wanted),
-            "repaired": list(self.damaged.values()),
-            "waiting": waiting,
-        }
-
-    def _own(self, shards: list[PlannedShard]) -> list[PlannedShard]:
-        rank, world = self.processes.rank, self.processes.world
-        return [shard for shard in shards if shard_number(shard.name) % world == rank]
-
-    def _bar(self, shards: list[PlannedShard], doing: str) -> "tqdm[PlannedShard]":
-        return tqdm(shards, doing, unit="shard", disable=self.quiet, delay=2, leave=False)
-
-    def _encode(self, shards: list[PlannedShard]) -> float:
-        """Encode shards one after the other, and return the share of time that the model waited."""
-        threads = self.work.threads or torch.get_num_threads()
-        workers = self.work.workers or min(16, os.cpu_count() or 1)
-        total = sum(len(shard.keys) for shard in shards)
-        with (
-            Computer(self.vae, self.settings.torch_dtype, threads) as computer,
-            tqdm(total=total, desc="encoding", unit="image", disable=self.quiet) as bar,
-            Writer(self.journal) as writer,
-        ):
-            current: Pending | None = None
-            failed = 0
-
-            def show() -> None:
-                bar.set_postfix({"waiting for data": f"{computer.waiting:.0%}"}, refresh=False)
-                bar.update(computer.encoded + failed - bar.n)
-
-            for batch in feed(self.loader, shards, workers):
-                if current is None:
-                    current = Pending(batch.shard)
-                    self._keep(current)
-                self._add(batch, current, computer)
-                failed += len(batch.failures)
-                show()
-                if batch.last:
-                    writer.write(current)
-                    current = None
-            writer.finish()
-            waiting = computer.waiting
-            show()
-            return waiting
-
-    def _keep(self, pending: "Pending") -> None:
-        """Carry over what has no file any more; of a damaged shard, `check` made sure, that is no image."""
-        shard, store = pending.shard, self.journal.store
-        if not shard.vanished:
-            return
-        if shard.name in self.damaged:
-            pending.assembly.failures += [
-                failure for failure in read_failures(store, shard.name) if failure.key in shard.vanished
-            ]
-        else:
-            pending.assembly.keep(store, shard)
-
-    def _add(self, batch: Batch, pending: "Pending", computer: Computer) -> None:
-        pending.assembly.failures += batch.failures
-        if not batch.images:
-            return
-        one, room = batch.images[0], self.work.room
-        try:
-            alone = room and batch.pixels > LARGE and room(Path(one.entry.source), *one.image.shape[-2:])
-            submitted = computer.alone(batch.images, alone) if alone else computer.submit(batch.images)
-            pending.computing.append((batch.images, submitted))
-        except ImageError as error:
-            pending.assembly.failures.append(_failure(one, str(error)))
-
-
-@dataclass
-class Pending:
-    """A shard whose moments are still being computed."""
-
-    shard: PlannedShard
-    assembly: Assembly = field(default_factory=Assembly)
-    computing: list[tuple[list[Loaded], Future[Moments]]] = field(default_factory=list)
-
-    def collect(self) -> Assembly:
-        """Wait for the moments; images whose moments are not finite have failed."""
-        for images, future in self.computing:
-            moments = future.result()
-            flipped = [None] * len(images) if moments.flipped is None else list(moments.flipped)
-            for one, plain, mirrored in zip(images, moments.plain, flipped, strict=True):
-                row = Row(one.entry, plain, mirrored)
-                if row.is_finite:
-                    self.assembly.rows.append(row)
-                else:
-                    self.assembly.failures.append(_failure(one, NOT_FINITE.format(one.entry.source)))
-        return self.assembly
-
-
-class Writer:
-    """Writes shards in a thread of its own, so that the model need not wait for the disk."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self._thread = ThreadPoolExecutor(1, "latentvae-write")
-        self._writing: deque[Future[None]] = deque()
-        self._failed = False
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def write(self, pending: Pending) -> None:
-        """Write a shard when its moments are there; waits where too many are waiting."""
-        self._writing.append(self._thread.submit(self._write, pending))
-        while len(self._writing) > UNWRITTEN or (self._writing and self._writing[0].done()):
-            self._writing.popleft().result()
-
-    def finish(self) -> None:
-        """Wait until all is written."""
-        while self._writing:
-            self._writing.popleft().result()
-
-    def _write(self, pending: Pending) -> None:
-        if self._failed:  # the run is about to end
-            return
-        try:
-            assembly = pending.collect()
-            tensors, entries = assembly.tensors()
-            self.journal.write(pending.shard.name, tensors, entries, assembly.failures)
-        except BaseException:
-            self._failed = True
-            raise
-
-
-def _failure(one: Loaded, reason: str) -> Failure:
-    entry = one.entry
-    return Failure(entry.key, entry.source, entry.sha256, entry.size_bytes, entry.mtime_ns, reason)
 
 
 @dataclass
@@ -335,85 +133,59 @@ def encode_folder(
         ImageError: no image.
     """
     processes, folder = Processes(), Path(store)
-    policy, weights = preprocessing(vae, size, crop), weights_sha256 or weight_hash(vae)
+    policy, weights = planning.preprocessing(vae, size, crop), weights_sha256 or weight_hash(vae)
     journal = Journal(folder)
-    settings = partial(_settings, journal, vae, dtype, policy, flips, batch_size, shard_size, weights)
+
+    def settings() -> Manifest:  # once the store is held: another run may have made it till then
+        old = journal.settings()
+        sizes = (batch_size, shard_size)
+        return planning.settle(vae, folder, old, dtype, policy, flips, *sizes, weights_sha256=weights)
+
     try:
-        files = find_sources(sources, folder)  # first: where there are none, nothing is made
+        files = planning.find_sources(sources, folder)  # first: where there are none, nothing is made
         with ExitStack() as held:
-            run = _begin(vae, journal, settings, files, workload or Workload(), processes, held)
-            return _encode(run, prune, retry_failed, held)
+            _begin(journal, settings, processes, held)
+            worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
+            return _run(worker, prune, retry_failed, held)
     except BaseException as error:
         processes.fail(error)
         raise
 
 
-def _settings(
-    journal: Journal,
-    vae: AutoencoderKL,
-    dtype: DtypeName,
-    policy: Preprocessing,
-    flips: bool,
-    batch_size: int | None,
-    shard_size: int | None,
-    weights: str,
-) -> Manifest:
-    """What the store is to be like; sizes that were not asked for are those that it has.
-
-    Raises:
-        StoreError: it is there and made otherwise.
-    """
-    old = journal.settings()
-    batch = batch_size or (old.batch_size if old else BATCH_SIZE)
-    shard = shard_size or (old.shard_size if old else SHARD_SIZE)
-    new = new_settings(vae, dtype, policy, flips, batch, shard, weights)
-    if old is not None:
-        check_same(journal.store, old, new)
-    return new
-
-
-def _begin(
-    vae: AutoencoderKL,
-    journal: Journal,
-    settings: Callable[[], Manifest],
-    files: dict[str, Source],
-    work: Workload,
-    processes: Processes,
-    held: ExitStack,
-) -> Worker:
+def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Processes, held: ExitStack) -> None:
     """Take hold of the store: the first process locks it and writes down what the run is about."""
-    folder = journal.store
     if processes.is_main:
-        check_folder(folder)
-        held.enter_context(locked(folder))
+        check_folder(journal.store)
+        held.enter_context(locked(journal.store))
         journal.begin(settings())
     processes.share("begun", None)
     if not processes.is_main:
-        held.enter_context(joined(folder))
-    return Worker(vae, journal, settings(), files, work, processes)
+        held.enter_context(joined(journal.store))
 
 
-def _encode(run: Worker, prune: bool, retry_failed: bool, held: ExitStack) -> EncodeReport:
+def _run(worker: "Worker", prune: bool, retry_failed: bool, held: ExitStack) -> EncodeReport:
     """Plan, examine what is there, encode the rest, and put the reports together.
 
     Raises:
         StoreError: images would be lost, and `prune` was not given.
     """
-    start, journal, processes = time.perf_counter(), run.journal, run.processes
-    plan = plan_shards(journal.store, journal.records(), list(run.sources), run.settings.shard_size, prune)
-    processes.share_same("files", repr(plan))
-    found = processes.share("checked", run.check(plan.shards))
+    start, journal, processes = time.perf_counter(), worker.journal, worker.processes
+    keys, shard_size = list(worker.sources), worker.settings.shard_size
+    plan = planning.plan_shards(journal.store, journal.records(), keys, shard_size, prune)
+    processes.share_same("files", repr(plan))  # each process plans for itself
+    # all shards are checked before one is written: a refusal leaves the store as it was
+    found = processes.share("checked", worker.check(plan.shards))
     losses = [*plan.losses, *(Loss(*loss) for part in found for loss in part)]
     if losses and not prune:
         if processes.is_main:
             journal.withdraw()
         _leave(processes, held)
-        raise refusal(journal.store, losses)
-    mine = run.encode(plan.shards, retry_failed)
+        raise planning.refusal(journal.store, losses)
+    mine = worker.encode(plan.shards, retry_failed)
     report = _report(journal, plan, processes.share("done", mine))
     processes.share("reported", None)  # finishing deletes what the reports are made from
     if processes.is_main:
-        journal.finish(run.settings, [shard.name for shard in plan.shards])
+        journal.finish(worker.settings, [shard.name for shard in plan.shards])
     report.seconds = time.perf_counter() - start
     _leave(processes, held)
     return report
@@ -435,9 +207,183 @@ def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> Encode
     return EncodeReport(
         images=sum(record.count for record in done),
         encoded=sum(part["encoded"] for part in parts),
-        failures=[failure for name in failed for failure in read_failures(journal.store, name)],
+        failures=[failure for name in failed for failure in layout.read_failures(journal.store, name)],
         vanished=sorted({key for shard in plan.shards for key in shard.vanished}),
         dropped=plan.dropped,
         repaired=[*plan.damaged, *unread, *(problem for part in parts for problem in part["repaired"])],
         waiting=max(part["waiting"] for part in parts),
     )
+
+
+class Worker:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        journal: Journal,
+        settings: Manifest,
+        sources: dict[str, Source],
+        work: Workload,
+        processes: Processes,
+    ) -> None:
+        self.vae, self.journal, self.settings, self.sources = vae, journal, settings, sources
+        self.work, self.processes = work, processes
+        self.quiet = not (work.progress and processes.is_main)
+        self.damaged: dict[str, str] = {}  # what is wrong, by name of the shard
+        ratio, batch_size = spatial_compression_ratio(vae), settings.batch_size
+        self.loader = Loader(sources, settings.preprocessing, ratio, batch_size, settings.flips)
+
+    def check(self, shards: list[PlannedShard]) -> list[Loss]:
+        """Compare this process's shards with their hashes; what repairing the damaged ones would lose."""
+        losses = []
+        for shard in self._own(shards, "checking"):
+            problem = layout.damage(self.journal.store, shard.record) if shard.record else None
+            if problem is None:
+                continue
+            self.damaged[shard.name] = problem
+            gone = set(shard.vanished)
+            entries = layout.read_entries(self.journal.store, shard.name)
+            keys = [entry.key for entry in entries if entry.key in gone]
+            if keys:
+                losses.append(Loss(problem, keys))
+        return losses
+
+    def encode(self, shards: list[PlannedShard], retry_failed: bool) -> dict[str, Any]:
+        """Do this process's shards, which `check` has seen; what it did, as JSON values."""
+        wanted: list[PlannedShard] = []
+        for shard in self._own(shards, "examining"):
+            damaged = shard.name in self.damaged
+            finding = planning.examine(self.journal.store, shard, self.sources, retry_failed, damaged)
+            if finding.encode:
+                wanted.append(shard)
+            elif finding.lists is not None and shard.record is not None:  # the tensors stay as they are
+                self.journal.write(shard.name, shard.record.sha256, *finding.lists)
+        return {
+            "encoded": sum(len(shard.keys) for shard in wanted),
+            "repaired": list(self.damaged.values()),
+            "waiting": self._encode(wanted) if wanted else 0.0,
+        }
+
+    def _own(self, shards: list[PlannedShard], doing: str) -> "tqdm[PlannedShard]":
+        """This process's share, decided by the shards' numbers alone; with a bar where it takes long."""
+        rank, world = self.processes.rank, self.processes.world
+        own = [shard for shard in shards if layout.shard_number(shard.name) % world == rank]
+        return tqdm(own, doing, unit="shard", disable=self.quiet, delay=2, leave=False)
+
+    def _encode(self, shards: list[PlannedShard]) -> float:
+        """Encode shards one after the other, and return the share of time that the model waited."""
+        threads = self.work.threads or torch.get_num_threads()
+        workers = self.work.workers or min(16, os.cpu_count() or 1)
+        total = sum(len(shard.keys) for shard in shards)
+        with (
+            Computer(self.vae, self.settings.torch_dtype, threads) as computer,
+            tqdm(total=total, desc="encoding", unit="image", disable=self.quiet) as bar,
+            Writer(self.journal) as writer,
+        ):
+            current: Pending | None = None
+            failed = 0
+
+            def show() -> None:
+                bar.set_postfix({"waiting for data": f"{computer.waiting:.0%}"}, refresh=False)
+                bar.update(computer.encoded + failed - bar.n)
+
+            for batch in feed(self.loader, shards, workers):
+                current = current or self._begun(batch.shard)
+                self._add(batch, current, computer)
+                failed += len(batch.failures)
+                show()
+                if batch.last:
+                    writer.write(current)
+                    current = None
+            writer.finish()
+            waiting = computer.waiting
+            show()
+            return waiting
+
+    def _begun(self, shard: PlannedShard) -> "Pending":
+        """A shard with what has no file any more carried over; of a damaged one, `check` saw, no image is."""
+        pending, store, gone = Pending(shard.name), self.journal.store, set(shard.vanished)
+        if gone:
+            failures = layout.read_failures(store, shard.name)
+            pending.failures += [failure for failure in failures if failure.key in gone]
+            if shard.name not in self.damaged:
+                pending.rows += layout.read_rows(store, shard.name, gone)
+        return pending
+
+    def _add(self, batch: Batch, pending: "Pending", computer: Computer) -> None:
+        pending.failures += batch.failures
+        if not batch.images:
+            return
+        one, room = batch.images[0], self.work.room
+        try:
+            alone = room(Path(one.entry.source), *one.image.shape[-2:]) if room and batch.is_large else None
+            submitted = computer.alone(batch.images, alone) if alone else computer.submit(batch.images)
+            pending.computing.append((batch.images, submitted))
+        except ImageError as error:
+            pending.failures.append(_failure(one, str(error)))
+
+
+@dataclass
+class Pending:
+    """A shard whose moments are still being computed."""
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    computing: list[tuple[list[Loaded], Future[Moments]]] = field(default_factory=list)
+
+    def collect(self) -> None:
+        """Wait for the moments; images whose moments are not finite have failed."""
+        for images, future in self.computing:
+            moments = future.result()
+            flipped = [None] * len(images) if moments.flipped is None else list(moments.flipped)
+            for one, plain, mirrored in zip(images, moments.plain, flipped, strict=True):
+                row = Row(one.entry, plain, mirrored)
+                if row.is_finite:
+                    self.rows.append(row)
+                else:
+                    self.failures.append(_failure(one, NOT_FINITE.format(one.entry.source)))
+
+
+class Writer:
+    """Writes shards in a thread of its own, so that the model need not wait for the disk."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._thread = ThreadPoolExecutor(1, "latentvae-write")
+        self._writing: deque[Future[None]] = deque()
+        self._failed = False
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def write(self, pending: Pending) -> None:
+        """Write a shard when its moments are there; waits where too many are waiting."""
+        self._writing.append(self._thread.submit(self._write, pending))
+        while len(self._writing) > UNWRITTEN or (self._writing and self._writing[0].done()):
+            self._writing.popleft().result()
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        while self._writing:
+            self._writing.popleft().result()
+
+    def _write(self, pending: Pending) -> None:
+        if self._failed:  # the run is about to end
+            return
+        try:
+            pending.collect()
+            tensors, entries = layout.assemble(pending.rows)
+            self.journal.write(pending.name, tensors, entries, pending.failures)
+        except BaseException:
+            self._failed = True
+            raise
+
+
+def _failure(one: Loaded, reason: str) -> Failure:
+    entry = one.entry
+    return Failure(entry.key, entry.source, entry.sha256, entry.size_bytes, entry.mtime_ns, reason)

@@ -1,11 +1,19 @@
-"""What a store is made of: `store.json`, and shards of moments with an index line for each image.
+"""What a store is made of: `store.json`, and shards of moments with a line of JSON for each image.
 
-A shard is a safetensors file of moments and an index with one line of JSON per image.
+    store.json                  what all shards have in common, and the list of them: `Manifest`
+    latents-00000.safetensors   moments, a tensor (N, 2C, h, w) for each latent size; in the metadata the keys
+                                of its rows: {"keys": '{"moments.32x48":["a.jpg",...]}'}
+    latents-00000.jsonl         its images, sorted by key: `Entry`
+    latents-00000.failed.jsonl  those that could not be encoded, if there are such: `Failure`
+
+All of it is format version 1. Shards written before keys stood in the metadata have none: they are as good as
+others (nothing but the repair of a damaged index looks there), and stay byte for byte until they are encoded
+again for another reason.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentvae.base.errors import StoreError
@@ -21,18 +30,17 @@ from latentvae.images.resizing import Preprocessing
 from latentvae.images.tensors import Padding
 
 MANIFEST = "store.json"
-VERSION = 1
+VERSION = 1  # to be raised when an earlier version of this package would read a store wrongly
+MAX_KEYS = 50_000_000  # bytes; safetensors opens no file whose header is above 100 MB
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ShardRecord(_Record):
+class ShardRecord(BaseModel):
     """One shard: NAME.safetensors and NAME.jsonl, and NAME.failed.jsonl where images could not be encoded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^latents-\d{5,}$")
     count: int = Field(ge=0)  # images, the failed ones not included; may be 0
@@ -42,8 +50,10 @@ class ShardRecord(_Record):
     failed_sha256: str | None = None
 
 
-class Manifest(_Record):
+class Manifest(BaseModel):
     """All that the shards have in common. Latents in the store are unscaled moments (see `latents`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["latentvae-store"] = "latentvae-store"
     version: int = VERSION
@@ -55,7 +65,7 @@ class Manifest(_Record):
     dtype: DtypeName  # of the stored moments
     precision: DtypeName  # of the model's arithmetic
     flips: bool  # whether each image's mirror image was encoded too
-    batch_size: int
+    batch_size: int  # recorded, because what shares a batch moves the last bits of bf16 moments
     shard_size: int
     shards: list[ShardRecord] = Field(default_factory=list)
 
@@ -271,6 +281,78 @@ def read_failures(store: str | Path, name: str) -> list[Failure]:
         raise StoreError(f"{path} is damaged ({error}): run `latentvae encode` to repair it.") from error
 
 
+@dataclass(frozen=True)
+class Row:
+    """One image: its line, and its moments (2C, h, w) as they are stored."""
+
+    entry: Entry
+    moments: torch.Tensor
+    flipped: torch.Tensor | None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the precision was enough."""
+        both = [self.moments] if self.flipped is None else [self.moments, self.flipped]
+        return all(bool(torch.isfinite(moments).all()) for moments in both)
+
+
+def read_rows(store: Path, name: str, keys: Collection[str]) -> list[Row]:
+    """The images of these keys in a shard."""
+    rows = []
+    with safe_open(tensors_path(store, name), framework="pt") as tensors:
+        stored = tensors.keys()
+        for entry in read_entries(store, name):
+            if entry.key in keys:
+                both = (entry.tensor, flipped_name(entry.tensor))
+                found = [tensors.get_slice(one)[entry.offset] if one in stored else None for one in both]
+                rows.append(Row(entry, *found))
+    return rows
+
+
+def assemble(rows: Iterable[Row]) -> tuple[dict[str, torch.Tensor], list[Entry]]:
+    """One tensor (N, 2C, h, w) for each size, its rows sorted by key; and the lines, which say where."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.entry.key):
+        groups.setdefault(tensor_name(*row.moments.shape[-2:]), []).append(row)
+    tensors: dict[str, torch.Tensor] = {}
+    entries: list[Entry] = []
+    for name, group in groups.items():
+        tensors[name] = torch.stack([row.moments for row in group])
+        if mirrored := [row.flipped for row in group if row.flipped is not None]:
+            tensors[flipped_name(name)] = torch.stack(mirrored)
+        entries += [replace(row.entry, tensor=name, offset=at) for at, row in enumerate(group)]
+    return tensors, entries
+
+
+def keys_metadata(entries: Iterable[Entry]) -> dict[str, str]:
+    """The metadata of a shard's tensors: the keys of their rows.
+
+    All in one text: safetensors writes several in another order each time, and a store's bytes are to be the
+    same. Left out where a shard has so many images that the file could not be opened.
+    """
+    rows: dict[str, list[str]] = {}
+    for entry in sorted(entries, key=lambda entry: (entry.tensor, entry.offset)):
+        rows.setdefault(entry.tensor, []).append(entry.key)
+    text = json.dumps(rows, separators=(",", ":"))
+    return {"keys": text} if len(text) <= MAX_KEYS else {}
+
+
+def read_keys(store: str | Path, record: ShardRecord) -> set[str] | None:
+    """The keys of a shard's images from its tensors' metadata.
+
+    None where they are not known: the tensors are damaged too, or were written before keys stood there.
+    """
+    path = tensors_path(store, record.name)
+    try:
+        if file_sha256(path) != record.sha256:
+            return None
+        with safe_open(path, framework="pt") as tensors:
+            rows = json.loads((tensors.metadata() or {}).get("keys", "null"))
+    except OSError:
+        return None
+    return None if rows is None else {key for keys in rows.values() for key in keys}
+
+
 def write_shard(
     store: Path,
     name: str,
@@ -306,8 +388,9 @@ def stage_shard(
     if isinstance(tensors, str):
         sha256 = tensors
     else:
-        moments = tensors
-        sha256 = _stage(tensors_path(store, name), lambda partial: save_file(moments, partial))
+        moments = tensors  # a name of its own: mypy forgets inside the lambda that it is no str
+        keys = keys_metadata(entries)
+        sha256 = _stage(tensors_path(store, name), lambda partial: save_file(moments, partial, keys))
     failed_sha256 = _stage_lines(failed_path(store, name), failures) if failures else None
     index_sha256 = _stage_lines(index_path(store, name), entries)
     fsync(store)
@@ -327,7 +410,7 @@ def place_shard(store: Path, record: ShardRecord) -> None:
         partial = partial_path(path)
         if sha256 is None:
             path.unlink(missing_ok=True)
-        elif partial.exists() and file_sha256(partial) == sha256:
+        elif partial.exists() and file_sha256(partial) == sha256:  # else of a run killed before its record
             partial.replace(path)
     fsync(store)
 
@@ -358,7 +441,7 @@ def damage(store: str | Path, record: ShardRecord, *, tensors: bool = True) -> s
 
 
 def remove_shard(store: Path, name: str) -> None:
-    """Delete a shard's files, its index first."""
+    """Delete a shard's files, its index first: a shard without one is never taken for whole."""
     for path in (index_path(store, name), failed_path(store, name), tensors_path(store, name)):
         path.unlink(missing_ok=True)
 

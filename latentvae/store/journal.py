@@ -1,35 +1,151 @@
 """What a run has finished so far: a killed one goes on from it, and several processes make one store by it.
 
 A shard is written under temporary names, then its record here, then its files get their names: after a kill
-either the old shard is whole, or the record says how to complete the new one.
+either the old shard is whole, or the record says how to complete the new one. One run at a time: `locked`.
 """
 
+import errno
+import os
+import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from latentvae.base.errors import StoreError
 from latentvae.base.files import partial_path, write_atomically
-from latentvae.store.format import (
-    MANIFEST,
-    Entry,
-    Failure,
-    Manifest,
-    ShardRecord,
-    place_shard,
-    read_manifest,
-    remove_shard,
-    shard_files,
-    shard_number,
-    stage_shard,
-    to_bytes,
-    write_manifest,
-)
+from latentvae.store import format as layout
+from latentvae.store.format import MANIFEST, Entry, Failure, Manifest, ShardRecord, read_manifest
 
+LOCK = ".lock"
+OTHERS = ".lock-others"  # a folder: the lock of each process of the run, whose name says whose it is
 FOLDER, DONE = ".run", ".run-done"  # renamed before it is deleted, so that it is never there in part
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
+
+
+def check_folder(store: Path) -> None:
+    """Create a store's folder where it is missing.
+
+    Raises:
+        StoreError: something else is there, or it cannot be made.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in store.iterdir()}
+    except OSError as error:
+        raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
+    if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
+        raise StoreError(
+            f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
+            "names the store: give a new or an empty folder."
+        )
+
+
+@contextmanager
+def locked(store: Path) -> Iterator[None]:
+    """Hold a store's lock, as the first or only process of a run.
+
+    The lock is the system's, on an open file: it ends with its process, however that ends, so that what a
+    killed run leaves behind is taken over.
+
+    Raises:
+        StoreError: another process holds it, or is left of a run whose first process is gone; it is named. Or
+            the folder has no locks.
+    """
+    lock = _take(store / LOCK)
+    if lock is None:
+        who = ", ".join(_holders(store)) or "another process"  # which has only just taken it
+        raise StoreError(
+            f"{store} is being written by {who}: wait until that is done, or choose another folder."
+        )
+    try:
+        _check_left(store)
+        with joined(store):
+            yield
+    finally:
+        with suppress(StoreError):  # another process is still at it: the next run has to wait for that
+            _check_left(store)
+        _drop(lock)
+
+
+@contextmanager
+def joined(store: Path) -> Iterator[None]:
+    """Have runs to come wait for this process too, even if the first one dies.
+
+    Raises:
+        StoreError: the lock cannot be written.
+    """
+    path = store / OTHERS / f"process {os.getpid()} on {platform.node()}"
+    with suppress(FileExistsError):
+        path.parent.mkdir()
+    lock = _take(path, is_singleton=True)
+    if lock is None:
+        raise StoreError(f"{store} is being written by {path.name} already: wait until that is done.")
+    try:
+        yield
+    finally:
+        _drop(lock)
+
+
+def _check_left(store: Path) -> None:
+    """Delete the locks of processes that are gone.
+
+    Raises:
+        StoreError: one is not.
+    """
+    folder = store / OTHERS
+    if folder.is_file():  # what a killed run of an earlier version left
+        folder.unlink()
+    held = []
+    for name in _holders(store):
+        lock = _take(folder / name)
+        if lock is None:
+            held.append(name)
+        else:
+            _drop(lock)
+    if held:
+        raise StoreError(
+            f"{store} is still being written by a process of a run whose first process is gone (of "
+            f"{', '.join(held)}): wait until it has ended, or end it."
+        )
+    with suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def _holders(store: Path) -> list[str]:
+    """Processes that hold a lock of their own, and those that died with it."""
+    folder = store / OTHERS
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _take(path: Path, *, is_singleton: bool = False) -> FileLock | None:
+    """Lock a file; None where another has it, which a singleton's own process is not."""
+    # no fallback: where the system has no locks, a file that stands for one would outlive a kill
+    lock = FileLock(path, timeout=0, is_singleton=is_singleton, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise StoreError(
+                f"this folder's file system has no locks ({error.strerror}): encode to another disk, then "
+                "copy."
+            ) from error
+        raise StoreError(f"{path} cannot be written ({error.strerror}): choose another folder.") from error
+    return lock
+
+
+def _drop(lock: FileLock) -> None:
+    """Let go of a lock, and delete its file first: whoever waits for it notices, and makes a new one."""
+    if lock.lock_counter == 1:
+        with suppress(OSError):  # Windows deletes no open file; there, letting go of the lock does
+            Path(lock.lock_file).unlink()
+    lock.release()
 
 
 class Journal:
@@ -58,18 +174,19 @@ class Journal:
                 f"{self.folder} cannot be made ({error.strerror}): choose another folder."
             ) from error
         shutil.rmtree(self.store / DONE, ignore_errors=True)
+        # Forward first: a record promises its staged files. Those that no record names were never finished.
         for record in self._written():
-            if any(partial_path(path).exists() for path, _ in shard_files(self.store, record)):
-                place_shard(self.store, record)
+            if any(partial_path(path).exists() for path, _ in layout.shard_files(self.store, record)):
+                layout.place_shard(self.store, record)
         for partial in [*self.store.glob(".*.partial"), *self.folder.glob(".*.partial")]:
             partial.unlink()
-        write_manifest(self.folder, settings.model_copy(update={"shards": []}))
+        layout.write_manifest(self.folder, settings.model_copy(update={"shards": []}))
 
     def records(self) -> dict[str, ShardRecord]:
         """The newest record of each shard by name, in the order of their numbers."""
         old = read_manifest(self.store).shards if (self.store / MANIFEST).exists() else []
         records = {record.name: record for record in [*old, *self._written()]}
-        return {name: records[name] for name in sorted(records, key=shard_number)}
+        return {name: records[name] for name in sorted(records, key=layout.shard_number)}
 
     def write(
         self,
@@ -84,10 +201,11 @@ class Journal:
             StoreError: it cannot be written; the old one stays.
         """
         try:
-            record = stage_shard(self.store, name, tensors, entries, failures)
+            # Two phases: killed before the record is there, the old shard is whole; after it, `begin` goes on
+            record = layout.stage_shard(self.store, name, tensors, entries, failures)
             text = record.model_dump_json() + "\n"
             write_atomically(self.folder / f"{name}.json", lambda path: path.write_bytes(text.encode()))
-            place_shard(self.store, record)
+            layout.place_shard(self.store, record)
         except OSError as error:
             raise StoreError(
                 f"{name} cannot be written to {self.store} ({error.strerror}). Finished shards are intact: "
@@ -100,12 +218,13 @@ class Journal:
         records = self.records()
         manifest = settings.model_copy(update={"shards": [records[name] for name in names]})
         path = self.store / MANIFEST
-        if not path.exists() or path.read_bytes() != to_bytes(manifest):
-            write_manifest(self.store, manifest)
-        kept = set(names)
+        # a run that had nothing to do leaves even the time of the manifest as it was
+        if not path.exists() or path.read_bytes() != layout.to_bytes(manifest):
+            layout.write_manifest(self.store, manifest)
+        # only now: until the manifest is in place, a kill would leave one that names what is gone
         found = {path.name.split(".")[0] for path in self.store.glob("latents-*.*")}
-        for name in found - kept:
-            remove_shard(self.store, name)
+        for name in found - set(names):
+            layout.remove_shard(self.store, name)
         self._end()
         return manifest
 

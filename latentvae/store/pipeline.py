@@ -1,46 +1,67 @@
-"""From image files to a shard: read by threads, encoded in batches, compared with what is there."""
+"""From image files to moments: the images of shards are put into batches, read by threads, and encoded."""
 
 import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 
 from latentvae.base import threads
 from latentvae.base.errors import ImageError, StoreError
-from latentvae.base.files import file_sha256
-from latentvae.images.captions import PREFIX
-from latentvae.images.reading import load_image_with_info
-from latentvae.images.resizing import Preprocessing, fit, read_size
+from latentvae.images.reading import load_image_with_info, read_size
+from latentvae.images.resizing import Preprocessing, Size, plan_geometry
 from latentvae.images.tensors import pad_to_multiple
-from latentvae.store.format import (
-    Entry,
-    Failure,
-    flipped_name,
-    read_entries,
-    read_failures,
-    tensor_name,
-    tensors_path,
-)
-from latentvae.store.planning import (
-    BATCH_PIXELS,
-    PlannedBatch,
-    PlannedShard,
-    Source,
-    batch_limit,
-    plan_batches,
-)
+from latentvae.store.format import Entry, Failure
+from latentvae.store.planning import PlannedShard, Source
 
 MAX_BYTES = 1 << 31  # of an image file, which is read whole to be hashed
+BATCH_PIXELS = 512 * 512  # a batch size is meant for images of so many; of larger ones fewer make a batch
+LARGE = 1024 * 1024  # pixels above which an image is a batch of its own, and may be tiled
+
+
+class PlannedBatch(NamedTuple):
+    """Images of one padded size."""
+
+    keys: list[str]
+    pixels: int  # of all of them
+
+
+def plan_batches(sizes: dict[str, Size], ratio: int, batch_size: int) -> list[PlannedBatch]:
+    """Batches of images that are of one size when padded; large images in smaller batches.
+
+    Args:
+        sizes: width and height by key, of what is to be encoded.
+        ratio: sizes are padded to multiples of.
+        batch_size: of images up to 512 x 512 pixels.
+
+    Returns:
+        The batches, those of large images first, so that memory runs out early if it does.
+    """
+    groups: dict[Size, list[str]] = {}
+    for key in sorted(sizes):
+        width, height = sizes[key]
+        groups.setdefault((-(-width // ratio), -(-height // ratio)), []).append(key)
+    batches = []
+    for width, height in sorted(groups, key=lambda size: (-size[0] * size[1], size)):
+        pixels = width * height * ratio**2
+        keys, most = groups[width, height], batch_limit(pixels, batch_size)
+        parts = [keys[start : start + most] for start in range(0, len(keys), most)]
+        batches += [PlannedBatch(part, pixels * len(part)) for part in parts]
+    return batches
+
+
+def batch_limit(pixels: int, batch_size: int) -> int:
+    """How many images of so many pixels make a batch."""
+    if pixels > LARGE:
+        return 1
+    return max(1, min(batch_size, batch_size * BATCH_PIXELS // max(pixels, 1)))
 
 
 @dataclass(frozen=True)
@@ -73,27 +94,27 @@ class Loader:
         """One image, or why it cannot be used."""
         source = self.sources[key]
         name, size_bytes, mtime_ns = str(source.path), 0, 0
+        sha256 = ""  # of a file that is too large to be read
         try:
             state = source.path.stat()
             size_bytes, mtime_ns = state.st_size, state.st_mtime_ns
             if size_bytes > MAX_BYTES:
-                reason = f"{name} has {size_bytes} bytes, but at most {MAX_BYTES} are read: shrink it"
-                return Failure(key, name, "", size_bytes, mtime_ns, reason)
-            data = source.path.read_bytes()
+                raise ImageError(
+                    f"{name} has {size_bytes} bytes, but at most {MAX_BYTES} are read: shrink it"
+                )
+            data = source.path.read_bytes()  # once: what is hashed is what is encoded
+            sha256 = hashlib.sha256(data).hexdigest()
+            image, info = load_image_with_info(data, name=name, channels=self.preprocessing.channels)
+            original = (info.width, info.height)
+            geometry = plan_geometry(original, self.preprocessing, self.ratio)
+            if problem := geometry.problem(original):
+                raise ImageError(f"{name} cannot be used: {problem}")
         except OSError as error:
             reason = f"{name} cannot be read: {error.strerror}"
-            return Failure(key, name, None, size_bytes, mtime_ns, reason)
-        sha256 = hashlib.sha256(data).hexdigest()
-        try:
-            image, info = load_image_with_info(data, name=name, channels=self.preprocessing.channels)
+            return Failure(key, name, None, size_bytes, mtime_ns, reason)  # None: the next run tries again
         except ImageError as error:
             return Failure(key, name, sha256, size_bytes, mtime_ns, str(error))
-        original = (info.width, info.height)
-        geometry = fit(original, self.preprocessing, self.ratio)
-        problem = geometry.problem(original)
-        if problem:
-            return Failure(key, name, sha256, size_bytes, mtime_ns, f"{name} cannot be used: {problem}")
-        image = geometry.apply(image)
+        image = geometry.apply(image)  # (C, H, W)
         padded, padding = pad_to_multiple(image, self.ratio)
         caption, notes = source.caption()
         entry = Entry(
@@ -112,14 +133,17 @@ class Loader:
             caption=caption,
             notes=[*info.notes, *geometry.notes(original), *notes],
         )
+        # flipped before it is padded, so that its padding too is on the right and at the bottom
         return Loaded(entry, padded, pad_to_multiple(image.flip(-1), self.ratio)[0] if self.flips else None)
 
     def plan(self, shard: PlannedShard) -> list[PlannedBatch]:
         """The batches of a shard, by the sizes that headers state."""
         sizes = {}
         for key in shard.keys:
-            size = read_size(self.sources[key].path)
-            sizes[key] = (0, 0) if size is None else fit(size, self.preprocessing, self.ratio).size(size)
+            size = read_size(self.sources[key].path)  # None: loading it will say what is wrong
+            sizes[key] = (
+                (0, 0) if size is None else plan_geometry(size, self.preprocessing, self.ratio).size(size)
+            )
         return plan_batches(sizes, self.ratio, self.batch_size)
 
 
@@ -132,9 +156,9 @@ class Batch(NamedTuple):
     last: bool  # of its shard
 
     @property
-    def pixels(self) -> int:
-        """Of one image."""
-        return self.images[0].image[0].numel() if self.images else 0
+    def is_large(self) -> bool:
+        """Whether it is one image above 1024 x 1024 pixels."""
+        return bool(self.images) and self.images[0].image[0].numel() > LARGE
 
 
 class _Ahead(NamedTuple):
@@ -146,6 +170,8 @@ class _Ahead(NamedTuple):
 
 def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterator[Batch]:
     """The images of all shards in batches, shard after shard; the last of each shard says so.
+
+    Batches come in the order of the plan, whichever thread is done first: the bytes of a store depend on it.
 
     Args:
         workers: threads that load. About twice as many images, or two batches, are in memory at once.
@@ -175,22 +201,16 @@ def _is_enough(ahead: deque[_Ahead], most: int) -> bool:
 def _planned(
     loader: Loader, shards: Iterable[PlannedShard], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[PlannedShard, PlannedBatch, bool]]:
-    """(shard, batch, whether it is the last), each shard planned while the one before it is loaded."""
-    waiting: deque[tuple[PlannedShard, Future[list[PlannedBatch]]]] = deque()
-    for shard in shards:
-        waiting.append((shard, pool.submit(loader.plan, shard)))
-        if len(waiting) > 1:
-            yield from _each(*waiting.popleft())
-    while waiting:
-        yield from _each(*waiting.popleft())
-
-
-def _each(
-    shard: PlannedShard, planning: Future[list[PlannedBatch]]
-) -> Iterator[tuple[PlannedShard, PlannedBatch, bool]]:
-    batches = planning.result() or [PlannedBatch([], 0)]  # a shard of vanished images only still has an end
-    for number, batch in enumerate(batches, 1):
-        yield shard, batch, number == len(batches)
+    """(shard, batch, whether it is the last of the shard)."""
+    plans = ((shard, pool.submit(loader.plan, shard)) for shard in shards)
+    current = next(plans, None)
+    while current is not None:
+        following = next(plans, None)  # its headers are read while the images of the one before it are
+        shard, planning = current
+        batches = planning.result() or [PlannedBatch([], 0)]  # of vanished images only: it still has an end
+        for number, batch in enumerate(batches, 1):
+            yield shard, batch, number == len(batches)
+        current = following
 
 
 def _loaded(one: _Ahead, batch_size: int) -> Iterator[Batch]:
@@ -228,9 +248,10 @@ class Computer:
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, count: int) -> None:
         self.vae, self.dtype = vae, dtype
+        # side by side, on a core each: what they compute does not depend on how many there are
         self.count = count if vae.device.type == "cpu" else 1
         self._pool = threads.pool(self.count, "latentvae-encode")
-        self._room = threading.Semaphore(self.count + 1)
+        self._room = threading.Semaphore(self.count + 1)  # one batch waits, so that no thread does
         self.encoded = 0  # images
         self._lock, self._start = threading.Lock(), time.perf_counter()
         self._busy, self._since = 0.0, dict[int, float]()  # seconds done with; when each thread began
@@ -278,6 +299,7 @@ class Computer:
             mirrored = [one.flipped for one in images if one.flipped is not None]
             return Moments(plain, self._moments(mirrored) if mirrored else None)
         except RuntimeError as error:
+            # on a CPU torch has no class for it, only "can't allocate memory"
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             shape = " x ".join(map(str, images[0].image.shape[1:]))
@@ -291,121 +313,6 @@ class Computer:
                 self.encoded += len(images)
 
     def _moments(self, images: list[torch.Tensor]) -> torch.Tensor:
-        batch = torch.stack(images).to(self.vae.device, self.vae.dtype)
-        moments = self.vae.encode(batch).latent_dist.parameters
+        batch = torch.stack(images).to(self.vae.device, self.vae.dtype)  # (B, C, H, W)
+        moments = self.vae.encode(batch).latent_dist.parameters  # (B, 2C, h, w): means, then log-variances
         return moments.to(self.dtype).cpu()
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image: its line, and its moments (2C, h, w) as they are stored."""
-
-    entry: Entry
-    moments: torch.Tensor
-    flipped: torch.Tensor | None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the precision was enough."""
-        both = [self.moments] if self.flipped is None else [self.moments, self.flipped]
-        return all(bool(torch.isfinite(moments).all()) for moments in both)
-
-
-@dataclass
-class Assembly:
-    """Rows and failures of one shard."""
-
-    rows: list[Row] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-
-    def keep(self, store: Path, shard: PlannedShard) -> None:
-        """Take over the images whose files are gone from the shard as it is."""
-        gone = set(shard.vanished)
-        self.failures += [failure for failure in read_failures(store, shard.name) if failure.key in gone]
-        with safe_open(tensors_path(store, shard.name), framework="pt") as tensors:
-            for entry in read_entries(store, shard.name):
-                if entry.key in gone:
-                    moments = tensors.get_slice(entry.tensor)[entry.offset : entry.offset + 1][0]
-                    name = flipped_name(entry.tensor)
-                    flipped = (
-                        tensors.get_slice(name)[entry.offset : entry.offset + 1][0]
-                        if name in tensors.keys()  # noqa: SIM118  safe_open is no dict
-                        else None
-                    )
-                    self.rows.append(Row(entry, moments, flipped))
-
-    def tensors(self) -> tuple[dict[str, torch.Tensor], list[Entry]]:
-        """One tensor (N, 2C, h, w) for each size, its rows sorted by key; and the lines, which say where."""
-        groups: dict[str, list[Row]] = {}
-        for row in sorted(self.rows, key=lambda row: row.entry.key):
-            groups.setdefault(tensor_name(*row.moments.shape[-2:]), []).append(row)
-        tensors: dict[str, torch.Tensor] = {}
-        entries: list[Entry] = []
-        for name, rows in groups.items():
-            tensors[name] = torch.stack([row.moments for row in rows])
-            if rows[0].flipped is not None:
-                tensors[flipped_name(name)] = _stack([row.flipped for row in rows])
-            entries += [replace(row.entry, tensor=name, offset=at) for at, row in enumerate(rows)]
-        return tensors, entries
-
-
-def _stack(rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    return torch.stack([row for row in rows if row is not None])
-
-
-Line = TypeVar("Line", Entry, Failure)
-
-
-class Finding(NamedTuple):
-    """What is to be done about a shard: encode it, or write these lists, or (None) nothing."""
-
-    encode: bool
-    lists: tuple[list[Entry], list[Failure]] | None = None
-
-
-def examine(
-    store: Path, shard: PlannedShard, sources: dict[str, Source], retry_failed: bool, damaged: bool
-) -> Finding:
-    """Compare a planned shard with what is on disk.
-
-    A file whose size and time are unchanged is not read; one whose content is unchanged is not encoded.
-
-    Args:
-        retry_failed: encode a shard again in which images failed.
-        damaged: whether the shard's files do not match its hashes.
-    """
-    if shard.record is None or damaged:
-        return Finding(True)
-    entries, failures = read_entries(store, shard.name), read_failures(store, shard.name)
-    if shard.pruned or (retry_failed and failures):
-        return Finding(True)
-    new_entries = [_renewed(entry, sources.get(entry.key)) for entry in entries]
-    new_failures = [_renewed(failure, sources.get(failure.key)) for failure in failures]
-    same_entries = [entry for entry in new_entries if entry is not None]
-    same_failures = [failure for failure in new_failures if failure is not None]
-    if len(same_entries) < len(entries) or len(same_failures) < len(failures):
-        return Finding(True)
-    if (same_entries, same_failures) == (entries, failures):
-        return Finding(False)
-    return Finding(False, (same_entries, same_failures))
-
-
-def _renewed(line: Line, source: Source | None) -> Line | None:
-    """The line with the file's time and caption as they are now; None where the content is another."""
-    if source is None:
-        return line
-    try:
-        state = source.path.stat()
-        same = (state.st_size, state.st_mtime_ns) == (line.size_bytes, line.mtime_ns)
-        if line.sha256 is None:  # could not be read: None here if it can be now
-            source.path.open("rb").close()
-            return None
-        if not same and (state.st_size != line.size_bytes or file_sha256(source.path) != line.sha256):
-            return None
-    except OSError:  # gone since it was listed, or not readable any more: what is stored stays
-        return line
-    if isinstance(line, Failure):
-        return replace(line, source=str(source.path), mtime_ns=state.st_mtime_ns)
-    caption, caption_notes = source.caption()
-    notes = [note for note in line.notes if not note.startswith(PREFIX)] + caption_notes
-    return replace(line, source=str(source.path), mtime_ns=state.st_mtime_ns, caption=caption, notes=notes)

@@ -1,38 +1,71 @@
-"""Which image is in which shard and batch, and what a store is made with."""
+"""What a run has to do: which images there are, what their store is like, which shard each belongs into, and
+which shards have to be encoded.
+"""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import StoreError
+from latentvae.base.files import file_sha256
 from latentvae.images import captions
-from latentvae.images.captions import Caption
 from latentvae.images.reading import PathLike, find_images
-from latentvae.images.resizing import Preprocessing, Size
-from latentvae.store.format import (
-    DTYPES,
-    MANIFEST,
-    DtypeName,
-    Manifest,
-    ShardRecord,
-    damage,
-    model_config,
-    read_entries,
-    read_failures,
-    shard_name,
-    shard_number,
-)
-from latentvae.store.journal import DONE, FOLDER
-from latentvae.store.locking import LOCK, OTHERS
-from latentvae.store.salvage import Loss, Remains, find_losses, read_remains
+from latentvae.images.resizing import Preprocessing
+from latentvae.store import format as layout
+from latentvae.store.format import DTYPES, DtypeName, Entry, Failure, Manifest, ShardRecord
 
 BATCH_SIZE = 8
-SHARD_SIZE = 1024
+SHARD_SIZE = 1024  # images
 MAX_SIZE = 8192  # pixels
+NAMED = 5  # lost images and shards that a refusal names
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image file.
+
+    Attributes:
+        path: as it was found.
+        root: the folder that its key is relative to.
+    """
+
+    path: Path
+    root: Path
+
+    def caption(self) -> tuple[captions.Caption, list[str]]:
+        """What is said about it, and notes on what cannot be read: see `captions.read_caption`."""
+        return captions.read_caption(self.path, self.root)
+
+
+def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str, Source]:
+    """The images below the paths, by key, sorted; those inside the store are left out.
+
+    A key is the POSIX path below the folder that was named, with its suffix; of a file named itself its name.
+
+    Raises:
+        ImageError: no images, or a path that is missing.
+        StoreError: two images of one key.
+    """
+    named = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    captions.forget()
+    found: dict[str, Source] = {}
+    inside = store.resolve()
+    for path in find_images(named):
+        if inside in path.resolve().parents:  # its preview.png is no image of the user's
+            continue
+        root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)
+        key = path.relative_to(root).as_posix()
+        if key in found and not found[key].path.samefile(path):
+            raise StoreError(
+                f"{found[key].path} and {path} would both have the key {key!r}: name a folder that holds "
+                "both, or encode them to two stores."
+            )
+        found[key] = Source(path, root)
+    return dict(sorted(found.items()))
 
 
 def preprocessing(vae: AutoencoderKL, size: int | None, crop: bool) -> Preprocessing:
@@ -48,26 +81,34 @@ def preprocessing(vae: AutoencoderKL, size: int | None, crop: bool) -> Preproces
         if crop:
             raise StoreError("crop came without a size: give the side of the squares to crop, --size.")
         return Preprocessing(channels=channels)
-    least = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    least = 2 ** (len(vae.config["block_out_channels"]) - 1)  # the spatial_compression_ratio
     if not least <= size <= MAX_SIZE:
         raise StoreError(f"size={size} came; wanted {least} to {MAX_SIZE} pixels.")
     return Preprocessing(policy="centre-crop" if crop else "size", size=size, channels=channels)
 
 
-def new_settings(
+def settle(
     vae: AutoencoderKL,
+    store: Path,
+    old: Manifest | None,
     dtype: DtypeName,
     policy: Preprocessing,
     flips: bool,
-    batch_size: int,
-    shard_size: int,
+    batch_size: int | None,
+    shard_size: int | None,
     weights_sha256: str,
 ) -> Manifest:
-    """The manifest of a new store, without shards.
+    """What a store is to be like: its manifest without shards.
+
+    Args:
+        old: the manifest of the store as it is; None: a new one.
+        batch_size, shard_size: None: as the store has them.
 
     Raises:
-        StoreError: a dtype that no store has, or sizes below 1.
+        StoreError: the store is made otherwise, a dtype that no store has, or sizes below 1.
     """
+    batch_size = batch_size or (old.batch_size if old else BATCH_SIZE)
+    shard_size = shard_size or (old.shard_size if old else SHARD_SIZE)
     names = {value: name for name, value in DTYPES.items()}
     if dtype not in DTYPES or vae.dtype not in names:
         raise StoreError(
@@ -75,9 +116,9 @@ def new_settings(
         )
     if min(batch_size, shard_size) < 1:
         raise StoreError(f"batch_size={batch_size}, shard_size={shard_size} came; wanted 1 or more.")
-    return Manifest(
+    settings = Manifest(
         weights_sha256=weights_sha256,
-        config=model_config(vae),
+        config=layout.model_config(vae),
         scaling_factor=vae.config["scaling_factor"],
         shift_factor=vae.config["shift_factor"],
         preprocessing=policy,
@@ -87,9 +128,12 @@ def new_settings(
         batch_size=batch_size,
         shard_size=shard_size,
     )
+    if old is not None:
+        _check_same(store, old, settings)
+    return settings
 
 
-def check_same(store: Path, old: Manifest, new: Manifest) -> None:
+def _check_same(store: Path, old: Manifest, new: Manifest) -> None:
     """Refuse to add to a store what is made otherwise.
 
     Raises:
@@ -110,24 +154,6 @@ def check_same(store: Path, old: Manifest, new: Manifest) -> None:
         )
 
 
-def check_folder(store: Path) -> None:
-    """Create a store's folder where it is missing.
-
-    Raises:
-        StoreError: something else is there, or it cannot be made.
-    """
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in store.iterdir()}
-    except OSError as error:
-        raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
-    if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
-        raise StoreError(
-            f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
-            "names the store: give a new or an empty folder."
-        )
-
-
 def _listed(names: Iterable[str], manifest: Manifest) -> str:
     parts = []
     for name in names:
@@ -136,54 +162,6 @@ def _listed(names: Iterable[str], manifest: Manifest) -> str:
             value = f"{value.policy} {value.size or ''} (version {value.version}, {value.channels} channels)"
         parts.append(f"{name} {value}")
     return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image file.
-
-    Attributes:
-        path: as it was found.
-        root: the folder that its key is relative to.
-    """
-
-    path: Path
-    root: Path
-
-    def caption(self) -> tuple[Caption, list[str]]:
-        """What is said about it, and notes on what cannot be read: see `captions.read_caption`."""
-        return captions.read_caption(self.path, self.root)
-
-
-def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str, Source]:
-    """The images below the paths, by key, sorted; those inside the store are left out.
-
-    A key is the POSIX path below the folder that was named, with its suffix; of a file named itself its name.
-
-    Raises:
-        ImageError: no images, or a path that is missing.
-        StoreError: two images of one key.
-    """
-    named = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    captions.forget()
-    found: dict[str, Source] = {}
-    inside = store.resolve()
-    for path in find_images(named):
-        if inside in path.resolve().parents:
-            continue
-        root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)
-        key = path.relative_to(root).as_posix()
-        if key in found and not found[key].path.samefile(path):
-            raise StoreError(
-                f"{found[key].path} and {path} would both have the key {key!r}: name a folder that holds "
-                "both, or encode them to two stores."
-            )
-        found[key] = Source(path, root)
-    return dict(sorted(found.items()))
-
-
-BATCH_PIXELS = 512 * 512  # a batch size is meant for images of so many; of larger ones fewer make a batch
-LARGE = 1024 * 1024  # pixels above which an image is a batch of its own, and may be tiled
 
 
 @dataclass(frozen=True)
@@ -202,6 +180,26 @@ class PlannedShard:
     vanished: tuple[str, ...] = ()
     record: ShardRecord | None = None
     pruned: bool = False
+
+
+class Loss(NamedTuple):
+    """What is lost with one damaged shard: images in it that this run cannot encode again.
+
+    Attributes:
+        problem: what is wrong with it; names the file.
+        keys: of images whose files are gone, sorted.
+        unread: how many images it holds, where their keys are not known.
+    """
+
+    problem: str
+    keys: Sequence[str]
+    unread: int = 0
+
+    def __str__(self) -> str:
+        if self.unread:
+            return f"{self.problem}: nothing else says which {self.unread} images it held"
+        shown = ", ".join(repr(key) for key in self.keys[:NAMED]) + ", ..." * (len(self.keys) > NAMED)
+        return f"{self.problem}: {len(self.keys)} of its images cannot be encoded again ({shown})"
 
 
 @dataclass(frozen=True)
@@ -226,17 +224,15 @@ def plan_shards(
         keys: of all images that are there, sorted.
         prune: take images out whose files are gone.
     """
-    present, known = set(keys), set[str]()
-    shards, dropped, damaged = list[PlannedShard](), list[str](), list[Remains]()
+    present, known = set(keys), set[str]()  # known: in shards that stay
+    planned, dropped, damaged = list[PlannedShard](), list[str](), dict[str, str]()
     for name, record in records.items():
-        problem = damage(store, record, tensors=False)
-        if problem is not None:
-            damaged.append(read_remains(store, record, problem))
+        problem = layout.damage(store, record, tensors=False)
+        if problem is not None:  # its images are as good as new ones, as far as they are there
+            damaged[name] = problem
             continue
-        members = sorted(
-            [entry.key for entry in read_entries(store, name)]
-            + [failure.key for failure in read_failures(store, name)]
-        )
+        lines = [*layout.read_entries(store, name), *layout.read_failures(store, name)]
+        members = sorted(line.key for line in lines)
         known.update(members)
         gone = tuple(key for key in members if key not in present)
         there = tuple(key for key in members if key in present)
@@ -244,56 +240,89 @@ def plan_shards(
             dropped += gone
             if not there:
                 continue
-        shards.append(PlannedShard(name, there, () if prune else gone, record, prune and bool(gone)))
-    losses = find_losses(damaged, present, known)
+        planned.append(PlannedShard(name, there, () if prune else gone, record, prune and bool(gone)))
+    losses = []
+    for name, problem in damaged.items():
+        held = layout.read_keys(store, records[name])
+        if held is None:
+            losses.append(Loss(problem, (), records[name].count))
+        elif lost := held.difference(present, known):
+            losses.append(Loss(problem, tuple(sorted(lost))))
     if prune:
         dropped += [key for loss in losses for key in loss.keys]
-    taken = {shard_number(shard.name) for shard in shards}
+    taken = {layout.shard_number(shard.name) for shard in planned}
     free = (number for number in count() if number not in taken)
-    new = _chunks((key for key in keys if key not in known), shard_size)
-    shards += [PlannedShard(shard_name(number), chunk) for chunk, number in zip(new, free, strict=False)]
-    shards.sort(key=lambda shard: shard_number(shard.name))
-    return Plan(shards, dropped, [remains.problem for remains in damaged], losses)
+    new = iter([key for key in keys if key not in known])
+    while chunk := tuple(islice(new, shard_size)):
+        planned.append(PlannedShard(layout.shard_name(next(free)), chunk))
+    planned.sort(key=lambda shard: layout.shard_number(shard.name))
+    return Plan(planned, dropped, list(damaged.values()), losses)
 
 
-class PlannedBatch(NamedTuple):
-    """Images of one padded size."""
+def refusal(store: Path, losses: Sequence[Loss]) -> StoreError:
+    """Why nothing is repaired, and what to do."""
+    named = "; ".join(map(str, losses[:NAMED]))
+    more = f"; {len(losses) - NAMED} more shards" if len(losses) > NAMED else ""
+    return StoreError(
+        f"{store} is damaged, and repairing it would lose images; nothing has been changed. {named}{more}. "
+        "Bring the files back, name all folders that the store was made from, or give these images up with "
+        "--prune."
+    )
 
-    keys: list[str]
-    pixels: int  # of all of them
+
+Line = TypeVar("Line", Entry, Failure)
 
 
-def plan_batches(sizes: dict[str, Size], ratio: int, batch_size: int) -> list[PlannedBatch]:
-    """Batches of images that are of one size when padded; large images in smaller batches.
+class Finding(NamedTuple):
+    """What is to be done about a shard: encode it, or write these lists, or (None) nothing."""
+
+    encode: bool
+    lists: tuple[list[Entry], list[Failure]] | None = None
+
+
+def examine(
+    store: Path, shard: PlannedShard, sources: dict[str, Source], retry_failed: bool, damaged: bool
+) -> Finding:
+    """Compare a planned shard with what is on disk.
+
+    A file whose size and time are unchanged is not read; one whose content is unchanged is not encoded.
 
     Args:
-        sizes: width and height by key, of what is to be encoded.
-        ratio: sizes are padded to multiples of.
-        batch_size: of images up to 512 x 512 pixels.
-
-    Returns:
-        The batches, those of large images first, so that memory runs out early if it does.
+        retry_failed: encode a shard again in which images failed.
+        damaged: whether the shard's files do not match its hashes.
     """
-    groups: dict[Size, list[str]] = {}
-    for key in sorted(sizes):
-        width, height = sizes[key]
-        groups.setdefault((-(-width // ratio), -(-height // ratio)), []).append(key)
-    batches = []
-    for width, height in sorted(groups, key=lambda size: (-size[0] * size[1], size)):
-        pixels = width * height * ratio**2
-        for keys in _chunks(groups[width, height], batch_limit(pixels, batch_size)):
-            batches.append(PlannedBatch(list(keys), pixels * len(keys)))
-    return batches
+    if shard.record is None or damaged:
+        return Finding(True)
+    entries, failures = layout.read_entries(store, shard.name), layout.read_failures(store, shard.name)
+    if shard.pruned or (retry_failed and failures):
+        return Finding(True)
+    new_entries = [_renewed(entry, sources.get(entry.key)) for entry in entries]
+    new_failures = [_renewed(failure, sources.get(failure.key)) for failure in failures]
+    same_entries = [entry for entry in new_entries if entry is not None]
+    same_failures = [failure for failure in new_failures if failure is not None]
+    if len(same_entries) < len(entries) or len(same_failures) < len(failures):
+        return Finding(True)
+    if (same_entries, same_failures) == (entries, failures):
+        return Finding(False)
+    return Finding(False, (same_entries, same_failures))
 
 
-def batch_limit(pixels: int, batch_size: int) -> int:
-    """How many images of so many pixels make a batch."""
-    if pixels > LARGE:
-        return 1
-    return max(1, min(batch_size, batch_size * BATCH_PIXELS // max(pixels, 1)))
-
-
-def _chunks(keys: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
-    rest = iter(keys)
-    while chunk := tuple(islice(rest, size)):
-        yield chunk
+def _renewed(line: Line, source: Source | None) -> Line | None:
+    """The line with the file's time and caption as they are now; None where the content is another."""
+    if source is None:
+        return line
+    try:
+        state = source.path.stat()
+        same = (state.st_size, state.st_mtime_ns) == (line.size_bytes, line.mtime_ns)
+        if line.sha256 is None:  # could not be read: None here if it can be now
+            source.path.open("rb").close()
+            return None
+        if not same and (state.st_size != line.size_bytes or file_sha256(source.path) != line.sha256):
+            return None
+    except OSError:  # gone since it was listed, or not readable any more: what is stored stays
+        return line
+    if isinstance(line, Failure):  # which has no caption
+        return replace(line, source=str(source.path), mtime_ns=state.st_mtime_ns)
+    caption, caption_notes = source.caption()
+    notes = [note for note in line.notes if not note.startswith(captions.PREFIX)] + caption_notes
+    return replace(line, source=str(source.path), mtime_ns=state.st_mtime_ns, caption=caption, notes=notes)

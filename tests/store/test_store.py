@@ -19,6 +19,7 @@ from latentvae.base.files import write_atomically
 from latentvae.cli import encode as encode_verb
 from latentvae.cli.verify import verify as verify_verb
 from latentvae.images import resizing as geometry
+from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing
 from latentvae.store import journal, processes
 from latentvae.store.format import (
@@ -40,7 +41,8 @@ from latentvae.store.format import (
     write_manifest,
     write_shard,
 )
-from latentvae.store.planning import PlannedBatch, plan_batches, plan_shards
+from latentvae.store.pipeline import PlannedBatch, plan_batches
+from latentvae.store.planning import plan_shards
 
 
 def entry(key: str, offset: int = 0, **changes: Any) -> Entry:
@@ -211,7 +213,7 @@ def test_buckets_have_about_the_same_area(size: int) -> None:
 @pytest.mark.parametrize("original", [(640, 480), (480, 640), (100, 900), (31, 31), (512, 512), (1, 1)])
 @pytest.mark.parametrize("policy", ["size", "centre-crop"])
 def test_images_cover_their_bucket(original: tuple[int, int], policy: Any) -> None:
-    fitted = geometry.fit(original, Preprocessing(policy=policy, size=64), 8)
+    fitted = geometry.plan_geometry(original, Preprocessing(policy=policy, size=64), 8)
     image = torch.rand(3, original[1], original[0])
     result = fitted.apply(image)
     assert tuple(result.shape[:0:-1]) == fitted.size(original)
@@ -224,9 +226,9 @@ def test_headers_give_upright_sizes(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(textured(30, 20, 0)).save(tmp_path / "turned.jpg", exif=exif)
-    assert geometry.read_size(tmp_path / "turned.jpg") == (20, 30)
+    assert read_size(tmp_path / "turned.jpg") == (20, 30)
     (tmp_path / "broken.jpg").write_bytes(b"broken")
-    assert geometry.read_size(tmp_path / "broken.jpg") is None
+    assert read_size(tmp_path / "broken.jpg") is None
 
 
 def test_environments_that_name_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:

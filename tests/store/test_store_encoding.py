@@ -25,7 +25,7 @@ from latentvae.images.reading import load_image
 from latentvae.store import format as shard_module
 from latentvae.store.encoding import EncodeReport, Workload, encode_folder
 from latentvae.store.format import Entry, read_entries, read_manifest, tensors_path
-from latentvae.store.journal import Journal
+from latentvae.store.journal import Journal, joined, locked
 from latentvae.store.planning import plan_shards
 from latentvae.store.verification import verify
 
@@ -355,7 +355,7 @@ def test_a_repair_loses_no_image_of_another_folder(tiny_vae: Any, tmp_path: Path
     damaged = content(store)
     with pytest.raises(StoreError) as caught:
         encode(tiny_vae, second, store)
-    named = "3 of its images .*'a0.png'.* and 1 lines" if kind == "jsonl" else "4 of its images .*'a2.png'"
+    named = "4 of its images .*'a2.png'"  # a damaged index too: the tensors' metadata has the keys
     assert re.search(rf"latents-00000\.{kind} does not match its sha256: {named}", str(caught.value))
     assert "--prune" in str(caught.value)
     assert content(store) == damaged
@@ -413,12 +413,12 @@ def test_a_full_disk_keeps_what_is_finished(
 ) -> None:
     store, written = tmp_path / "store", []
 
-    def save_file(tensors: Any, path: Path) -> None:
+    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
         written.append(path)
         if len(written) == 2:
             path.write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, path)
+        original(tensors, path, metadata)
 
     original = shard_module.save_file
     monkeypatch.setattr(shard_module, "save_file", save_file)
@@ -433,8 +433,6 @@ def test_a_full_disk_keeps_what_is_finished(
 
 def test_a_second_run_at_once_is_refused(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    from latentvae.store.locking import locked
-
     store.mkdir()
     with locked(store), pytest.raises(StoreError, match=f"process {os.getpid()} on "):
         encode(tiny_vae, photos, store)
@@ -445,8 +443,6 @@ def test_a_second_run_at_once_is_refused(tiny_vae: Any, photos: Path, tmp_path: 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
 def test_a_run_waits_for_processes_of_a_dead_one(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
-    from latentvae.store.locking import joined
-
     store = tmp_path / "store"
     store.mkdir()
     with joined(store), joined(store):
@@ -462,8 +458,7 @@ def test_a_large_image_is_encoded_alone(
 ) -> None:
     from contextlib import nullcontext
 
-    monkeypatch.setattr("latentvae.store.planning.LARGE", 100_000)
-    monkeypatch.setattr("latentvae.store.encoding.LARGE", 100_000)
+    monkeypatch.setattr("latentvae.store.pipeline.LARGE", 100_000)
     save(photos / "large.png", 1032, 104)
     save(photos / "larger.png", 1040, 104)
     asked = []
