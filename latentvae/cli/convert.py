@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
-from latentvae.cli.options import Json
-from latentvae.cli.session import print_json
+from latentvae.cli.options import Json, tell
+from latentvae.cli.session import DTYPES
 from latentvae.models.formats.programs import program_notes
 from latentvae.models.formats.writing import check_targets, save
 from latentvae.models.loading import load
@@ -34,17 +33,11 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by --dtype."""
-
     check_targets(output, to, overwrite)  # before a large file is read
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     vae = load(source, dtype=None)
-    wanted = dtypes[dtype] if dtype else vae.dtype
+    wanted = DTYPES[dtype] if dtype else vae.dtype
     save(vae, output, to, dtype=wanted, prefix=prefix, overwrite=overwrite)
     notes = program_notes(vae.config) if to != "diffusers" else []
-    if json:
-        name = str(wanted).removeprefix("torch.")
-        print_json({"output": str(output), "format": to, "dtype": name, "notes": notes})
-        return
-    typer.echo(f"Wrote {output}, read back in stock diffusers without a difference.")
-    for note in notes:
-        typer.echo(note)
+    name = str(wanted).removeprefix("torch.")
+    result = {"output": str(output), "format": to, "dtype": name, "notes": notes}
+    tell(result, [f"Wrote {output}, read back in stock diffusers without a difference.", *notes], json)

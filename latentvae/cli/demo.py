@@ -22,6 +22,6 @@ def demo(
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
     if find_spec("gradio") is None:
         raise LatentVAEError("the demo needs gradio, which is not installed: pip install latentvae[demo]")
-    from latentvae.demo.server import serve
+    from latentvae.demo.server import serve  # gradio is an extra: without it, say how to get it
 
     serve(model or [], host, port)

@@ -1,15 +1,10 @@
 """`latentvae info`: what a model is."""
 
-from json import loads as parse
-from pathlib import Path
 from typing import Any
 
-import typer
-
-from latentvae.cli.options import Json, ModelArgument, SameModel
-from latentvae.cli.session import print_json
-from latentvae.models.exporting import SIDECAR
-from latentvae.models.loading import DEFAULT_MODEL, WEIGHTS_DIR, bundled, describe, load
+from latentvae.cli.options import Json, ModelArgument, SameModel, tell
+from latentvae.cli.session import read_sidecar
+from latentvae.models.loading import DEFAULT_MODEL, bundled, describe, load
 
 
 def info(
@@ -18,28 +13,14 @@ def info(
     json: Json = False,
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics."""
-
     model = model or same or DEFAULT_MODEL
     figures = describe(load(model))
-    figures["latent_statistics"] = latent_statistics(model)
+    figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
     figures["bundled_models"] = bundled()
-    if json:
-        print_json(figures)
-        return
-    for line in lines(figures):
-        typer.echo(line)
+    tell(figures, _lines(figures), json)
 
 
-def latent_statistics(model: str) -> dict[str, Any] | None:
-    """Per-channel figures from the sidecar of an export; None for models that have none."""
-
-    for folder in (WEIGHTS_DIR / model, Path(model), Path(model) / "vae"):
-        if (folder / SIDECAR).is_file():
-            return parse((folder / SIDECAR).read_text(encoding="utf-8")).get("latent_statistics")
-    return None
-
-
-def lines(figures: dict[str, Any]) -> list[str]:
+def _lines(figures: dict[str, Any]) -> list[str]:
     """The figures as aligned text."""
     config, ratio = figures["config"], figures["spatial_compression_ratio"]
     rows = {

@@ -1,9 +1,20 @@
-"""Options that verbs share."""
+"""Options that verbs share, and how their results are told.
 
+Nothing heavy is imported here, so that verbs without a model, and `train --help`, need not wait for torch.
+"""
+
+import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.models import OptionInfo
+
+EXIT_SKIPPED = 3
+EXIT_INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
+
+OUTPUT = Path("latentvae-output")
 
 Model = Annotated[
     str | None,
@@ -14,10 +25,12 @@ Model = Annotated[
         show_default="f8c4-small",
     ),
 ]
+# Verbs about one model take it as an argument; --model is there too, because people type it by habit.
 ModelArgument = Annotated[
     str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
 ]
 SameModel = Annotated[str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")]
+Photos = Annotated[list[Path], typer.Argument(help="Images or folders.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
 ]
@@ -38,6 +51,36 @@ TileSize = Annotated[
         min=16, help="Tile images above this side, with exact results. Default: those that would not fit."
     ),
 ]
+# Elsewhere these maps lie in a scratch folder; the option had its name before a store was only of latents.
 Store = Annotated[
     Path | None, typer.Option(help="Folder for maps of tiled images that would not fit in memory either.")
 ]
+# the same of `decode` and `shards`
+StoreArgument = Annotated[
+    Path,
+    typer.Argument(metavar="STORE", help="A folder that `latentvae encode` wrote.", show_default=False),
+]
+
+
+def output_folder(purpose: str) -> OptionInfo:
+    """The option --output, of a verb that writes files of its own naming into a folder."""
+    return typer.Option("--output", "-o", help=purpose)
+
+
+def tell(result: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    """Print a result as one JSON object, or as lines for people, on standard output."""
+    if as_json:
+        print_json(result)
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    typer.echo(json.dumps(result))  # in ASCII: names need not be UTF-8
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """A result beside the pictures it is of, indented for people."""
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")  # names need not be UTF-8

@@ -1,29 +1,194 @@
-"""What the verbs share: model and device, images, output folders and the --json convention."""
+"""One call of a verb: the options it shares with others, its model, its images, and what was skipped."""
 
-import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import Any, get_type_hints
 
 import torch
 import typer
 from diffusers import AutoencoderKL
 from tqdm import tqdm
+from typer.models import ArgumentInfo
 
 from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError
-from latentvae.images.reading import load_image_with_info
+from latentvae.cli import options
+from latentvae.images.reading import ImageInfo, load_image, load_image_with_info
 from latentvae.images.resizing import thumbnail
 from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.models.loading import load
+from latentvae.models.exporting import SIDECAR
+from latentvae.models.loading import WEIGHTS_DIR, load
 from latentvae.runtime.optimize import optimize
 from latentvae.runtime.tiling.fitting import tile_to_fit
 
-LONGEST_NAME = 255  # bytes of a file name that common file systems take
-EXIT_SKIPPED = 3
-EXIT_INTERRUPTED = 130  # as shells have it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Session:
+    """What a verb works with. The first fields are options; `takes` says which of them a verb has.
+
+    Attributes:
+        vae: the model, once `load` was called.
+        skipped: path and reason of each input that was left out, as --json shows them.
+    """
+
+    model: options.Model = None
+    lpips_net: options.LPIPSNet = "alex"
+    lpips_weights: options.LPIPSWeights = None
+    device: options.Device = None
+    precision: options.Precision = "fp32"
+    tile_size: options.TileSize = None
+    store: options.Store = None
+    json: options.Json = False
+    vae: AutoencoderKL = field(init=False)
+    skipped: list[dict[str, str]] = field(init=False, default_factory=list)
+
+    def load(self) -> AutoencoderKL:
+        """The model: it takes seconds, so whatever can be refused without it is refused before."""
+        self.vae = load_model(self.model, self.device, self.precision)
+        return self.vae
+
+    def find_lpips(self) -> tuple[LPIPS | None, str | None]:
+        """The LPIPS network, or None and the reason. Named weights that cannot be used are an error."""
+        try:
+            return load_lpips(self.lpips_net, self.lpips_weights).to(self.vae.device), None
+        except MissingWeightsError as error:
+            if self.lpips_weights is not None:
+                raise
+            return None, str(error)  # a table with an empty column beats none: many machines are offline
+
+    def fit(self, path: Path, height: int, width: int) -> None:
+        """Have the model tile an image of so many pixels if it must; ImageError where even that fails."""
+        tile_to_fit(self.vae, path, height, width, self.tile_size, self.store)
+
+    def read_images(
+        self, paths: list[Path], longest: int | None = None
+    ) -> Iterator[tuple[Path, torch.Tensor, ImageInfo]]:
+        """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
+
+        While an image (C, H, W) is out, the model tiles if it must. With `longest`, larger images are shrunk
+        to that many pixels along their longer side first.
+        """
+        channels = image_channels(self.vae)
+        for path in tqdm(paths, unit="image", disable=len(paths) < 2):
+            try:
+                image, info = load_image_with_info(path, channels=channels)
+                if longest is not None:
+                    image = thumbnail(image, longest)
+                self.fit(path, *image.shape[-2:])
+            except ImageError as error:
+                self.skip(path, error)
+                continue
+            yield path, image, info
+
+    def read_centres(
+        self, paths: list[Path], channels: int, size: int
+    ) -> Iterator[tuple[Path, torch.Tensor]]:
+        """(path, centre) of each file that can be read: at most `size` x `size` pixels, (1, C, h, w).
+
+        Raises:
+            LatentVAEError: none can be read.
+        """
+        found = 0
+        for path in paths:
+            try:
+                image = load_image(path, channels=channels)
+            except ImageError as error:
+                self.skip(path, error)
+                continue
+            found += 1
+            top, left = (max(side - size, 0) // 2 for side in image.shape[-2:])
+            yield path, image[None, :, top : top + size, left : left + size]
+        if paths and not found:
+            self.finish(0)
+
+    def skip(self, path: Path | str, error: LatentVAEError) -> None:
+        """Name an input that is left out on standard error, beside the progress bar and not in it."""
+        self.skipped.append({"path": str(path), "reason": str(error)})
+        tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+    def skip_all(self, paths: list[str], error: LatentVAEError) -> None:
+        """Leave several inputs out for one reason, which is said once."""
+        self.skip(paths[0], error)
+        self.skipped.extend({"path": path, "reason": str(error)} for path in paths[1:])
+
+    def finish(self, done: int) -> None:
+        """End with exit code 3 where some inputs were skipped.
+
+        Raises:
+            LatentVAEError: all of them were.
+        """
+        skipped = len(self.skipped)
+        if not skipped:
+            return
+        if not done:
+            first = self.skipped[0]["reason"]
+            if skipped == 1:
+                raise LatentVAEError(f"the only image could not be read: {first}")
+            raise LatentVAEError(f"none of the {skipped} images could be read; the first: {first}")
+        were = "was" if skipped == 1 else "were"
+        of = f"{skipped} of {counted(done + skipped, 'image')}"
+        typer.echo(f"{of} {were} skipped, as named above.", err=True)
+        raise typer.Exit(options.EXIT_SKIPPED)
+
+
+def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb, whose first parameter is its `session`, options of Session on the command line.
+
+    Typer reads a verb's options from its signature. So `@takes("model", ..., "device", "json")` above
+    `def verb(session, photos, size)` makes a function that looks like `verb(photos, model, size, device, json)`
+    and calls yours with a Session of the three. Types, defaults and help are those of Session's fields.
+
+    Args:
+        order: of the options in `--help`. `...` stands for the verb's own; one of those may also be named, to
+            stand between shared ones.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = dict(signature(verb).parameters)
+        del own["session"]
+        hints = get_type_hints(Session, include_extras=True)
+        shared = {
+            option.name: Parameter(
+                option.name,
+                Parameter.POSITIONAL_OR_KEYWORD,
+                default=option.default,
+                annotation=hints[option.name],
+            )
+            for option in fields(Session)
+            if option.init and option.name in order and option.name not in own
+        }
+        # arguments come first: they may have no default, and Python wants those before the rest
+        names = [name for name, one in own.items() if _is_argument(one)]
+        for name in order:
+            if isinstance(name, str):
+                names.append(name)
+            else:
+                names += [each for each in own if each not in order and each not in names]
+        looks = Signature([(own | shared)[name] for name in names])
+
+        @wraps(verb)
+        def run(*values: Any, **named: Any) -> None:
+            given = looks.bind(*values, **named)
+            given.apply_defaults()
+            of_session = {name: given.arguments.pop(name) for name in shared}
+            verb(Session(**of_session), **given.arguments)
+
+        run.__signature__ = looks  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in looks.parameters.values()}
+        return run
+
+    return decorate
+
+
+def _is_argument(parameter: Parameter) -> bool:
+    return any(isinstance(each, ArgumentInfo) for each in getattr(parameter.annotation, "__metadata__", ()))
 
 
 def load_model(model: str | None, device: str | None, precision: str) -> AutoencoderKL:
@@ -32,11 +197,9 @@ def load_model(model: str | None, device: str | None, precision: str) -> Autoenc
     Raises:
         LatentVAEError: no such model or device, or no room on it.
     """
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     place = usable_device(device)
     try:
-        return optimize(load(model, dtype=dtype, device=place))
+        return optimize(load(model, dtype=DTYPES[precision], device=place))
     except torch.OutOfMemoryError as error:
         raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
 
@@ -47,10 +210,9 @@ def usable_device(device: str | None) -> torch.device:
     Raises:
         LatentVAEError: it is not there.
     """
-
     try:
         place = torch.device(device or best_device())
-        torch.empty(1, device=place)
+        torch.empty(1, device=place)  # a name that torch knows may be of a GPU that is not there
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
         raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
     return place
@@ -58,21 +220,9 @@ def usable_device(device: str | None) -> torch.device:
 
 def best_device() -> str:
     """cuda, mps or cpu."""
-
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def find_lpips(net: Any, weights: Path | None, device: torch.device) -> tuple[LPIPS | None, str | None]:
-    """The LPIPS network, or None and the reason. Weights that were named and cannot be used are an error."""
-
-    try:
-        return load_lpips(net, weights).to(device), None
-    except MissingWeightsError as error:
-        if weights is not None:
-            raise
-        return None, str(error)
 
 
 def image_channels(vae: AutoencoderKL) -> int:
@@ -89,6 +239,41 @@ def image_channels(vae: AutoencoderKL) -> int:
     return channels
 
 
+def read_sidecar(source: str) -> dict[str, Any]:
+    """What an export says of itself beside its weights; empty for models that say nothing."""
+    place = Path(source)
+    for folder in (WEIGHTS_DIR / source, place, place / "vae", place.parent):
+        if (folder / SIDECAR).is_file():
+            return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    return {}
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# the names before, until the verbs have changed to those above
+from latentvae.base.files import make_folder as make_folder  # noqa: E402
+from latentvae.cli.options import EXIT_INTERRUPTED as EXIT_INTERRUPTED  # noqa: E402
+from latentvae.cli.options import EXIT_SKIPPED as EXIT_SKIPPED  # noqa: E402
+from latentvae.cli.options import print_json as print_json  # noqa: E402
+from latentvae.cli.places import check_output as check_output  # noqa: E402
+from latentvae.cli.places import short_names as short_names  # noqa: E402
+from latentvae.cli.places import with_ending as with_ending  # noqa: E402
+
+shrink = thumbnail
+
+
+def find_lpips(net: Any, weights: Path | None, device: torch.device) -> tuple[LPIPS | None, str | None]:
+    try:
+        return load_lpips(net, weights).to(device), None
+    except MissingWeightsError as error:
+        if weights is not None:
+            raise
+        return None, str(error)
+
+
 def read_images(
     paths: list[Path],
     vae: AutoencoderKL,
@@ -97,127 +282,18 @@ def read_images(
     store: Path | None = None,
     longest: int | None = None,
 ) -> Iterator[tuple[Path, Any, Any]]:
-    """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
-
-    While an image is out, the VAE tiles if it must: see `tile_to_fit`. With `longest`, larger images are
-    shrunk to that many pixels along their longer side first.
-    """
-
-    channels = image_channels(vae)
-    for path in tqdm(paths, unit="image", disable=len(paths) < 2):
-        try:
-            image, info = load_image_with_info(path, channels=channels)
-            if longest is not None:
-                image = shrink(image, longest)
-            height, width = image.shape[-2:]
-            tile_to_fit(vae, path, height, width, tile_size, store)
-        except ImageError as error:
-            skip(path, error, skipped)
-            continue
-        yield path, image, info
-
-
-def shrink(image: torch.Tensor, longest: int) -> torch.Tensor:
-    """An image (C, H, W) with at most `longest` pixels along its longer side."""
-
-    return thumbnail(image, longest)
+    session = Session(tile_size=tile_size, store=store)
+    session.vae, session.skipped = vae, skipped
+    return session.read_images(paths, longest)
 
 
 def skip(path: Path, error: LatentVAEError, skipped: list[dict[str, str]]) -> None:
-    """Name a file that is left out on standard error, beside the progress bar and not in it."""
-
-    skipped.append({"path": str(path), "reason": str(error)})
-    tqdm.write(f"skipped: {error}", file=sys.stderr)
-
-
-def short_names(files: list[Path], sources: list[Path]) -> dict[Path, Path]:
-    """What to call each file: its path below the folder it was found in; a file named itself has no folder.
-
-    Suffixes stay: a.jpg and a.png are two images. Where two files would be called the same, all are called by
-    their path below what they have in common.
-    """
-    names = {file: _below(file, sources) for file in files}
-    if len(set(names.values())) == len(names):
-        return names
-    places = {file: Path(os.path.normpath(file.absolute())) for file in files}
-    common = os.path.commonpath([place.parent for place in places.values()])
-    return {file: place.relative_to(common) for file, place in places.items()}
-
-
-def _below(path: Path, sources: list[Path]) -> Path:
-    for source in sources:
-        if source.is_dir() and path.is_relative_to(source):
-            return path.relative_to(source)
-    return Path(path.name)
-
-
-def check_output(output: Path, sources: list[Path]) -> None:
-    """Refuse to write among the originals: the next run would take what this one writes for some.
-
-    Raises:
-        LatentVAEError: the output is in a folder of images, or the folder of one.
-    """
-    target = output.resolve()
-    for source in sources:
-        place = source.resolve()
-        among = target.is_relative_to(place) if source.is_dir() else target == place.parent
-        if among:
-            raise LatentVAEError(
-                f"the output {output} lies among the images ({source}), so that another run would take what "
-                "this one writes for images too: choose another --output."
-            )
-
-
-def make_folder(folder: Path) -> Path:
-    """Create an output folder.
-
-    Raises:
-        LatentVAEError: it cannot be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".latentvae-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise LatentVAEError(f"{folder} cannot be written to ({reason}). Choose another folder.") from error
-    return folder
-
-
-def with_ending(name: str, ending: str, key: str | None = None) -> str:
-    """A file's name with an ending added; one that is too long for that is cut, and gets a hash of `key`."""
-    if len(os.fsencode(name + ending)) <= LONGEST_NAME:
-        return name + ending
-    ending = f"~{hashlib.sha256(os.fsencode(key or name)).hexdigest()[:16]}{ending}"
-    while len(os.fsencode(name)) + len(ending) > LONGEST_NAME:
-        name = name[:-1]
-    return name + ending
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 images."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    session = Session()
+    session.skipped = skipped
+    session.skip(path, error)
 
 
 def finish(skipped: list[dict[str, str]], done: int) -> None:
-    """End with exit code 3 where some inputs were skipped.
-
-    Raises:
-        LatentVAEError: all of them were.
-    """
-    if skipped and not done:
-        first = skipped[0]["reason"]
-        if len(skipped) == 1:
-            raise LatentVAEError(f"the only image could not be read: {first}")
-        raise LatentVAEError(f"none of the {len(skipped)} images could be read; the first: {first}")
-    if skipped:
-        were = "was" if len(skipped) == 1 else "were"
-        of = f"{len(skipped)} of {counted(done + len(skipped), 'image')}"
-        typer.echo(f"{of} {were} skipped, as named above.", err=True)
-        raise typer.Exit(EXIT_SKIPPED)
-
-
-def print_json(result: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
-    typer.echo(json.dumps(result))  # in ASCII: names need not be UTF-8
+    session = Session()
+    session.skipped = skipped
+    session.finish(done)

@@ -6,29 +6,23 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from latentvae.cli.options import Json
-from latentvae.cli.session import print_json
+from latentvae.cli.options import Json, StoreArgument, tell
 from latentvae.store.format import read_manifest
 from latentvae.store.webdataset import export_webdataset
 
 
 def shards(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="STORE", help="A folder that `latentvae encode` wrote.", show_default=False),
-    ],
+    source: StoreArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the tars.", show_default=False)],
     images_per_shard: Annotated[int, typer.Option(min=1, help="Images of one tar.")] = 1000,
     json: Json = False,
 ) -> None:
     """Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on."""
-
     count = read_manifest(source).count
     with tqdm(total=count, unit="image", disable=count < 2) as progress:
         tars = export_webdataset(source, output, images_per_shard=images_per_shard, progress=progress.update)
-    if json:
-        print_json({"images": count, "tars": [str(tar) for tar in tars]})
-        return
     number = tars[-1].stem.rpartition("-")[2]
+    # as WebDataset takes it: braces stand for all numbers between
     pattern = tars[0].name if len(tars) == 1 else f"latents-{{000000..{number}}}.tar"
-    typer.echo(f"{count} images in {output / pattern}")
+    result = {"images": count, "tars": [str(tar) for tar in tars]}
+    tell(result, [f"{count} images in {output / pattern}"], json)

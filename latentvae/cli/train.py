@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from latentvae.cli.options import Json
-from latentvae.cli.session import print_json
+from latentvae.cli.options import Json, print_json, tell
 
-EXIT_INTERRUPTED = 4
+EXIT_SAVED = 4  # stopped by a signal or train.max_minutes, after a checkpoint
 
 
 def train(
@@ -30,30 +29,21 @@ def train(
     Recipes: tiny, digits, f8c4-small, f8c16-small, f8c4-small-gpu, f8c16-small-gpu, f8c4. Settings and their
     reasons: latentvae/training/config.py.
     """
-    from latentvae.training.batch_size import find_batch_size as find
-    from latentvae.training.loop import TrainingInterrupted
-    from latentvae.training.loop import train as run
-    from latentvae.training.recipes import load_config
-    from latentvae.training.setup import is_first_process
+    # Here, so that `train --help` and a mistyped option are answered before torch has been loaded.
+    from latentvae.training import batch_size, loop, recipes, setup
 
-    checked = load_config(config, settings)
+    checked = recipes.load_config(config, settings)
     if find_batch_size:
-        fit = find(checked)
-        if json:
-            print_json(asdict(fit))
-        else:
-            typer.echo(fit.advice())
+        found = batch_size.find_batch_size(checked)
+        tell(asdict(found), [found.advice()], json)
         return
     try:
-        exported = run(checked, resume)
-    except TrainingInterrupted as stop:
+        exported = loop.train(checked, resume)
+    except loop.TrainingInterrupted as stop:
         typer.echo(str(stop), err=True)
-        if json and is_first_process():
+        if json and setup.is_first_process():
             print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
-        raise typer.Exit(EXIT_INTERRUPTED) from stop
-    if not is_first_process():
-        return
-    if json:
-        print_json({"export": str(exported), "output": checked.output})
-    else:
-        typer.echo(f"Exported {exported}. Try: latentvae reconstruct --model {exported}")
+        raise typer.Exit(EXIT_SAVED) from stop
+    if setup.is_first_process():  # of several that all come here one speaks
+        result = {"export": str(exported), "output": checked.output}
+        tell(result, [f"Exported {exported}. Try: latentvae reconstruct --model {exported}"], json)

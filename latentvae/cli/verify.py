@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from latentvae.base.errors import StoreError
-from latentvae.cli.options import Json
-from latentvae.cli.session import print_json
+from latentvae.cli.options import Json, print_json
+from latentvae.store import verification
 from latentvae.store.format import read_manifest
-from latentvae.store.verification import verify as run
+
+EXIT_DAMAGED = 2  # as any bad input
 
 
 def verify(
@@ -19,13 +20,12 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check every shard of a store against its hashes and its index; exit code 2 where something is wrong."""
-
-    problems = run(store, progress=not json)
+    problems = verification.verify(store, progress=not json)
     manifest = read_manifest(store)
     if json:
         print_json({"store": str(store), "images": manifest.count, "problems": problems})
-        if problems:
-            raise typer.Exit(2)
+        if problems:  # no StoreError, for which the command would print a second JSON object
+            raise typer.Exit(EXIT_DAMAGED)
         return
     if problems:
         for problem in problems:
