@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 PREPROCESSING_VERSION = 1  # to be raised when the same image file would give other pixels
 SHARES = 8  # sides of buckets are multiples of an eighth of the size, where the compression ratio allows
-MAX_ASPECT = 2.0
+MAX_ASPECT = 2.0  # longer side by shorter one of a bucket
 MAX_RESIZED = 1 << 26  # pixels, scaled and not yet cropped: lines a pixel wide would become terabytes
 
 Size = tuple[int, int]  # width, height
@@ -48,6 +48,7 @@ class Geometry:
         """Scale (antialiased bicubic, clamped) and crop an image (C, H, W) in [-1, 1]."""
         if self.resized is not None:
             width, height = self.resized
+            # without antialiasing, shrinking skips pixels; bicubic overshoots [-1, 1] at edges
             image = interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp_(-1, 1)
         if self.cropped is not None:
             left, top, width, height = self.cropped
@@ -88,6 +89,7 @@ def plan_geometry(original: Size, policy: Preprocessing, ratio: int) -> Geometry
     if policy.policy == "centre-crop":
         return _cover(original, (policy.size, policy.size))
     aspect = original[0] / original[1]
+    # by the logarithm, so that 1:2 and 2:1 are equally far from a square
     bucket = min(buckets(policy.size, ratio), key=lambda size: abs(math.log(size[0] / size[1] / aspect)))
     return _cover(original, bucket)
 
@@ -119,10 +121,8 @@ def resize_short_side(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resize (C, H, W) so that the shorter side is `size`, antialiased bicubic, clamped to [-1, 1]."""
     height, width = image.shape[-2:]
     ratio = size / min(height, width)
-    shape = (max(size, round(height * ratio)), max(size, round(width * ratio)))
-    return interpolate(image[None], shape, mode="bicubic", antialias=True, align_corners=False)[0].clamp(
-        -1, 1
-    )
+    resized = max(size, round(width * ratio)), max(size, round(height * ratio))
+    return Geometry(resized).apply(image)
 
 
 def thumbnail(image: Tensor, side: int) -> Tensor:

@@ -31,10 +31,13 @@ class Padding:
 
 
 def channels_last_array(samples: np.ndarray) -> np.ndarray:
+    """Grey (H, W) as (H, W, 1); colour as it is."""
     return samples[..., None] if samples.ndim == 2 else samples
 
 
 def channels_first_tensor(samples: np.ndarray) -> torch.Tensor:
+    """(..., H, W, C) or (H, W) as a contiguous tensor (..., C, H, W)."""
+    # copied: torch takes no negative strides, as turned views have, and warns of read-only arrays
     return torch.from_numpy(np.array(np.moveaxis(channels_last_array(samples), -1, -3), order="C"))
 
 
@@ -49,6 +52,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
             f"{bad} of {images.numel()} values are NaN or infinite, but numbers in [-1, 1] were wanted: "
             "compute in float32 or bfloat16 (float16 overflows in many VAEs)"
         )
+    # in float32: bfloat16 keeps 8 bits of a number, too few to tell 256 levels apart
     return images.detach().float().mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -72,6 +76,7 @@ def pad_to_multiple(images: torch.Tensor, multiple: int) -> tuple[torch.Tensor, 
         raise ImageError(f"images of {height} x {width} pixels cannot be padded to a multiple of {multiple}")
     padding = Padding(0, 0, -width % multiple, -height % multiple, height, width)
     for dim, added in ((-2, padding.bottom), (-1, padding.right)):
+        # torch's own reflection refuses to add as many pixels as there are, such as 7 to 1
         if added:
             images = images.index_select(dim, _reflected(images.shape[dim], added, images.device))
     return images, padding
@@ -84,6 +89,6 @@ def crop_padding(images: torch.Tensor, padding: Padding) -> torch.Tensor:
 
 def _reflected(size: int, added: int, device: torch.device) -> torch.Tensor:
     """Index 0..size-1, then back and forth without repeating an edge, as often as it takes."""
-    period = max(2 * (size - 1), 1)
+    period = max(2 * (size - 1), 1)  # 0 1 2 3 2 1 | 0 1 2 3 2 1 for a size of 4; one pixel is its own period
     index = torch.arange(size + added, device=device) % period
     return torch.where(index < size, index, period - index)
