@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from latentvae.models.presets import PRESETS as PRESETS
     from latentvae.models.presets import build as build
     from latentvae.pipelines.agree import agree as agree
+    from latentvae.pipelines.preview import preview as preview
     from latentvae.pipelines.swap import swap as swap
     from latentvae.runtime.optimize import optimize as optimize
     from latentvae.runtime.patches import restore as restore
@@ -60,6 +61,7 @@ _HOME = {
     "optimize": "runtime.optimize",
     "restore": "runtime.patches",
     "agree": "pipelines.agree",
+    "preview": "pipelines.preview",
     "swap": "pipelines.swap",
     "BucketBatchSampler": "store.buckets",
     "LatentDataset": "store.dataset",
