@@ -30,11 +30,12 @@ def tiny_export(folder: Path) -> Path:
 @contextmanager
 def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[Any]:
     """A page that is served, with the tiny model alone, and without LPIPS."""
-    from latentvae.demo import models, server
+    from latentvae.demo import loaded_models, server
     from latentvae.demo.guard import Limits
 
-    patch.setattr(models, "bundled", list)
-    patch.setattr(models, "_is_faster", lambda swift, exact: False)  # as measured: not the same on every run
+    patch.setattr(loaded_models, "bundled", list)
+    # as measured it is not the same on every run
+    patch.setattr(loaded_models, "_is_faster", lambda swift, exact: False)
     patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
     patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
     with server.workplace() as files:

@@ -8,9 +8,10 @@ import torch
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.codec import compression as codec
-from latentvae.demo import equal_bytes, panes, views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import Photo, read_photo
+from latentvae.demo import equal_bytes, views
+from latentvae.demo.desk import Tab
+from latentvae.demo.guard import Photo
+from latentvae.demo.widgets import Pane, panes_html, zoom_panes
 from latentvae.images.saving import to_pil
 from latentvae.measure.metrics import Metrics
 from latentvae.models.latents import reconstruct
@@ -22,11 +23,8 @@ LVAE, JPEG, WEBP = ".lvae", "JPEG", "WebP"
 Entry = tuple[str, torch.Tensor, str, int | None]  # title, image, what it took, bytes
 
 
-class Compare:
+class Compare(Tab):
     """Handler and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -56,7 +54,7 @@ class Compare:
         if not 1 <= len(against) <= MOST:
             raise LatentVAEError(f"{len(against)} choices came; compare one to {MOST} with the original.")
         with self.desk.models.use(model) as chosen:
-            read = read_photo(photo, self.desk.limits, chosen.channels)
+            read = self.desk.read(photo, chosen.channels)
             budget, entries = None, []
             if {LVAE, JPEG, WEBP} & set(against):
                 progress(0.1, "Compressing")
@@ -64,17 +62,17 @@ class Compare:
         for number, name in enumerate(against):
             progress((number + 1) / (MOST + 1), name)
             entries.append(self._treat(name, read, model, budget))
-        box = crop_box(read, across, down, int(side))
-        rows, shown = [], [panes.Pane("Original", size_of(read, box), _cut(read.image, box))]
+        box = _crop_box(read, across, down, int(side))
+        rows, shown = [], [Pane("Original", _size_of(read, box), _cut(read.image, box))]
         for title, image, how, size in entries:
             row = self._measure(title, read, image, how, size)
             rows.append(row)
-            shown.append(panes.Pane(title, _caption(row), _cut(image, box)))
-        return panes.draw(shown), rows
+            shown.append(Pane(title, _caption(row), _cut(image, box)))
+        return panes_html(shown), rows
 
     def _treat(self, name: str, read: Photo, model: str, data: bytes | None) -> Entry:
         if name in (JPEG, WEBP) and data is not None:
-            coded = equal_bytes.code(read.image, name, len(data))  # type: ignore[arg-type]
+            coded = equal_bytes.best_within(read.image, name, len(data))  # type: ignore[arg-type]
             how = f"quality {coded.quality}" + ("" if coded.fits else ", its smallest")
             return name, coded.image, how, coded.size
         with self.desk.models.use(model if name == LVAE else name) as used:
@@ -96,7 +94,7 @@ class Compare:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photo = desk.photo()
                 against = gr.CheckboxGroup(
                     [LVAE, JPEG, WEBP, *desk.models.names],
@@ -110,8 +108,8 @@ class Compare:
                     down = gr.Slider(0, 1, 0.4, step=0.01, label="Down")
                     side = gr.Radio([*get_args(Side)], value="128", label="Side of the crop, pixels")
                 button = gr.Button("Compare", variant="primary")
-            with gr.Column(scale=3, min_width=320):
-                view = gr.HTML(css_template=panes.CSS, js_on_load=panes.SCRIPT, elem_id="lv-compare")
+            with desk.results():
+                view = zoom_panes("lv-compare")
                 gr.HTML('<p class="lv-note">Figures are those of the whole picture.</p>')
                 with gr.Accordion("Figures as JSON", open=False):
                     rows = gr.JSON(show_label=False)
@@ -120,7 +118,7 @@ class Compare:
         desk.connect(self.run, inputs, outputs, "compare", button=button, live=live)
 
 
-def crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int, int, int]:
+def _crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int, int, int]:
     """Left, top and side of a square crop, moved and shrunk until it lies in the picture."""
     width, height = read.info.width, read.info.height
     length = max(1, min(int(side), width, height))
@@ -131,7 +129,7 @@ def crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int,
     return left, top, length
 
 
-def size_of(read: Photo, box: tuple[int, int, int]) -> str:
+def _size_of(read: Photo, box: tuple[int, int, int]) -> str:
     """What the crop shows of the picture."""
     return f"{box[2]} x {box[2]} of {read.info.width} x {read.info.height} pixels"
 

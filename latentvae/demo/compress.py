@@ -8,9 +8,9 @@ import torch
 from latentvae.base.errors import CodecError, LatentVAEError
 from latentvae.codec import compression as codec
 from latentvae.demo import latents_file, views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import check_side, read_bytes, read_photo
-from latentvae.demo.models import Model
+from latentvae.demo.desk import Tab
+from latentvae.demo.guard import read_bytes
+from latentvae.demo.loaded_models import Model
 from latentvae.measure.metrics import Metrics
 from latentvae.models.latents import decode
 
@@ -21,11 +21,8 @@ INVITATION = (
 )
 
 
-class Compress:
+class Compress(Tab):
     """Handlers and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -45,7 +42,7 @@ class Compress:
             Original and decoded picture; figures as HTML; the same as JSON; the .lvae file.
         """
         with self.desk.models.use(model) as chosen:
-            read = read_photo(photo, self.desk.limits, chosen.channels)
+            read = self.desk.read(photo, chosen.channels)
             images = read.image[None]
             progress(0.1, "Encoding")
             data = codec.compress(chosen.exact, images, quality=int(quality))
@@ -101,7 +98,7 @@ class Compress:
 
     def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
         header, payload = codec.unpack(data, name=name, max_pixels=self.desk.limits.pixels)
-        check_side(name, header.width, header.height, self.desk.limits)
+        self.desk.limits.check_side(name, header.width, header.height)
         with self.desk.models.use(self._model_of(header.weights.hex(), name)) as chosen:
             codec.check_model(chosen.exact, header)
             return codec.decode_payload(chosen.swift, header, payload)[0], chosen.name
@@ -113,7 +110,7 @@ class Compress:
 
     @torch.no_grad()
     def _decode(self, model: Model, data: bytes, name: str) -> torch.Tensor:
-        found = latents_file.read(data, name, model, self.desk.limits)
+        found = latents_file.latents_from_bytes(data, name, model, self.desk.limits)
         image = decode(model.swift, found.latents, found.padding)[0]
         if not bool(image.isfinite().all()):
             raise LatentVAEError(f"{name} decodes to values that are no numbers: its latents are far off.")
@@ -132,26 +129,26 @@ class Compress:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photo = desk.photo()
                 quality = gr.Slider(
                     1, 100, 50, step=1, label="Quality", info="14 more: steps half as long, a larger file."
                 )
                 button = gr.Button("Compress", variant="primary")
-            with gr.Column(scale=3, min_width=320):
-                pair = desk.slider("lv-compress-slider")
+            with desk.results():
+                pair = desk.slider("lv-compress-slider", "Original and From the file")
                 shown = gr.HTML()
                 made = gr.DownloadButton("Download the file (.lvae)", size="md", elem_id="lv-lvae-file")
                 with gr.Accordion("Figures as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         gr.HTML('<h3 class="lv-part">Open a file</h3>')
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 file = gr.File(
                     label="A file", file_types=[".lvae", ".safetensors"], height=150, elem_id="lv-open"
                 )
                 opening = gr.Button("Decode", variant="primary")
-            with gr.Column(scale=3, min_width=320):
+            with desk.results():
                 about = gr.HTML(f'<p class="lv-note">{INVITATION}</p>', elem_id="lv-opened-about")
                 with gr.Column(visible=False) as result:
                     picture = desk.picture("Decoded", elem_id="lv-opened")
@@ -163,9 +160,9 @@ class Compress:
         events: dict[str, Any] = {"button": opening, "live": [file.upload], "progress_on": about}
         done = desk.connect(self.open, [file, model], opened, "decode", **events)
         for each in done:
-            each.success(show, None, result, api_name="show", api_visibility="undocumented", queue=False)
+            each.success(_show, None, result, api_name="show", api_visibility="undocumented", queue=False)
 
 
-def show() -> gr.Column:
+def _show() -> gr.Column:
     """Until a file is opened there is nothing to see."""
     return gr.Column(visible=True)

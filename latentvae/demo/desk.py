@@ -4,16 +4,17 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 import torch
 
 from latentvae.demo import views
-from latentvae.demo.guard import Limits, guarded
-from latentvae.demo.models import Models
-from latentvae.demo.theme import SIDES
+from latentvae.demo.guard import Limits, Photo, guarded, read_photo
+from latentvae.demo.loaded_models import Models
 from latentvae.images.reading import load_image
+from latentvae.images.resizing import thumbnail
 from latentvae.models.loading import SAMPLE_PICTURE
 
 PART = 160  # pixels of a side of the odd example's parts
@@ -28,6 +29,25 @@ class Desk:
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
+
+    def read(self, photo: str | None, channels: int = 3) -> Photo:
+        """An uploaded image, whole, within this server's limits."""
+        return read_photo(photo, self.limits, channels)
+
+    def read_small(self, photo: str | None, channels: int = 3) -> Photo:
+        """The same, shrunk for tabs that decode many pictures of it."""
+        read = self.read(photo, channels)
+        return replace(read, image=thumbnail(read.image, self.limits.explore_side))
+
+    @staticmethod
+    def controls() -> gr.Column:
+        """The narrow column, of what a visitor gives."""
+        return gr.Column(scale=1, min_width=280, elem_classes="lv-side")
+
+    @staticmethod
+    def results() -> gr.Column:
+        """The wide column, of what comes back; on a phone below the other."""
+        return gr.Column(scale=3, min_width=320)
 
     @staticmethod
     def photo(
@@ -48,7 +68,7 @@ class Desk:
         if offer_example:
             button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
             button.click(
-                take_example, None, photo, api_name="example", api_visibility="undocumented", queue=False
+                _take_example, None, photo, api_name="example", api_visibility="undocumented", queue=False
             )
         return photo
 
@@ -107,11 +127,11 @@ class Desk:
         )
 
     @staticmethod
-    def slider(elem_id: str, value: Any = None) -> gr.ImageSlider:
-        """Two pictures of one size under a divider that is dragged; `theme.SIDES` names them."""
+    def slider(elem_id: str, label: str, value: Any = None) -> gr.ImageSlider:
+        """Two pictures of one size under a divider that is dragged; page.css writes its label on them."""
         return gr.ImageSlider(
             value,
-            label=" and ".join(SIDES[elem_id]),
+            label=label,
             show_label=False,
             format="png",
             max_height=560,
@@ -174,6 +194,17 @@ class Desk:
         return events
 
 
+class Tab:
+    """A tab of the page: its handlers, which are endpoints too, and its layout."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
+        """Lay the tab out and connect it: to the page's model picker, and to its own being opened."""
+        raise NotImplementedError
+
+
 def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[..., Any]:
     """A handler that leaves the page as it is where an input is empty, or nothing is new.
 
@@ -198,6 +229,6 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
     return live
 
 
-def take_example() -> str:
+def _take_example() -> str:
     """The example picture."""
     return views.keep(SAMPLE_PICTURE.read_bytes(), SAMPLE_PICTURE.name)

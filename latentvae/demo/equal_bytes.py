@@ -32,7 +32,7 @@ class Coded:
     fits: bool
 
 
-def code(image: torch.Tensor, name: Format, budget: int) -> Coded:
+def best_within(image: torch.Tensor, name: Format, budget: int) -> Coded:
     """The best file of a format of at most `budget` bytes, or the smallest there is.
 
     Args:

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import io
 from typing import Any, Literal
 
 import gradio as gr
@@ -11,11 +10,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from latentvae.base.errors import ImageError
-from latentvae.demo import painter, views
-from latentvae.demo.desk import HEAVY, Desk
-from latentvae.demo.guard import guarded, read_photo
+from latentvae.demo import views
+from latentvae.demo.desk import HEAVY, Tab
+from latentvae.demo.guard import guarded
+from latentvae.demo.widgets import brush, brush_html, png_data_url
 from latentvae.images.reading import load_image
-from latentvae.images.resizing import thumbnail
 from latentvae.images.saving import to_pil
 from latentvae.toolbox.editing.fill import STEPS, fill
 
@@ -23,11 +22,8 @@ MASK_BYTES = 4 << 20
 SHAPE_SLACK = 0.03  # of the ratio of width to height, in which mask and picture may differ
 
 
-class FillIn:
+class FillIn(Tab):
     """Handlers and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -50,9 +46,9 @@ class FillIn:
             The picture with its hole, and completed; figures as HTML; the completed picture as PNG.
         """
         with self.desk.models.use(model) as chosen:
-            read = read_photo(photo, self.desk.limits, chosen.channels)
-            image = thumbnail(read.image, self.desk.limits.explore_side)
-            missing = read_mask(mask, *image.shape[-2:])
+            read = self.desk.read_small(photo, chosen.channels)
+            image = read.image
+            missing = _read_mask(mask, *image.shape[-2:])
             if not bool(missing.any()):
                 raise ImageError("Nothing is painted yet: paint over what should be filled in.")
             vae, total = (chosen.exact, 2 * STEPS[method]) if method == "optimise" else (chosen.swift, 6)
@@ -80,18 +76,17 @@ class FillIn:
         Args:
             photo: any image file; None takes it away.
         """
-        return painter.draw(None if photo is None else self._small(photo))
+        return brush_html(None if photo is None else self._small(photo))
 
     def _small(self, photo: str) -> Image.Image:
-        read = read_photo(photo, self.desk.limits)
-        return to_pil(thumbnail(read.image, self.desk.limits.explore_side))
+        return to_pil(self.desk.read_small(photo).image)
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         small = self._small(str(desk.example))
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photo = desk.photo()
                 method = gr.Radio(
                     ["project", "optimise"],
@@ -100,23 +95,15 @@ class FillIn:
                     info="Seconds, or about a minute for a closer fit.",
                 )
                 button = gr.Button("Fill in", variant="primary")
-            with gr.Column(scale=3, min_width=320):
-                brush = gr.HTML(
-                    painter.draw(small),
-                    css_template=painter.CSS,
-                    js_on_load=painter.SCRIPT,
-                    elem_id="lv-painter",
-                )
-                mask = gr.Textbox(
-                    scratches(*small.size), label="Mask", visible="hidden", elem_id=painter.MASK_ID
-                )
-                pair = desk.slider("lv-filled")
+            with desk.results():
+                view, mask = brush(small, _scratches(*small.size))
+                pair = desk.slider("lv-filled", "With its hole and Filled in")
                 shown = gr.HTML()
                 saved = gr.DownloadButton("Download the picture (PNG)", size="md")
         photo.change(
             guarded(self.show),
             photo,
-            brush,
+            view,
             api_name="brush",
             api_visibility="undocumented",
             show_progress="hidden",
@@ -127,7 +114,7 @@ class FillIn:
         desk.connect(self.run, inputs, outputs, "fill", button=button, live=[tab.select])
 
 
-def read_mask(mask: str, height: int, width: int) -> torch.Tensor:
+def _read_mask(mask: str, height: int, width: int) -> torch.Tensor:
     """Which pixels (height, width) a mask covers with white, from a data URL of a PNG of any size.
 
     Raises:
@@ -153,7 +140,7 @@ def read_mask(mask: str, height: int, width: int) -> torch.Tensor:
     return white[rows][:, columns]
 
 
-def scratches(width: int, height: int) -> str:
+def _scratches(width: int, height: int) -> str:
     """A mask with a few strokes, to begin with."""
     picture = Image.new("L", (width, height))
     pen, random = ImageDraw.Draw(picture), np.random.default_rng(4)
@@ -161,6 +148,4 @@ def scratches(width: int, height: int) -> str:
         steps = np.cumsum(random.normal(0, 0.04, (9, 2)) + random.normal(0, 0.06, 2), 0)
         points = (random.uniform(0.15, 0.85, 2) + steps) * (width, height)
         pen.line([tuple(point) for point in points], fill=255, width=max(3, width // 60), joint="curve")
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return png_data_url(picture)

@@ -1,4 +1,8 @@
-"""What a visitor may ask of the demo, and how everything else is refused: by route and by message."""
+"""What a visitor may ask of the demo, and how everything else is refused.
+
+In the order in which a request passes: by its route and size (`Gate`), by its inputs (`LocalBlocks`), by what
+an uploaded file holds (`read_photo`), and by what goes wrong with it (`guarded`).
+"""
 
 import functools
 import inspect
@@ -15,6 +19,7 @@ from urllib.parse import unquote
 import anyio.to_thread
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder
 from starlette.responses import JSONResponse
 
 from latentvae.base.errors import ImageError, LatentVAEError
@@ -22,6 +27,20 @@ from latentvae.images.reading import ImageInfo, load_image_with_info
 
 logger = logging.getLogger(__name__)
 
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+PREFIX = "/gradio_api"
+# Routes of gradio that this page does not use, by their beginnings.
+CLOSED = (
+    *("/proxy=", "/stream", "/component_server", "/process_recording", "/vibe-", "/undo-vibe", "/dev/"),
+    *("/run-history", "/runs"),  # keeps visitors' runs on the hub, with the host's own token
+    *("/deep_link", "/custom_component", "/monitoring", "/profiling", "/login", "/token"),
+)
+MESSAGE = "This server opens no addresses and no files but those that were uploaded to it or made by it."
+TOO_LARGE = "This is too large for this server."
+FULL = "This server holds as many files as it takes for now: try again in a while."
 EXPIRED = "This upload is no longer on the server, which deletes files after a while: upload it again."
 
 
@@ -42,6 +61,165 @@ class Limits:
     stored_bytes: int = 2 * 2**30  # of uploads and results at once; then uploads are refused
     sessions: int = 256  # whose state is kept; the oldest are forgotten
     sweep_seconds: int = 120  # how often those that are older are deleted
+
+    def check_side(self, name: str, width: int, height: int) -> None:
+        """Raises ImageError for a picture that is too long, however few its pixels are."""
+        if max(width, height) > self.side:
+            raise ImageError(
+                f"{name} is {width} x {height} pixels; up to {self.side} a side are taken: cut it in parts, "
+                "or run latentvae on your own machine."
+            )
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: what it stands before.
+        max_body: bytes of a request, counted as they come: a request need not say its length, or can lie.
+        folder: of uploads and results.
+        max_stored: bytes in that folder from which on uploads are refused.
+    """
+
+    def __init__(self, app: Any, max_body: int, folder: Path, max_stored: int) -> None:
+        self.app, self.max_body = app, max_body
+        self.folder, self.max_stored = folder, max_stored
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403 (closed), 413 (too large) or 507 (no room)."""
+        if scope["type"] != "http":  # "lifespan": the server's start and end
+            await self.app(scope, receive, send)
+            return
+        # until nothing is encoded twice: file=http%253A%252F%252F... is an address too
+        path = unquote(unquote(scope["path"])).removeprefix(PREFIX)
+        if _is_closed(path):
+            await JSONResponse({"detail": MESSAGE}, 403)(scope, receive, send)
+        elif self._length(scope) > self.max_body:
+            await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
+        elif path == "/upload" and stored_bytes(self.folder) > self.max_stored:
+            await JSONResponse({"detail": FULL}, 507)(scope, receive, send)
+        else:
+            await self._counted(scope, receive, send)
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on until its body is too large; then it is cut off, and answered 413."""
+        came, answered = 0, False
+
+        async def count() -> MutableMapping[str, Any]:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            # as if the visitor had left: what reads the body then stops
+            return {"type": "http.disconnect"} if came > self.max_body else message
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            nonlocal answered
+            # an answer that has begun must end; one that begins after the cut is none to the request
+            if came <= self.max_body or answered:
+                answered = True
+                await send(message)
+
+        try:
+            await self.app(scope, count, answer)
+        except Exception:  # of an app that was cut off nothing better is expected
+            if came <= self.max_body:
+                raise
+        if came > self.max_body and not answered:
+            await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
+
+    @staticmethod
+    def _length(scope: Scope) -> int:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit():
+                return int(value)
+        return 0
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; those that vanish meanwhile do not count."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(place, name).lstat().st_size
+    return total
+
+
+def _is_closed(path: str) -> bool:
+    """Whether a path below gradio's prefix is not served: it leads elsewhere, or is not needed."""
+    if path.startswith(("/file=", "/file/")):
+        # gradio opens such an address itself, or sends the visitor there: either is more than it should
+        target = path[len("/file=") :].lower()
+        return "://" in target or target.startswith(("http:", "https:", "//"))
+    return path.startswith(CLOSED)
+
+
+class LocalBlocks(gr.Blocks):
+    """A page that takes uploaded files only: no URLs, which gradio would fetch, no paths of the server."""
+
+    def __init__(self, limits: Limits, **options: Any) -> None:
+        super().__init__(**options)
+        self.limits = limits
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
+    ) -> Any:
+        """Refuse what was not uploaded before gradio looks at it, and say what is wrong with what was."""
+        if len(json.dumps(inputs)) > self.limits.input_bytes:  # gradio keeps them for each session
+            raise _refusal("These inputs are too large: pictures are uploaded, and their names sent.")
+        for path in _files_in(inputs):
+            _check_uploaded(path)
+        try:
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        except gr.Error as error:
+            error.print_exception = False  # a visitor's mistake is no matter for the server's log
+            raise
+        except Exception as error:  # gradio opens images with Pillow, and reports nothing of what that says
+            # in a thread: other visitors need not wait until pictures are read
+            raise _refusal(await anyio.to_thread.run_sync(self._explain, inputs)) from error
+
+    def _explain(self, inputs: list[Any]) -> str:
+        for path in _files_in(inputs):
+            try:
+                read_photo(path, self.limits)
+            except LatentVAEError as error:
+                return str(error)
+        return "These inputs cannot be used: look at the API page for what each of them must be."
+
+
+def _check_uploaded(path: str) -> None:
+    """Raise gr.Error unless a path is a file below gradio's folder of uploads and results."""
+    folder = Path(get_upload_folder()).resolve()
+    try:
+        file = Path(path).resolve()  # links and .. followed: what counts is where the file lies
+        inside, there = file.is_relative_to(folder), file.is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        inside = there = False
+    if not inside:
+        raise _refusal(
+            "Only uploaded files are taken, no addresses and no files of this server: upload the picture "
+            "itself."
+        )
+    if not there:
+        raise _refusal(EXPIRED)
+
+
+def _files_in(value: Any) -> Iterator[str]:
+    """Every path, and every address or data URL in its stead, in a request's JSON."""
+    if isinstance(value, dict):
+        url = value.get("url")
+        # gradio takes the url where there is no path, and images from a data URL even where there is one
+        if isinstance(value.get("path"), str):
+            yield value["path"]
+        elif isinstance(url, str):
+            yield url
+        if isinstance(url, str) and url.startswith("data:"):
+            yield url
+        for part in value.values():
+            yield from _files_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _files_in(part)
 
 
 @dataclass(frozen=True)
@@ -87,22 +265,13 @@ def read_photo(path: str | None, limits: Limits, channels: int = 3) -> Photo:
     """
     data, name = read_bytes(path, "picture", limits)
     image, info = load_image_with_info(data, name=name, max_pixels=limits.pixels, channels=channels)
-    check_side(name, info.width, info.height, limits)
+    limits.check_side(name, info.width, info.height)
     if info.frames > limits.frames:
         raise ImageError(
             f"{name} is an animation of {info.frames} frames; pictures, and animations of up to "
             f"{limits.frames} frames (of which the first is used), are taken: save one frame as PNG."
         )
     return Photo(image, name, info)
-
-
-def check_side(name: str, width: int, height: int, limits: Limits) -> None:
-    """Raises ImageError for a picture that is too long, however few its pixels are."""
-    if max(width, height) > limits.side:
-        raise ImageError(
-            f"{name} is {width} x {height} pixels; up to {limits.side} a side are taken: cut it in parts, or "
-            "run latentvae on your own machine."
-        )
 
 
 def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,8 +290,9 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
         with _refusing():
             yield from handler(*args, **options)
 
+    # one function cannot be both: a yield anywhere in it would make every handler a generator to gradio
     chosen: Any = run_in_parts if inspect.isgeneratorfunction(handler) else run
-    chosen.__signature__ = inspect.signature(handler)  # gradio reads it
+    chosen.__signature__ = inspect.signature(handler)  # gradio finds names, types and gr.Progress in it
     return cast(Callable[..., Any], chosen)
 
 
@@ -130,184 +300,21 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
 def _refusing() -> Iterator[None]:
     try:
         yield
-    except gr.Error:
+    except gr.Error:  # made for visitors already
         raise
     except LatentVAEError as error:
-        raise refusal(str(error)) from error
+        raise _refusal(str(error)) from error
     except Exception as error:
         logger.exception("the demo failed")
-        raise refusal(
+        raise _refusal(
             "Something went wrong on this server, and it was logged. Try again with another picture or "
             "other settings."
         ) from error
 
 
-def refusal(message: str) -> gr.Error:
+def _refusal(message: str) -> gr.Error:
     """What the page shows, and what a client is told."""
     first, space, rest = message.partition(" ")
     if first.isalpha():  # no file's name
         first = first.capitalize()
     return gr.Error(f"{first}{space}{rest}", title="This did not work", print_exception=False)
-
-
-class LocalBlocks(gr.Blocks):
-    """A page that takes uploaded files only: no URLs, which gradio would fetch, no paths of the server."""
-
-    limits = Limits()
-
-    async def preprocess_data(
-        self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
-    ) -> Any:
-        """Refuse what was not uploaded before gradio looks at it, and say what is wrong with what was."""
-        if len(json.dumps(inputs)) > self.limits.input_bytes:  # which gradio keeps for each session
-            raise refusal("These inputs are too large: pictures are uploaded, and their names sent.")
-        for path in files_in(inputs):
-            check_uploaded(path)
-        try:
-            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
-        except gr.Error as error:
-            error.print_exception = False
-            raise
-        except Exception as error:  # gradio opens images with Pillow, and reports nothing of what that says
-            # in a thread: other visitors need not wait until pictures are read
-            raise refusal(await anyio.to_thread.run_sync(self._explain, inputs)) from error
-
-    def _explain(self, inputs: list[Any]) -> str:
-        for path in files_in(inputs):
-            try:
-                read_photo(path, self.limits)
-            except LatentVAEError as error:
-                return str(error)
-        return "These inputs cannot be used: look at the API page for what each of them must be."
-
-
-def check_uploaded(path: str) -> None:
-    """Raise gr.Error unless a path is a file below gradio's folder of uploads and results."""
-    from gradio.utils import get_upload_folder
-
-    folder = Path(get_upload_folder()).resolve()
-    try:
-        file = Path(path).resolve()
-        inside, there = file.is_relative_to(folder), file.is_file()
-    except (OSError, ValueError):  # too long, or with a zero byte
-        inside = there = False
-    if not inside:
-        raise refusal(
-            "Only uploaded files are taken, no addresses and no files of this server: upload the picture "
-            "itself."
-        )
-    if not there:
-        raise refusal(EXPIRED)
-
-
-def files_in(value: Any) -> Iterator[str]:
-    """Every path, and every address or data URL in its stead, in a request's JSON."""
-    if isinstance(value, dict):
-        url = value.get("url")
-        if isinstance(value.get("path"), str):
-            yield value["path"]
-        elif isinstance(url, str):
-            yield url
-        if isinstance(url, str) and url.startswith("data:"):
-            yield url
-        for part in value.values():
-            yield from files_in(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from files_in(part)
-
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-PREFIX = "/gradio_api"
-CLOSED = (
-    *("/proxy=", "/stream", "/component_server", "/process_recording", "/vibe-", "/undo-vibe", "/dev/"),
-    *("/run-history", "/runs"),  # keeps visitors' runs on the hub, with the host's own token
-    *("/deep_link", "/custom_component", "/monitoring", "/profiling", "/login", "/token"),
-)
-MESSAGE = "This server opens no addresses and no files but those that were uploaded to it or made by it."
-
-
-TOO_LARGE = "This is too large for this server."
-FULL = "This server holds as many files as it takes for now: try again in a while."
-
-
-class Gate:
-    """ASGI middleware.
-
-    Args:
-        app: what it stands before.
-        max_body: bytes of a request, counted as they come: a request need not say its length, or can lie.
-        folder: of uploads and results.
-        max_stored: bytes in that folder from which on uploads are refused.
-    """
-
-    def __init__(self, app: Any, max_body: int, folder: Path, max_stored: int) -> None:
-        self.app, self.max_body = app, max_body
-        self.folder, self.max_stored = folder, max_stored
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 403 (closed), 413 (too large) or 507 (no room)."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        path = unquote(unquote(scope["path"])).removeprefix(PREFIX)
-        if is_closed(path):
-            await JSONResponse({"detail": MESSAGE}, 403)(scope, receive, send)
-        elif self._length(scope) > self.max_body:
-            await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
-        elif path == "/upload" and stored_bytes(self.folder) > self.max_stored:
-            await JSONResponse({"detail": FULL}, 507)(scope, receive, send)
-        else:
-            await self._counted(scope, receive, send)
-
-    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on until its body is too large; then it is cut off, and answered 413."""
-        came, answered = 0, False
-
-        async def count() -> MutableMapping[str, Any]:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if came > self.max_body else message
-
-        async def answer(message: MutableMapping[str, Any]) -> None:
-            nonlocal answered
-            if came <= self.max_body or answered:
-                answered = True
-                await send(message)
-
-        try:
-            await self.app(scope, count, answer)
-        except Exception:
-            if came <= self.max_body:
-                raise
-        if came > self.max_body and not answered:
-            await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
-
-    @staticmethod
-    def _length(scope: Scope) -> int:
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit():
-                return int(value)
-        return 0
-
-
-def stored_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; those that vanish meanwhile do not count."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += Path(place, name).lstat().st_size
-    return total
-
-
-def is_closed(path: str) -> bool:
-    """Whether a path below gradio's prefix is not served: it leads elsewhere, or is not needed."""
-    if path.startswith(("/file=", "/file/")):
-        target = path[len("/file=") :].lower()
-        return "://" in target or target.startswith(("http:", "https:", "//"))
-    return path.startswith(CLOSED)

@@ -6,19 +6,14 @@ from typing import Any, Literal
 import gradio as gr
 
 from latentvae.demo import views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import read_photo
-from latentvae.images.resizing import thumbnail
+from latentvae.demo.desk import Tab
 from latentvae.toolbox.editing.interpolate import interpolate, match_size, step_sizes, strip
 
 FPS = 8.0
 
 
-class Interpolate:
+class Interpolate(Tab):
     """Handler and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -41,12 +36,12 @@ class Interpolate:
             The frames there and back as an animated WebP; the frames as a strip; every step's size as JSON.
         """
         with self.desk.models.use(model) as chosen:
-            one, other = (read_photo(each, self.desk.limits, chosen.channels) for each in (first, second))
-            start = thumbnail(one.image, self.desk.limits.explore_side)
-            end = match_size(other.image, *start.shape[-2:])
+            one = self.desk.read_small(first, chosen.channels)
+            other = self.desk.read(second, chosen.channels)  # whole: it is cropped before it is shrunk
+            end = match_size(other.image, *one.image.shape[-2:])
             progress(0.1, "Encoding both")
             count = max(2, min(int(frames), 17))
-            found = interpolate(chosen.swift, [start, end], count, route, progress=True)
+            found = interpolate(chosen.swift, [one.image, end], count, route, progress=True)
             steps = step_sizes(found.frames, self.desk.models.lpips)
         turned = [*range(len(found.frames)), *range(len(found.frames) - 2, 0, -1)]
         name = f"{one.stem}-{other.stem}.webp"
@@ -61,7 +56,7 @@ class Interpolate:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 first = desk.photo("From")
                 second = desk.photo("To", views.keep_png(desk.second_example(), "chelsea-turned.png"), False)
                 frames = gr.Slider(3, 17, 9, step=1, label="Frames")
@@ -72,7 +67,7 @@ class Interpolate:
                     info="An arc keeps the contrast.",
                 )
                 button = gr.Button("Interpolate", variant="primary")
-            with gr.Column(scale=3, min_width=320):
+            with desk.results():
                 animation = desk.picture("There and back", elem_id="lv-animation", height=420)
                 gr.HTML('<p class="lv-caption">Every frame, and how far it looks from the one before</p>')
                 frames_view = desk.picture("Frames", bare=True)

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.demo.guard import Limits, check_side
-from latentvae.demo.models import Model
+from latentvae.demo.guard import Limits
+from latentvae.demo.loaded_models import Model
 from latentvae.images.tensors import Padding
 from latentvae.models.latents import Posterior
 from latentvae.models.loading import spatial_compression_ratio
@@ -27,7 +27,7 @@ class LatentsFile:
     padding: Padding
 
 
-def write(model: Model, posterior: Posterior, latents: torch.Tensor, padding: Padding) -> bytes:
+def latents_to_bytes(model: Model, posterior: Posterior, latents: torch.Tensor, padding: Padding) -> bytes:
     """The bytes of a safetensors file: moments, latents, and the padding as six whole numbers.
 
     Moments (1, 2C, h, w) are means, then log-variances. The metadata names the weights.
@@ -47,7 +47,7 @@ def write(model: Model, posterior: Posterior, latents: torch.Tensor, padding: Pa
     return save(tensors, metadata=about)
 
 
-def read(data: bytes, name: str, model: Model, limits: Limits) -> LatentsFile:
+def latents_from_bytes(data: bytes, name: str, model: Model, limits: Limits) -> LatentsFile:
     """Latents of a file that may come from anywhere.
 
     Raises:
@@ -69,7 +69,7 @@ def read(data: bytes, name: str, model: Model, limits: Limits) -> LatentsFile:
             "w): choose the model that made them."
         )
     padding = _padding(tensors, name, height * ratio, width * ratio)
-    check_side(name, (width - 1) * ratio + 1, (height - 1) * ratio + 1, limits)
+    limits.check_side(name, (width - 1) * ratio + 1, (height - 1) * ratio + 1)
     padded = height * width * ratio**2  # of a line of pixels many times what it holds
     if padding.height * padding.width > limits.pixels or padded > 2 * limits.pixels:
         raise LatentVAEError(

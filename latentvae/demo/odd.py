@@ -1,7 +1,6 @@
 """The tab Find the odd one: several images, each judged by all the others."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -10,10 +9,9 @@ from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.demo import views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import Photo, read_photo
+from latentvae.demo.desk import Tab
+from latentvae.demo.guard import Photo
 from latentvae.images.drawing import colour_heat
-from latentvae.images.resizing import thumbnail
 from latentvae.images.tensors import from_uint8
 from latentvae.toolbox.anomaly.calibration import LEAST, Verdict, calibrate
 from latentvae.toolbox.anomaly.terms import LPIPS_TERMS, TERMS, Look, look
@@ -21,11 +19,8 @@ from latentvae.toolbox.anomaly.terms import LPIPS_TERMS, TERMS, Look, look
 SHADE = 0.55  # how much of a heat map covers its picture
 
 
-class FindOdd:
+class FindOdd(Tab):
     """Handler and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -54,10 +49,9 @@ class FindOdd:
             looks: list[Look] = []
             for number, file in enumerate(files):
                 progress((number, len(files)), "Looking")
-                photo = read_photo(file, self.desk.limits, chosen.channels)
-                image = thumbnail(photo.image, self.desk.limits.explore_side)
-                read.append(replace(photo, image=image))  # all pictures whole would be gigabytes
-                looks.append(look(chosen.swift, image[None], self._network(image[None])))
+                read.append(self.desk.read_small(file, chosen.channels))  # whole they would be gigabytes
+                images = read[-1].image[None]
+                looks.append(look(chosen.swift, images, self._network(images)))
             if any("lpips" not in one.terms for one in looks):  # pictures that are too small for it
                 for one in looks:
                     for term in LPIPS_TERMS:
@@ -78,7 +72,7 @@ class FindOdd:
     @staticmethod
     def _show(ranked: Sequence[tuple[Photo, Verdict]], model: str) -> tuple[Any, ...]:
         maps = [
-            (heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")
+            (_heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")
             for rank, (photo, verdict) in enumerate(ranked, 1)
         ]
         first, second = ranked[0][1].score, ranked[1][1].score
@@ -97,10 +91,10 @@ class FindOdd:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photos = desk.photos("Alike, and an odd one", desk.parts(painted=4))
                 button = gr.Button("Find the odd one", variant="primary")
-            with gr.Column(scale=3, min_width=320):
+            with desk.results():
                 shown = gr.HTML()
                 maps = desk.gallery("The oddest first", columns=4)
                 gr.HTML(
@@ -115,7 +109,7 @@ class FindOdd:
         desk.connect(self.run, inputs, outputs, "odd", button=button, live=[tab.select])
 
 
-def heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
+def _heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
     """A picture, darkened and greyed, with its heat over it."""
     heat = from_uint8(colour_heat(verdict.heat.numpy()))
     grey = photo.image.mean(0, keepdim=True).expand(3, -1, -1)

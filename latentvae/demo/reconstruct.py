@@ -10,8 +10,7 @@ import torch
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.demo import latents_file, views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import read_photo
+from latentvae.demo.desk import Tab
 from latentvae.images.drawing import ERROR_WHITE
 from latentvae.measure.metrics import ImageMetrics, Metrics, MetricsSummary
 from latentvae.models.latents import decode, encode
@@ -19,11 +18,8 @@ from latentvae.models.latents import decode, encode
 SCALE = f"Error: black is none, white is {ERROR_WHITE} of 255 levels or more."
 
 
-class Reconstruct:
+class Reconstruct(Tab):
     """Handler and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     @torch.no_grad()
     def run(
@@ -50,7 +46,7 @@ class Reconstruct:
         if latents not in ("mode", "sample"):
             raise LatentVAEError(f"latents {latents!r} came; choose mode or sample.")
         with self.desk.models.use(model) as chosen:  # not held over a yield: a visitor may never come back
-            read = read_photo(photo, self.desk.limits, chosen.channels)
+            read = self.desk.read(photo, chosen.channels)
             images, start = read.image[None], time.perf_counter()
             progress(0.1, "Encoding")
             posterior, padding = encode(chosen.exact, images)
@@ -61,16 +57,16 @@ class Reconstruct:
             seconds = time.perf_counter() - start
         before, after = views.view(read.image), views.view(rebuilt[0])
         pair = (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png"))
-        yield pair, None, None, views.tiles(figures(None, seconds)), None, None, None
+        yield pair, None, None, views.tiles(_figures(None, seconds)), None, None, None
         metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
         (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
-        file = latents_file.write(chosen, posterior, drawn, padding)
+        file = latents_file.latents_to_bytes(chosen, posterior, drawn, padding)
         yield (
             pair,
             views.keep_view(views.error_view(before, after), "error.png"),
             views.channel_views(drawn),
-            views.tiles(figures(row, seconds), views.sentence([*read.info.notes, *metrics.summary().notes])),
-            details(metrics.summary(), chosen.name, chosen.precision, seconds),
+            views.tiles(_figures(row, seconds), views.sentence([*read.info.notes, *metrics.summary().notes])),
+            _details(metrics.summary(), chosen.name, chosen.precision, seconds),
             views.keep_png(rebuilt[0], f"{read.stem}.reconstruction.png"),
             views.keep(file, f"{read.stem}.latents.safetensors"),
         )
@@ -81,15 +77,15 @@ class Reconstruct:
         *_, whole = self.run(str(desk.example), desk.models.names[0])
         slider, error, channels, shown, protocol, picture, tensors = whole
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photo = desk.photo()
                 latents = gr.Radio(
                     ["mode", "sample"], value="mode", label="Latents", info="The most likely ones, or drawn."
                 )
                 seed = gr.Number(0, label="Seed of the sample", precision=0, minimum=0, visible=False)
                 button = gr.Button("Reconstruct", variant="primary")
-            with gr.Column(scale=3, min_width=320):
-                slider_view = desk.slider("lv-slider", slider)
+            with desk.results():
+                slider_view = desk.slider("lv-slider", "Original and Reconstruction", slider)
                 shown_view = gr.HTML(shown, elem_id="lv-figures")
                 with gr.Row(elem_classes="lv-downloads"):
                     picture_file = gr.DownloadButton("Download the picture (PNG)", picture, size="md")
@@ -103,7 +99,7 @@ class Reconstruct:
                 with gr.Accordion("Figures with their protocol", open=False):
                     protocol_view = gr.JSON(protocol, show_label=False)
         latents.change(
-            show_seed, latents, seed, api_name="show_seed", api_visibility="undocumented", queue=False
+            _show_seed, latents, seed, api_name="show_seed", api_visibility="undocumented", queue=False
         )
         desk.connect(
             self.run,
@@ -115,12 +111,12 @@ class Reconstruct:
         )
 
 
-def show_seed(latents: str) -> gr.Number:
+def _show_seed(latents: str) -> gr.Number:
     """A seed matters to samples only."""
     return gr.Number(visible=latents == "sample")
 
 
-def figures(row: ImageMetrics | None, seconds: float) -> list[views.Figure]:
+def _figures(row: ImageMetrics | None, seconds: float) -> list[views.Figure]:
     """The figures of one reconstruction for the page; dashes where they are not measured yet."""
     return [
         *views.distances(row),
@@ -133,7 +129,7 @@ def figures(row: ImageMetrics | None, seconds: float) -> list[views.Figure]:
     ]
 
 
-def details(summary: MetricsSummary, model: str, precision: str, seconds: float) -> dict[str, Any]:
+def _details(summary: MetricsSummary, model: str, precision: str, seconds: float) -> dict[str, Any]:
     """The figures as JSON, with all that is needed to compare them with others."""
     (row,) = summary.as_dict()["images"]
     about = {"model": model, "seconds": round(seconds, 3), "decoded_in": precision}

@@ -2,31 +2,29 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import gradio as gr
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.demo import views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import read_photo
-from latentvae.demo.models import Model
+from latentvae.demo.desk import Tab
+from latentvae.demo.loaded_models import Model
 from latentvae.images.saving import save_image
+from latentvae.store.encoding import encode_folder
 from latentvae.toolbox.editing.interpolate import match_size
-
-if TYPE_CHECKING:
-    from latentvae.toolbox.priors.prior import Prior
+from latentvae.toolbox.priors.latent_set import LatentSet
+from latentvae.toolbox.priors.mixture import fit_mixture
+from latentvae.toolbox.priors.prior import Prior, StandardNormal
+from latentvae.toolbox.priors.sampling import sample
 
 MOST = 12
 Side = Literal["64", "128", "256"]  # as text: so gradio describes choices to clients
 LEAST_LEARNED = 4
 
 
-class Sample:
+class Sample(Tab):
     """Handler and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -52,9 +50,6 @@ class Sample:
         Returns:
             The new pictures; what was drawn from, as JSON.
         """
-        from latentvae.toolbox.priors.prior import StandardNormal
-        from latentvae.toolbox.priors.sampling import sample
-
         if prior not in ("gaussian", "standard") or side not in get_args(Side):
             raise LatentVAEError(f"prior {prior!r} and side {side} came; choose from those that are offered.")
         wanted = max(1, min(int(count), MOST))
@@ -70,12 +65,8 @@ class Sample:
         facts = {"model": chosen.name, "prior": prior, "learned_from": drawn_from.card.images, "seed": seed}
         return pictures, {**facts, "fit": drawn_from.card.fit}
 
-    def _fit(self, files: list[str], model: Model, side: int) -> "Prior":
+    def _fit(self, files: list[str], model: Model, side: int) -> Prior:
         """A Gaussian fitted to squares of the pictures and their mirror images."""
-        from latentvae.store.encoding import encode_folder
-        from latentvae.toolbox.priors.latent_set import LatentSet
-        from latentvae.toolbox.priors.mixture import fit_mixture
-
         most = self.desk.limits.images
         if not LEAST_LEARNED <= len(files) <= most:
             raise LatentVAEError(
@@ -86,7 +77,7 @@ class Sample:
             pictures, store = Path(folder, "pictures"), Path(folder, "store")
             pictures.mkdir()
             for number, file in enumerate(files):
-                image = match_size(read_photo(file, self.desk.limits, model.channels).image, side, side)
+                image = match_size(self.desk.read(file, model.channels).image, side, side)
                 for name, each in (("a", image), ("b", image.flip(2))):
                     save_image(each, pictures / f"{number:02d}{name}.png")
             encode_folder(model.exact, pictures, store, dtype="fp32", weights_sha256=model.weights_sha256)
@@ -96,7 +87,7 @@ class Sample:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photos = desk.photos("Pictures to learn from", desk.parts())
                 prior = gr.Radio(
                     [("Gaussian of the pictures", "gaussian"), ("standard normal", "standard")],
@@ -107,7 +98,7 @@ class Sample:
                 count = gr.Slider(1, MOST, 8, step=1, label="Pictures")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 button = gr.Button("Sample", variant="primary")
-            with gr.Column(scale=3, min_width=320):
+            with desk.results():
                 pictures = desk.gallery("New pictures", columns=4)
                 gr.HTML(
                     '<p class="lv-note">With a small KL weight latents are far from standard normal, and '

@@ -13,52 +13,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
 from latentvae.base.errors import LatentVAEError
-from latentvae.demo.guard import Limits
-
-
-class Sweeper(threading.Thread):
-    """Deletes what is older than `keep_seconds` below a folder, every `sweep_seconds`, until that is gone.
-
-    Files that are there when it is made belong to the page, and stay.
-    """
-
-    def __init__(self, folder: Path, keep_seconds: float, sweep_seconds: float) -> None:
-        super().__init__(name="sweeper", daemon=True)
-        self.folder, self.keep_seconds, self.sweep_seconds = folder, keep_seconds, sweep_seconds
-        self.own = {Path(place, name) for place, _, names in os.walk(folder) for name in names}
-
-    def run(self) -> None:
-        """Sweep again and again."""
-        while self.folder.is_dir():
-            self.sweep(time.time())
-            time.sleep(self.sweep_seconds)
-
-    def sweep(self, now: float) -> None:
-        """Delete what is too old at this time (seconds since 1970), and folders that are empty then."""
-        for place, _, names in os.walk(self.folder, topdown=False):
-            emptied = False
-            for file in (Path(place, name) for name in names):
-                if file not in self.own and self._is_old(file, now):
-                    with suppress(OSError):  # gone already, or open on Windows: the next time
-                        file.unlink()
-                        emptied = True
-            if Path(place) != self.folder and (emptied or self._is_old(Path(place), now)):
-                with suppress(OSError):  # not empty
-                    Path(place).rmdir()
-
-    def _is_old(self, path: Path, now: float) -> bool:
-        try:
-            found = path.lstat()
-        except OSError:
-            return False
-        return max(found.st_mtime, found.st_ctime) < now - self.keep_seconds
-
+from latentvae.demo.guard import Gate, Limits, LocalBlocks
+from latentvae.demo.loaded_models import Models
+from latentvae.demo.page import build_page
+from latentvae.demo.theme import make_theme
+from latentvae.demo.widgets import static
 
 HOST, PORT = "127.0.0.1", 7860
 LOOPBACK = ("127.0.0.1", "localhost")
 LPIPS = "LATENTVAE_LPIPS"
-# What gradio reads when it is imported or launched: no telemetry, no sharing, no second server for rendering.
+# gradio reads these while it builds and launches a page: no telemetry, no sharing, no second server.
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SHARE": "False",
@@ -66,6 +34,108 @@ SETTINGS = {
     "GRADIO_NODE_SERVER_NAME": "",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+
+def serve(
+    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
+) -> None:
+    """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted."""
+    if threading.current_thread() is threading.main_thread():  # Python sets signals in no other
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
+    # absolute, because the working directory changes; what is no path is a bundled model's name
+    resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
+    with workplace():
+        page = start(resolved, host, port, limits)
+        # flushed: who starts the server from a program waits for this line
+        print(f"latentvae demo on {page.local_url} (Ctrl-C ends it)", flush=True)
+        try:
+            page.block_thread()
+        finally:
+            page.close()
+
+
+def start(
+    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
+) -> LocalBlocks:
+    """Load the models, lay the page out and serve it in a thread; call it inside `workplace`.
+
+    Args:
+        sources: models beside the bundled ones: folders or files.
+        host: address to listen on; 0.0.0.0 opens the page to the network.
+        port: of it.
+        limits: what visitors may ask.
+
+    Returns:
+        The page; `page.local_url` is its address, `page.close()` ends it.
+
+    Raises:
+        LatentVAEError: a model that cannot be loaded, or an address that cannot be served.
+    """
+    check_port(host, port)  # before the models load, which takes seconds
+    limits = limits or Limits()
+    page = build_page(Models(sources, limits.tile_above), limits)
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,
+        allowed_paths=[],
+        blocked_paths=[str(Path(__file__).parents[1])],
+        max_file_size=limits.upload_bytes,
+        strict_cors=True,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        footer_links=["api"],
+        theme=make_theme(),
+        css=static("page.css"),
+        state_session_capacity=limits.sessions,
+        app_kwargs={"middleware": _middleware(host, folder, limits)},
+        **_no_history(page),
+    )
+    # after the launch: what is in the folder by now belongs to the page
+    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
+    return page
+
+
+def _middleware(host: str, folder: Path, limits: Limits) -> list[Middleware]:
+    """What requests pass first, the outermost at the front."""
+    # an upload's body is its file and a little around it: boundaries, names
+    gate = Middleware(Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)
+    if host not in LOOPBACK:  # by which names the network knows this machine is not ours to know
+        return [gate]
+    # or a page elsewhere, whose name is made to lead here, could use the server
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)), gate]
+
+
+def _no_history(page: LocalBlocks) -> dict[str, Any]:
+    """Newer versions of gradio keep runs on the hub, and older ones do not know the option."""
+    return {"run_history": False} if "run_history" in inspect.signature(page.launch).parameters else {}
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be served.
+
+    Raises:
+        LatentVAEError: the port is taken or not allowed, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # or the connections of a server that has just ended would keep the port for minutes
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:  # OverflowError: no port has such a number
+        raise LatentVAEError(
+            f"{host}:{port} cannot be served ({getattr(error, 'strerror', None) or error}): another program "
+            "may use it. Choose another one with --port, or end that program."
+        ) from error
 
 
 @contextmanager
@@ -84,7 +154,7 @@ def workplace() -> Iterator[Path]:
     try:
         yield files
     finally:
-        os.chdir(here)
+        os.chdir(here)  # before the folder goes: Windows removes no directory that a process is in
         for name in (*SETTINGS, LPIPS, "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
             os.environ.pop(name, None)
             if name in before:
@@ -92,98 +162,42 @@ def workplace() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_port(host: str, port: int) -> None:
-    """Refuse an address that cannot be served.
+class Sweeper(threading.Thread):
+    """Deletes what is older than `keep_seconds` below a folder, every `sweep_seconds`, until that is gone.
 
-    Raises:
-        LatentVAEError: the port is taken or not allowed, or the host is not this machine's.
+    Files that are there when it is made belong to the page, and stay. (gradio's own, `delete_cache`, forgets
+    the files of clients without a session.)
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        raise LatentVAEError(
-            f"{host}:{port} cannot be served ({getattr(error, 'strerror', None) or error}): another program "
-            "may use it. Choose another one with --port, or end that program."
-        ) from error
 
+    def __init__(self, folder: Path, keep_seconds: float, sweep_seconds: float) -> None:
+        super().__init__(name="sweeper", daemon=True)
+        self.folder, self.keep_seconds, self.sweep_seconds = folder, keep_seconds, sweep_seconds
+        self.own = {Path(place, name) for place, _, names in os.walk(folder) for name in names}
 
-def start(
-    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
-) -> Any:
-    """Load the models, lay the page out and serve it in a thread; call it inside `workplace`.
+    def run(self) -> None:
+        """Sweep again and again."""
+        while self.folder.is_dir():
+            self.sweep(time.time())
+            time.sleep(self.sweep_seconds)
 
-    Args:
-        sources: models beside the bundled ones: folders or files.
-        host: address to listen on; 0.0.0.0 opens the page to the network.
-        port: of it.
-        limits: what visitors may ask.
+    def sweep(self, now: float) -> None:
+        """Delete what is too old at this time (seconds since 1970), and folders that are empty then."""
+        for place, _, names in os.walk(self.folder, topdown=False):  # so that a folder comes after its files
+            emptied = False
+            for file in (Path(place, name) for name in names):
+                if file not in self.own and self._is_old(file, now):
+                    with suppress(OSError):  # gone already, or open on Windows: the next time
+                        file.unlink()
+                        emptied = True
+            # a new folder that is empty yet: an upload into it may be on its way
+            if Path(place) != self.folder and (emptied or self._is_old(Path(place), now)):
+                with suppress(OSError):  # not empty
+                    Path(place).rmdir()
 
-    Returns:
-        The page; `page.local_url` is its address, `page.close()` ends it.
-
-    Raises:
-        LatentVAEError: a model that cannot be loaded, or an address that cannot be served.
-    """
-    check_port(host, port)
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    from latentvae.demo.guard import Gate
-    from latentvae.demo.models import Models
-    from latentvae.demo.page import build
-    from latentvae.demo.theme import CSS, make_theme
-
-    limits = limits or Limits()
-    page = build(Models(sources, limits.tile_above), limits)
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    middleware = [Middleware(Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)]
-    if host in LOOPBACK:  # or a page elsewhere, whose name is made to lead here, could use the server
-        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)))
-    # newer versions of gradio keep runs on the hub
-    known = inspect.signature(page.launch).parameters
-    no_history: dict[str, Any] = {"run_history": False} if "run_history" in known else {}
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        show_error=False,
-        allowed_paths=[],
-        blocked_paths=[str(Path(__file__).parents[1])],
-        max_file_size=limits.upload_bytes,
-        strict_cors=True,
-        enable_monitoring=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        footer_links=["api"],
-        theme=make_theme(),
-        css=CSS,
-        state_session_capacity=limits.sessions,
-        app_kwargs={"middleware": middleware},
-        **no_history,
-    )
-    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
-    return page
-
-
-def serve(
-    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
-) -> None:
-    """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-            signal.signal(signal.SIGHUP, signal.default_int_handler)
-    resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
-    with workplace():
-        page = start(resolved, host, port, limits)
-        print(f"latentvae demo on {page.local_url} (Ctrl-C ends it)", flush=True)
+    def _is_old(self, path: Path, now: float) -> bool:
         try:
-            page.block_thread()
-        finally:
-            page.close()
+            found = path.lstat()
+        except OSError:
+            return False
+        # both times: gradio's copies carry their original's mtime
+        return max(found.st_mtime, found.st_ctime) < now - self.keep_seconds

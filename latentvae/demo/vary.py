@@ -6,20 +6,15 @@ import gradio as gr
 import torch
 
 from latentvae.demo import views
-from latentvae.demo.desk import Desk
-from latentvae.demo.guard import read_photo
-from latentvae.images.resizing import thumbnail
+from latentvae.demo.desk import Tab
 from latentvae.toolbox.editing.vary import Reference, Variations
 
 FPS = 3.0
 MOST = 9
 
 
-class Vary:
+class Vary(Tab):
     """Handler and layout."""
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
 
     def run(
         self,
@@ -45,14 +40,13 @@ class Vary:
         """
         count = max(1, min(int(copies), MOST))
         with self.desk.models.use(model) as chosen:
-            read = read_photo(photo, self.desk.limits, chosen.channels)
-            image = thumbnail(read.image, self.desk.limits.explore_side)
-            found = Variations(chosen.swift, image, seed=int(seed or 0))
+            read = self.desk.read_small(photo, chosen.channels)
+            found = Variations(chosen.swift, read.image, seed=int(seed or 0))
             made = []
             for copy in range(count):
                 progress((copy, count), "Decoding")
                 made.append(found.image(float(temperature), copy))
-            original = Reference(image, self.desk.models.lpips)
+            original = Reference(read.image, self.desk.models.lpips)
             rebuilt = found.reconstruction
             plain = Reference(rebuilt, self.desk.models.lpips)
             near = [(original.distance(each), plain.distance(each)) for each in made]
@@ -83,7 +77,7 @@ class Vary:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         with gr.Row(elem_classes="lv-split"):
-            with gr.Column(scale=1, min_width=280, elem_classes="lv-side"):
+            with desk.controls():
                 photo = desk.photo()
                 temperature = gr.Slider(
                     0, 400, 150, step=1, label="Temperature", info="1 is a sample of the posterior."
@@ -91,7 +85,7 @@ class Vary:
                 copies = gr.Slider(1, MOST, 4, step=1, label="Copies")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 button = gr.Button("Vary", variant="primary")
-            with gr.Column(scale=3, min_width=320):
+            with desk.results():
                 pictures = desk.gallery("Copies")
                 shown = gr.HTML()
                 animation = desk.picture(

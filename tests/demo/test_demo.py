@@ -252,7 +252,7 @@ def test_verb_without_gradio_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_models_are_named_by_the_end_of_their_path(model: Path, tmp_path: Path) -> None:
-    from latentvae.demo.models import Models
+    from latentvae.demo.loaded_models import Models
 
     inner = tmp_path / "run" / "vae"
     inner.parent.mkdir()
@@ -268,17 +268,19 @@ def test_models_are_named_by_the_end_of_their_path(model: Path, tmp_path: Path) 
 def test_large_images_are_tiled_with_the_same_result(
     model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from latentvae.demo import models
+    from latentvae.demo import loaded_models
     from latentvae.demo.desk import Desk
     from latentvae.demo.guard import Limits
     from latentvae.demo.reconstruct import Reconstruct
     from latentvae.runtime.tiling import layers
 
-    monkeypatch.setattr(models, "bundled", list)
-    monkeypatch.setattr(models, "_is_faster", lambda swift, exact: False)
+    monkeypatch.setattr(loaded_models, "bundled", list)
+    monkeypatch.setattr(loaded_models, "_is_faster", lambda swift, exact: False)
     Image.fromarray(textured(100, 70, 2)).save(tmp_path / "a.png")
     (first, whole), (_, tiled) = (
-        Reconstruct(Desk(models.Models([model], above), Limits())).run(str(tmp_path / "a.png"), "tiny-model")
+        Reconstruct(Desk(loaded_models.Models([model], above), Limits())).run(
+            str(tmp_path / "a.png"), "tiny-model"
+        )
         for above in (1024, 32)
     )
     # the pictures come first, the figures when they are measured

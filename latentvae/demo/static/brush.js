@@ -1,30 +1,5 @@
-"""A brush in the browser: strokes over a picture, handed on as a mask in a hidden text field."""
-
-from PIL import Image
-
-from latentvae.demo.panes import encode_png
-
-MASK_ID = "lv-mask"
-
-CSS = """
-.lv-canvas { position: relative; border-radius: 12px; overflow: hidden; max-width: 720px; margin: 0 auto;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }
-.lv-canvas img { display: block; width: 100%; margin: 0 !important; user-select: none; }
-.lv-canvas canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none;
-  cursor: crosshair; opacity: 0.85; }
-.lv-empty { padding: 60px 20px; text-align: center; color: var(--body-text-color-subdued); }
-.lv-brush { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; font-size: 14px;
-  margin: 0 auto 10px; max-width: 720px; }
-.lv-brush label { display: flex; gap: 8px; align-items: center; }
-.lv-brush input { accent-color: var(--color-accent); }
-.lv-brush button { height: 36px; padding: 0 14px; font-size: 14px !important; font-weight: 500 !important;
-  border-radius: 8px; cursor: pointer;
-  border: 1px solid var(--border-color-primary); background: var(--button-secondary-background-fill);
-  color: var(--body-text-color); }
-"""
-
-# The strokes are drawn in the accent; what is handed on is white on black, of the picture's own size.
-SCRIPT = """
+// Paint a mask over a picture. gr.HTML runs this once and gives `element` (itself) and `watch`.
+// The strokes are drawn in the accent; what is handed on is white on black, of the picture's own size.
 const COLOUR = '#ff5d73';
 let strokes = [], pen = null, base = null;
 const field = () => document.querySelector('#lv-mask textarea, #lv-mask input');
@@ -113,19 +88,3 @@ const begin = tries => {
   } else if (tries > 0) setTimeout(() => begin(tries - 1), 100);
 };
 begin(30);
-"""
-
-
-def draw(picture: Image.Image | None) -> str:
-    """The brush over a picture, as HTML."""
-    if picture is None:
-        return '<div class="lv-canvas"><div class="lv-empty">Choose a picture to paint on.</div></div>'
-    return (
-        '<div class="lv-brush"><b>Paint over what is missing</b><label>Brush '
-        '<input type="range" min="1" max="15" value="4" aria-label="Width of the brush"></label>'
-        '<button type="button" data-act="undo">Undo</button>'
-        '<button type="button" data-act="clear">Clear</button></div>'
-        f'<div class="lv-canvas"><img alt="The picture to paint on" draggable="false" '
-        f'src="data:image/png;base64,{encode_png(picture)}">'
-        f'<canvas width="{picture.width}" height="{picture.height}"></canvas></div>'
-    )
