@@ -20,8 +20,8 @@ from latentvae.runtime.tiling.planning import plan
 from latentvae.runtime.tiling.switch import enable_exact_tiling
 from latentvae.store.encoding import EncodeReport, Room, Workload, encode_folder
 from latentvae.store.format import DTYPES
-from latentvae.store.preview import PREVIEW
-from latentvae.store.preview import preview as draw
+from latentvae.store.verification import PREVIEW
+from latentvae.store.verification import preview as draw
 
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
@@ -85,7 +85,6 @@ def encode(
     Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
     A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
     """
-
     vae, weights = prepare(model, device, precision)
     threads = threads or cores(vae, batch_size or 8)
     try:
@@ -116,7 +115,6 @@ def encode(
 
 def prepare(model: str | None, device: str | None, precision: str) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
-
     vae = load_model(model, own_device(device), "fp32")
     weights = weight_hash(vae)
     if vae.dtype != dtypes()[precision]:
@@ -127,7 +125,6 @@ def prepare(model: str | None, device: str | None, precision: str) -> tuple[Auto
 
 def dtypes() -> dict[str, torch.dtype]:
     """By their names on the command line."""
-
     return {str(name): dtype for name, dtype in DTYPES.items()}
 
 
@@ -139,7 +136,6 @@ def own_device(device: str | None) -> str:
 
 def cores(vae: AutoencoderKL, batch_size: int) -> int:
     """How many batches a CPU can work on at once: one per core, as far as memory goes."""
-
     free = SHARE * free_memory(vae.device)
     each = ordinary_peak(vae, 512, 512 * batch_size)
     return max(1, min(torch.get_num_threads(), int(free // each)))
@@ -147,7 +143,6 @@ def cores(vae: AutoencoderKL, batch_size: int) -> int:
 
 def tile_large(vae: AutoencoderKL) -> None:
     """Have images with a side above `TILE` tiled exactly, however much memory there is."""
-
     enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
 
 
@@ -169,7 +164,6 @@ def room_for(vae: AutoencoderKL, threads: int) -> Room:
 
 def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     """Bytes above the weights that encoding an image takes, tiled as the VAE is set to."""
-
     return plan(vae, height, width).encode.peak_bytes
 
 

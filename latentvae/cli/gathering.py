@@ -18,9 +18,8 @@ from latentvae.images import captions
 from latentvae.images.reading import find_images
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import decode, encode
-from latentvae.store.dataset import LatentDataset
+from latentvae.store.dataset import LatentDataset, original_image
 from latentvae.store.format import MANIFEST
-from latentvae.store.preview import original_image
 from latentvae.toolbox.atlas.gallery import Gallery, stored_images
 from latentvae.toolbox.atlas.labels import label_of, match_labels, read_table
 from latentvae.toolbox.atlas.page import picture_side
@@ -87,7 +86,6 @@ def gather(request: Request) -> Gathering:
     Raises:
         LatentVAEError: no image, no such model or device, labels that do not match, a store beside others.
     """
-
     stores = [source for source in request.sources if (source / MANIFEST).is_file()]
     if stores and len(request.sources) > 1:
         raise LatentVAEError(
@@ -99,7 +97,6 @@ def gather(request: Request) -> Gathering:
 
 def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
     """The table, where one was named, if it is of these images; `names` holds the skipped ones too."""
-
     if path is None:
         return None
     table = read_table(path)
@@ -109,7 +106,6 @@ def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
 
 def _side(request: Request, count: int) -> int:
     """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
-
     return picture_side(count) if request.with_pictures else 0
 
 

@@ -1,8 +1,9 @@
-"""Latents of a store: any image by its number, and a torch dataset for whoever trains a diffusion model."""
+"""Latents of a store: a torch dataset for whoever trains a diffusion model, and any image by its number."""
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -13,171 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from latentvae.base.errors import StoreError
-from latentvae.models.latents import Posterior
-from latentvae.store.format import (
-    Entry,
-    Manifest,
-    ShardRecord,
-    flipped_name,
-    index_path,
-    latent_size,
-    line_starts,
-    parse_entry,
-    read_manifest,
-    tensors_path,
-)
+from latentvae.base.errors import ImageError, StoreError
+from latentvae.images.reading import load_image
+from latentvae.images.resizing import Geometry
+from latentvae.models.latents import Posterior, Scaling
+from latentvae.store import format as layout
+from latentvae.store.format import Entry, Manifest, ShardRecord
 
 SHARDS_KEPT = 1024  # mapped files hold no descriptor, so the limit is the memory of their indexes
-LINES_KEPT = 4_000_000  # of all indexes kept, 8 bytes each
+LINES_KEPT = 2_000_000  # of all indexes kept: 8 bytes each, and the keys in the headers, about 60
 
 _TENSOR = re.compile(rb'"tensor":"(moments\.\d+x\d+)"')
-
-
-class StoreReader:
-    """Reads images of a store by number, in the order of its shards and their indexes.
-
-    Opening reads `store.json` alone. A shard's tensors are mapped when one of its images is first read, and
-    its index is scanned for line ends, not parsed; both are kept for the shards that were used last. No file
-    stays open, so readers may be pickled and forked.
-
-    Args:
-        store: the folder.
-
-    Raises:
-        StoreError: no store, a damaged one, one of a later version, or one without images.
-    """
-
-    def __init__(self, store: str | Path) -> None:
-        self.store = Path(store).absolute()
-        self.manifest = read_manifest(self.store)
-        if not self.manifest.count:
-            raise StoreError(
-                f"the store {store} holds no image: run `latentvae encode` with images that can be read."
-            )
-        if not isinstance(self.manifest.config.get("latent_channels"), int):
-            raise StoreError(
-                f"store.json of {store} does not say how many latent_channels its VAE has: encode again."
-            )
-        self._ends = list(accumulate(shard.count for shard in self.manifest.shards))
-        self._remember()
-
-    def _remember(self) -> None:
-        """Start with no shard kept."""
-        longest = max(shard.count for shard in self.manifest.shards)
-        kept = max(1, min(SHARDS_KEPT, LINES_KEPT // longest))
-        self._line_starts = lru_cache(kept)(self._scan)
-        self._tensors = lru_cache(kept)(self._map)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_line_starts", "_tensors")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._remember()
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def locate(self, index: int) -> tuple[ShardRecord, int]:
-        """The shard of an image and its line there; IndexError where there is no such image."""
-        position = range(len(self))[index]
-        number = bisect_right(self._ends, position)
-        shard = self.manifest.shards[number]
-        return shard, position - (self._ends[number] - shard.count)
-
-    def entry(self, index: int) -> Entry:
-        """The index line of an image.
-
-        Raises:
-            StoreError: its shard is gone, damaged, or was replaced since this reader opened the store.
-        """
-        shard, line = self.locate(index)
-        starts = self._line_starts(shard)
-        start, end = int(starts[line]), int(starts[line + 1])
-        try:
-            with index_path(self.store, shard.name).open("rb") as file:
-                file.seek(start)
-                text = file.read(end - start)
-        except OSError as error:
-            raise self._unusable(shard, error.strerror or str(error)) from error
-        if not text.startswith(b"{") or text.find(b"\n") != len(text) - 1:
-            raise self._unusable(shard, "its index has changed since the store was opened")
-        try:
-            return parse_entry(text)
-        except StoreError as error:
-            raise self._unusable(shard, f"line {line + 1} of its index is damaged") from error
-
-    def moments(self, index: int, entry: Entry, flipped: bool = False) -> torch.Tensor:
-        """The moments of an image, (2C, h, w), as stored; a view of the mapped file: not to be written to.
-
-        Args:
-            index: the image's number.
-            entry: its `entry(index)`.
-            flipped: those of its mirror image, which must have been stored.
-
-        Raises:
-            StoreError: as `entry`; or the tensors lack this row.
-        """
-        shard, _ = self.locate(index)
-        name = flipped_name(entry.tensor) if flipped else entry.tensor
-        try:
-            row = self._tensors(shard).get_slice(name)[entry.offset : entry.offset + 1]
-        except (SafetensorError, TypeError) as error:
-            raise self._unusable(shard, str(error)) from error
-        channels = 2 * self.manifest.config["latent_channels"]
-        if entry.offset < 0 or row.shape != (1, channels, *latent_size(entry.tensor)):
-            raise self._unusable(shard, f"{name} has no row {entry.offset} of the wanted shape")
-        return row[0]
-
-    def tensor_names(self, shard: ShardRecord) -> list[str]:
-        """The tensor of each image of a shard, in order; the index is read only where there are several."""
-        if not shard.count:
-            return []
-        stored: list[str] = self._tensors(shard).keys()
-        names = [name for name in stored if name.startswith("moments.")]
-        if len(names) == 1:
-            return names * shard.count
-        with self._open_index(shard) as file:
-            found = [_tensor_of(line) for line in file]
-        if len(found) != shard.count:
-            raise self._unusable(shard, f"its index has {len(found)} lines instead of {shard.count}")
-        return found
-
-    def _scan(self, shard: ShardRecord) -> np.ndarray:
-        try:
-            starts = line_starts(index_path(self.store, shard.name))
-        except OSError as error:
-            raise self._unusable(shard, error.strerror or str(error)) from error
-        if len(starts) != shard.count + 1:
-            raise self._unusable(shard, f"its index has {len(starts) - 1} lines instead of {shard.count}")
-        return starts
-
-    def _map(self, shard: ShardRecord) -> Any:
-        path = tensors_path(self.store, shard.name)
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise self._unusable(shard, getattr(error, "strerror", None) or str(error)) from error
-
-    def _open_index(self, shard: ShardRecord) -> Any:
-        try:
-            return index_path(self.store, shard.name).open("rb")
-        except OSError as error:
-            raise self._unusable(shard, error.strerror or str(error)) from error
-
-    def _unusable(self, shard: ShardRecord, reason: str) -> StoreError:
-        return StoreError(
-            f"the shard {shard.name} of {self.store} cannot be used: {reason}. Run `latentvae verify` to see "
-            "what is damaged, and `latentvae encode` with the images to repair it; then open the store again."
-        )
-
-
-def _tensor_of(line: bytes) -> str:
-    """The tensor that an index line names: found without parsing, ten times as fast."""
-    match = _TENSOR.search(line)  # the first: captions come later in the line
-    return match[1].decode() if match else parse_entry(line).tensor
-
 
 Mode = Literal["sample", "mode", "moments"]
 Item = dict[str, Any]
@@ -265,9 +112,11 @@ class LatentDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
         entry = self.reader.entry(index)
+        # NumPy's, which is seeded by several numbers; torch's takes one
         random = np.random.default_rng((self.seed, self.epoch, index))
         flipped = random.random() < self.flip
-        pick = random.random()
+        pick = random.random()  # drawn with or without captions, so that they change no latents
+        # (2C, h, w); a copy, because the stored ones are a view of the file
         moments = self.reader.moments(index, entry, flipped).to(torch.float32, copy=True)
         return {
             **self._tensor(moments, random),
@@ -289,11 +138,11 @@ class LatentDataset(Dataset[Item]):
         if self.mode == "sample":
             latents = posterior.at(torch.from_numpy(random.standard_normal(latents.shape, np.float32)))
         if self.scaled:
-            latents = (latents - (self.manifest.shift_factor or 0.0)) * self.manifest.scaling_factor
+            latents = Scaling.of(self.manifest).scale(latents)
         return {"latents": latents[0]}
 
 
-def _check(mode: str, flip: float, seed: int, reader: StoreReader) -> None:
+def _check(mode: str, flip: float, seed: int, reader: "StoreReader") -> None:
     if mode not in ("sample", "mode", "moments"):
         raise StoreError(f"mode={mode!r} came; wanted 'sample', 'mode' or 'moments'.")
     if not 0 <= flip <= 1:
@@ -327,3 +176,150 @@ def _crop_top_left(entry: Entry, flipped: bool) -> tuple[int, int]:
     left, top, width, _ = entry.cropped
     whole = entry.resized[0] if entry.resized else entry.width
     return top, whole - left - width if flipped else left
+
+
+def original_image(entry: Entry, manifest: Manifest, largest: int | None = None) -> torch.Tensor | None:
+    """The image (C, H, W) as it was encoded, from its file; None where that is gone or above `largest` px."""
+    if largest is not None and entry.encoded_width * entry.encoded_height > largest:
+        return None
+    try:
+        image = load_image(entry.source, channels=manifest.preprocessing.channels)
+    except ImageError:  # gone, or no image any more
+        return None
+    return Geometry(entry.resized, entry.cropped).apply(image)
+
+
+class StoreReader:
+    """Reads images of a store by number, in the order of its shards and their indexes.
+
+    Opening reads `store.json` alone. A shard's tensors are mapped when one of its images is first read, and
+    its index is scanned for line ends, not parsed; both are kept for the shards that were used last. No file
+    stays open, so readers may be pickled and forked.
+
+    Args:
+        store: the folder.
+
+    Raises:
+        StoreError: no store, a damaged one, one of a later version, or one without images.
+    """
+
+    def __init__(self, store: str | Path) -> None:
+        self.store = Path(store).absolute()
+        self.manifest = layout.read_manifest(self.store)
+        if not self.manifest.count:
+            raise StoreError(
+                f"the store {store} holds no image: run `latentvae encode` with images that can be read."
+            )
+        if not isinstance(self.manifest.config.get("latent_channels"), int):
+            raise StoreError(
+                f"store.json of {store} does not say how many latent_channels its VAE has: encode again."
+            )
+        self._ends = list(accumulate(shard.count for shard in self.manifest.shards))
+        self._remember()
+
+    def _remember(self) -> None:
+        """Start with no shard kept; what is mapped cannot be pickled for a worker."""
+        longest = max(shard.count for shard in self.manifest.shards)
+        kept = max(1, min(SHARDS_KEPT, LINES_KEPT // longest))
+        self._line_starts = lru_cache(kept)(self._scan)
+        self._tensors = lru_cache(kept)(self._map)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_line_starts", "_tensors")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, index: int) -> tuple[ShardRecord, int]:
+        """The shard of an image and its line there; IndexError where there is no such image."""
+        position = range(len(self))[index]
+        number = bisect_right(self._ends, position)
+        shard = self.manifest.shards[number]
+        return shard, position - (self._ends[number] - shard.count)
+
+    def entry(self, index: int) -> Entry:
+        """The index line of an image.
+
+        Raises:
+            StoreError: its shard is gone, damaged, or was replaced since this reader opened the store.
+        """
+        shard, line = self.locate(index)
+        with self._using(shard):
+            start, end = (int(each) for each in self._line_starts(shard)[line : line + 2])
+            with layout.index_path(self.store, shard.name).open("rb") as file:
+                file.seek(start)
+                text = file.read(end - start)
+        if not text.startswith(b"{") or text.find(b"\n") != len(text) - 1:
+            raise self._unusable(shard, "its index has changed since the store was opened")
+        try:
+            return layout.parse_entry(text)
+        except StoreError as error:
+            raise self._unusable(shard, f"line {line + 1} of its index is damaged") from error
+
+    def moments(self, index: int, entry: Entry, flipped: bool = False) -> torch.Tensor:
+        """The moments of an image, (2C, h, w), as stored; a view of the mapped file: not to be written to.
+
+        Args:
+            index: the image's number.
+            entry: its `entry(index)`.
+            flipped: those of its mirror image, which must have been stored.
+
+        Raises:
+            StoreError: as `entry`; or the tensors lack this row.
+        """
+        shard, _ = self.locate(index)
+        name = layout.flipped_name(entry.tensor) if flipped else entry.tensor
+        with self._using(shard):
+            # a slice, because it may be empty: what the index says is checked against what is there
+            row = self._tensors(shard).get_slice(name)[entry.offset : entry.offset + 1]
+        channels = 2 * self.manifest.config["latent_channels"]
+        if entry.offset < 0 or row.shape != (1, channels, *layout.latent_size(entry.tensor)):
+            raise self._unusable(shard, f"{name} has no row {entry.offset} of the wanted shape")
+        return row[0]
+
+    def tensor_names(self, shard: ShardRecord) -> list[str]:
+        """The tensor of each image of a shard, in order; the index is read only where there are several."""
+        if not shard.count:
+            return []
+        stored: list[str] = self._tensors(shard).keys()
+        names = [name for name in stored if name.startswith("moments.")]
+        if len(names) == 1:
+            return names * shard.count
+        with self._using(shard), layout.index_path(self.store, shard.name).open("rb") as file:
+            found = [_tensor_of(line) for line in file]
+        if len(found) != shard.count:
+            raise self._unusable(shard, f"its index has {len(found)} lines instead of {shard.count}")
+        return found
+
+    def _scan(self, shard: ShardRecord) -> np.ndarray:
+        starts = layout.line_starts(layout.index_path(self.store, shard.name))
+        if len(starts) != shard.count + 1:
+            raise self._unusable(shard, f"its index has {len(starts) - 1} lines instead of {shard.count}")
+        return starts
+
+    def _map(self, shard: ShardRecord) -> Any:
+        with self._using(shard):
+            return safe_open(layout.tensors_path(self.store, shard.name), framework="pt")
+
+    @contextmanager
+    def _using(self, shard: ShardRecord) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: an offset that is no number
+            raise self._unusable(shard, getattr(error, "strerror", None) or str(error)) from error
+
+    def _unusable(self, shard: ShardRecord, reason: str) -> StoreError:
+        return StoreError(
+            f"the shard {shard.name} of {self.store} cannot be used: {reason}. Run `latentvae verify` to see "
+            "what is damaged, and `latentvae encode` with the images to repair it; then open the store again."
+        )
+
+
+def _tensor_of(line: bytes) -> str:
+    """The tensor that an index line names: found without parsing, ten times as fast."""
+    match = _TENSOR.search(line)  # the first: captions come later in the line
+    return match[1].decode() if match else layout.parse_entry(line).tensor

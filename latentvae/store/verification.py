@@ -1,29 +1,26 @@
-"""Whether a store is what its manifest says, byte for byte."""
+"""Whether a store is what its manifest says, byte for byte; and a contact sheet, to look at it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from latentvae.base.errors import StoreError
+from latentvae.images.drawing import grid
 from latentvae.images.reading import PathLike
-from latentvae.store.format import (
-    Entry,
-    Manifest,
-    ShardRecord,
-    damage,
-    flipped_name,
-    index_path,
-    latent_size,
-    read_entries,
-    read_failures,
-    read_manifest,
-    tensors_path,
-)
+from latentvae.models.latents import Posterior, decode
+from latentvae.store import format as layout
+from latentvae.store.dataset import StoreReader, original_image
+from latentvae.store.format import Entry, Manifest, ShardRecord
 from latentvae.store.journal import FOLDER
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as safetensors calls them
+PREVIEW = "preview.png"
+LARGEST = 1024 * 1024  # pixels of an image that is shown
 
 
 def verify(store: PathLike, *, progress: bool = False) -> list[str]:
@@ -35,11 +32,11 @@ def verify(store: PathLike, *, progress: bool = False) -> list[str]:
         StoreError: the folder is no store.
     """
     folder = Path(store)
-    manifest = read_manifest(folder)
+    manifest = layout.read_manifest(folder)
     problems = [f"{FOLDER}: a run was not finished"] if (folder / FOLDER).exists() else []
     seen: dict[str, str] = {}
     for record in tqdm(manifest.shards, "verifying", unit="shard", disable=not progress, delay=2):
-        problem = damage(folder, record)
+        problem = layout.damage(folder, record)
         problems += [problem] if problem else _check_content(folder, manifest, record, seen)
     names = {record.name for record in manifest.shards}
     strangers = {path.name for path in folder.glob("latents-*") if path.name.split(".")[0] not in names}
@@ -50,12 +47,16 @@ def _check_content(
     folder: Path, manifest: Manifest, record: ShardRecord, seen: dict[str, str]
 ) -> Iterator[str]:
     """Whether index and tensors fit together; what a hash cannot tell if they were written wrongly."""
-    index, tensors = index_path(folder, record.name).name, tensors_path(folder, record.name)
+    index, tensors = layout.index_path(folder, record.name).name, layout.tensors_path(folder, record.name)
     try:
-        entries, failures = read_entries(folder, record.name), read_failures(folder, record.name)
+        entries, failures = (
+            layout.read_entries(folder, record.name),
+            layout.read_failures(folder, record.name),
+        )
         with safe_open(tensors, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             dtypes = {file.get_slice(name).get_dtype() for name in shapes}
+            named = (file.metadata() or {}).get("keys")  # None in shards of earlier versions
     except (StoreError, SafetensorError, OSError) as error:
         yield f"{record.name}: {error}"
         return
@@ -73,16 +74,43 @@ def _check_content(
     wanted = _shapes(entries, 2 * manifest.config["latent_channels"], manifest.flips)
     if shapes != wanted or any(not _fits(entry, shapes) for entry in entries):
         yield f"{tensors.name} does not hold what {index} says"
+    elif named is not None and named != layout.keys_metadata(entries).get("keys"):
+        yield f"{tensors.name} names other images than {index}"
 
 
 def _shapes(entries: list[Entry], channels: int, flips: bool) -> dict[str, list[int]]:
     """The tensors that the lines call for."""
     shapes: dict[str, list[int]] = {}
     for entry in entries:
-        for name in (entry.tensor, flipped_name(entry.tensor))[: 1 + flips]:
-            shapes.setdefault(name, [0, channels, *latent_size(entry.tensor)])[0] += 1
+        for name in (entry.tensor, layout.flipped_name(entry.tensor))[: 1 + flips]:
+            shapes.setdefault(name, [0, channels, *layout.latent_size(entry.tensor)])[0] += 1
     return shapes
 
 
 def _fits(entry: Entry, shapes: dict[str, list[int]]) -> bool:
     return entry.tensor in shapes and 0 <= entry.offset < shapes[entry.tensor][0]
+
+
+def preview(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.Image:
+    """Draw up to `count` images of a store, evenly spaced, each beside its decoded latents.
+
+    Images whose files are gone, and those above 1024 x 1024 pixels, are left out.
+
+    Args:
+        store: the folder.
+        vae: the model that it was encoded with.
+
+    Raises:
+        StoreError: no image can be shown, or the store cannot be read.
+    """
+    reader, rows = StoreReader(store), list[list[torch.Tensor]]()
+    for number in range(0, len(reader), -(-len(reader) // count)):
+        entry = reader.entry(number)
+        original = original_image(entry, reader.manifest, LARGEST)
+        if original is not None:
+            latents = Posterior(reader.moments(number, entry)[None]).mode()  # (1, C, h, w)
+            with torch.inference_mode():
+                rows.append([original, decode(vae, latents, entry.image_padding)[0].clamp(-1, 1).cpu()])
+    if not rows:
+        raise StoreError(f"no image of {store} can be shown: their files are gone, or all are large.")
+    return grid(rows, ["Image", "Decoded from the store"])
