@@ -50,7 +50,7 @@ def cluster(
         LatentVAEError: fewer than two images, or more clusters than images that differ.
     """
     scaled = normalise(values)
-    distinct = len(np.unique(scaled, axis=0))
+    distinct = len(np.unique(scaled, axis=0))  # copies cannot be told apart
     if len(scaled) < 2:
         raise LatentVAEError("1 image came; there is nothing to group. Name two or more.")
     if count is not None:
@@ -60,8 +60,9 @@ def cluster(
                 f"{distinct}. Leave the number out to have it chosen."
             )
         return Clustering(_k_means(scaled, count, seed), {})
+    # one less than there are different images: a silhouette needs a cluster with two
     tried = range(2, min(MOST, distinct - 1) + 1)
-    if not tried:  # a silhouette needs a cluster with two images
+    if not tried:
         return Clustering(_k_means(scaled, distinct, seed), {})
     found, silhouettes = {}, {}
     for each in tqdm(tried, unit="clustering", disable=not progress):
@@ -73,6 +74,7 @@ def cluster(
 
 def _k_means(scaled: np.ndarray, count: int, seed: int) -> np.ndarray:
     found = need("sklearn.cluster").KMeans(count, n_init=STARTS, random_state=seed).fit_predict(scaled)
+    # numbered by size, so that another seed that finds the same clusters gives the same colours
     sizes = np.bincount(found, minlength=count)
     rank = np.empty(count, dtype=int)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(count)
@@ -85,7 +87,7 @@ def _silhouette(scaled: np.ndarray, numbers: np.ndarray, seed: int) -> float:
         some = np.random.default_rng(seed).permutation(len(scaled))[:SAMPLE]
         scaled, numbers = scaled[some], numbers[some]
     if not 2 <= len(np.unique(numbers)) < len(numbers):  # all that were drawn are of one cluster
-        return -1.0
+        return -1.0  # the worst there is, so that this number is not chosen
     return float(need("sklearn.metrics").silhouette_score(scaled, numbers))
 
 
@@ -146,7 +148,7 @@ def few_label_accuracy(
     if len(names) != len(scaled):
         raise LatentVAEError(f"{len(names)} labels came for {len(scaled)} images; each needs one.")
     found, counts = np.unique(names[names != ""], return_counts=True)
-    classes = found[counts > per_class]
+    classes = found[counts > per_class]  # one more than is learned from, to be asked about
     if len(classes) < 2 or per_class < 1 or draws < 1:
         raise LatentVAEError(
             f"{len(classes)} label(s) have more than {per_class} images; a classifier that learns from "
@@ -159,7 +161,7 @@ def few_label_accuracy(
         learned = np.concatenate(
             [random.choice(np.flatnonzero(names == each), per_class, replace=False) for each in classes]
         )
-        asked = np.setdiff1d(used, learned)
+        asked = np.setdiff1d(used, learned)  # never what it has learned
         shares.append(_accuracy((scaled[learned], names[learned]), (scaled[asked], names[asked])))
         tested = len(asked)
     spread = float(np.std(shares))
@@ -170,6 +172,7 @@ def few_label_accuracy(
 def _accuracy(learned: tuple[np.ndarray, np.ndarray], asked: tuple[np.ndarray, np.ndarray]) -> float:
     classifier = need("sklearn.linear_model").LogisticRegression(max_iter=1000)
     with warnings.catch_warnings():
+        # 1,000 steps that do not end at the optimum still classify; a warning for each draw would tell nobody
         warnings.simplefilter("ignore", need("sklearn.exceptions").ConvergenceWarning)
         classifier.fit(*learned)
     return float(classifier.score(*asked))

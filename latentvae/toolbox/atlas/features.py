@@ -11,7 +11,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import whole_file
 from latentvae.base.optional import need
 
-FORMATS = (".npy", ".parquet")
+FORMATS = (".npy", ".parquet")  # what numpy, and what pandas, polars and DuckDB read
 
 
 def column_names(channels: int, grid: int = 0) -> list[str]:
@@ -49,6 +49,7 @@ class Features:
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""
+        # of C channels there are 2C + C * grid^2 columns
         return column_names(self.values.shape[1] // (2 + self.grid**2), self.grid)
 
     def about(self) -> dict[str, Any]:
@@ -71,9 +72,9 @@ class Features:
         check_format(path)
         if path.suffix.lower() == ".parquet":
             return [self._save_parquet(path)]
-        names = path.with_suffix(".json")
+        names = path.with_suffix(".json")  # .npy has no place for names
         rows = {**self.about(), "columns": self.columns, "keys": self.keys, "labels": self.labels}
-        with whole_file(names) as partial:
+        with whole_file(names) as partial:  # in ASCII: names need not be UTF-8
             partial.write_text(json.dumps(rows) + "\n", encoding="ascii")
         with whole_file(path) as partial, partial.open("wb") as file:  # a name alone would get another suffix
             np.save(file, self.values, allow_pickle=False)
@@ -88,6 +89,7 @@ class Features:
         arrays = [arrow.array(column, types[name]) for name, column in columns.items()]
         arrays += [arrow.array(column) for column in self.values.T]
         table = arrow.Table.from_arrays(arrays, names=[*columns, *self.columns])
+        # by this name `_is_features` knows an earlier table again
         table = table.replace_schema_metadata({"latentvae": json.dumps(self.about())})
         with whole_file(path) as partial:
             parquet.write_table(table, partial)
@@ -110,7 +112,7 @@ def check_format(path: Path) -> None:
             "features: choose another name. Nothing was written."
         )
     if path.suffix.lower() == ".parquet":
-        need("pyarrow")
+        need("pyarrow")  # said before minutes of encoding
     elif (names := path.with_suffix(".json")).exists() and not _is_ours(names):
         raise LatentVAEError(
             f"{names} would hold the keys of {path.name}, but another file of that name is there (a caption "

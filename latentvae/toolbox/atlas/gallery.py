@@ -62,8 +62,9 @@ class Gallery:
         Raises:
             LatentVAEError: latents that are not finite.
         """
-        row = pool_latents(latents, self.grid)[0]
+        row = pool_latents(latents, self.grid)[0]  # before anything is kept: it may refuse them
         kept = image if self.picture_side else None
+        # the picture and raw pixels alone are kept: thousands of whole images would fill the memory
         small = None if kept is None else thumbnail(kept, self.picture_side)
         self.pictures.append(None if small is None else to_pil(small).convert("RGB"))
         self.pixels.append(None if kept is None or decoded else raw_pixels(kept))
@@ -97,7 +98,7 @@ class Gallery:
     def raw(self) -> np.ndarray | None:
         """Raw pixels (N, D) of all images, or None where those of one are not there."""
         found = [row for row in self.pixels if row is not None]
-        return np.stack(found) if found and len(found) == len(self) else None
+        return np.stack(found) if found and len(found) == len(self) else None  # else it compares other sets
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def stored_images(reader: StoreReader, numbers: range | None = None) -> Iterator
     """
     for index in numbers or range(len(reader)):
         entry = reader.entry(index)
-        latents = Posterior(reader.moments(index, entry)[None].float()).mode()
+        latents = Posterior(reader.moments(index, entry)[None].float()).mode()  # stored in any precision
         yield StoredImage(index, entry.key, label_of(entry.caption), latents)
 
 

@@ -16,6 +16,7 @@ SHARED = 2  # images: a subfolder with fewer is no class
 def label_of(caption: Mapping[str, Any] | None) -> str:
     """The label in an image's caption record, a text or a number; "" where there is none."""
     found = (caption or {}).get(LABEL_KEY)
+    # as text: a class may be a number in one caption and a word in another
     return str(found).strip() if isinstance(found, str | int | float) else ""
 
 
@@ -38,7 +39,7 @@ def read_table(path: Path) -> dict[str, str]:
     Raises:
         LatentVAEError: it cannot be read, a line is no name,label, or a name comes twice.
     """
-    try:
+    try:  # utf-8-sig: Excel begins a CSV with a byte order mark, which would be part of the first name
         lines = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -65,6 +66,7 @@ def match_labels(path: Path, labels: Mapping[str, str], names: Collection[str], 
     Raises:
         LatentVAEError: a label for no image; or none at all, or with `whole` one missing.
     """
+    # a label too many is always an error: a name that is spelt wrongly would be an image without a label
     missing, extra = sorted(set(names) - labels.keys()), sorted(labels.keys() - set(names))
     if not extra and labels and not (whole and missing):
         return

@@ -21,8 +21,15 @@ SIDES = ((400, 192), (2_000, 96), (10_000, 64))
 SMALLEST = 32
 ALIGN = 16  # pixels: blocks of lossy WebP, so that no picture bleeds into the next one
 SHEET = 2048  # pixels along a side of the sheets that the pictures are packed on
-QUALITY = 80
+QUALITY = 80  # of WebP: sheets are looked at, not measured
 NO_LABEL = "no label"
+
+# of middle lightness, neighbours far apart in hue; blue and orange first, which all eyes tell apart
+FIRST = (
+    *("#3b7dd8", "#e8743b", "#2aa876", "#c9438f", "#d9a521", "#8d62d9"),
+    *("#19a5b8", "#d14b4b", "#7a9a2c", "#a0705a", "#6f7f95", "#e58bb5"),
+)
+GOLDEN = 0.61803398875  # of a turn: each new hue falls into the largest gap
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def write_page(
     """
     if not cards or not np.isfinite([card.point for card in cards]).all():
         raise LatentVAEError(f"{len(cards)} images came; a page needs one or more, with finite points.")
-    content = {
+    content = {  # what the script in page.html reads; by columns: rows would repeat every name
         "title": title,
         "about": about,
         "figures": [list(row) for row in figures],
@@ -90,7 +97,7 @@ def _clean(text: str) -> str:
 
 def _inline(content: dict[str, Any]) -> str:
     """JSON that no HTML parser sees markup in: `</script>` and `<!--` end or change a script element."""
-    text = json.dumps(content, separators=(",", ":"))  # ASCII
+    text = json.dumps(content, separators=(",", ":"))  # ASCII, so that no encoding can go wrong
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return text
@@ -98,11 +105,12 @@ def _inline(content: dict[str, Any]) -> str:
 
 def _groups(cards: Sequence[Card]) -> dict[str, Any]:
     """Clusters, and labels where there are any: each card's group, and the groups' names, sizes, colours."""
-    clusters = [card.cluster for card in cards]
+    clusters = [card.cluster for card in cards]  # 0 is the largest, so that it gets the first colour
     names = [f"cluster {number}" for number in range(max(clusters) + 1)]
     groups = {"cluster": _group(clusters, names, list(colours(len(names))))}
     labels = sorted({card.label for card in cards} - {""}, key=natural)
     if labels:
+        # images without a label come last and have no colour of their own: the page draws them grey
         some_without = any(not card.label for card in cards)
         place = {label: number for number, label in enumerate([*labels, *[""] * some_without])}
         shades: list[str | None] = [*colours(len(labels)), *[None] * some_without]
@@ -125,7 +133,7 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 def _placed(points: np.ndarray) -> dict[str, list[float]]:
     """Points about their middle, the longer side of what they span 1, one scale for both axes."""
     low, high = points.min(0), points.max(0)
-    side = float((high - low).max()) or 1.0
+    side = float((high - low).max()) or 1.0  # all in one place: any scale does
     placed = (points - (low + high) / 2) / side
     span = ((high - low) / side).tolist()
     return {"x": placed[:, 0].round(5).tolist(), "y": placed[:, 1].round(5).tolist(), "span": span}
@@ -136,8 +144,8 @@ def _pictures(pictures: Sequence[Image.Image | None]) -> dict[str, Any]:
     longest = picture_side(len(pictures))
     small = [None if each is None else shrink(each, longest) for each in pictures]
     used = max((max(each.size) for each in small if each is not None), default=1)
-    side = -(-used // ALIGN) * ALIGN
-    columns = max(1, min(SHEET // side, int(np.ceil(np.sqrt(len(pictures))))))
+    side = -(-used // ALIGN) * ALIGN  # of a cell
+    columns = max(1, min(SHEET // side, int(np.ceil(np.sqrt(len(pictures))))))  # few pictures: a small sheet
     per_sheet = columns * columns
     sheets = [
         _sheet(small[first : first + per_sheet], side, columns) for first in range(0, len(small), per_sheet)
@@ -165,16 +173,9 @@ def _sheet(pictures: Sequence[Image.Image | None], side: int, columns: int) -> s
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-# of middle lightness, neighbours far apart in hue; blue and orange first, which all eyes tell apart
-FIRST = (
-    *("#3b7dd8", "#e8743b", "#2aa876", "#c9438f", "#d9a521", "#8d62d9"),
-    *("#19a5b8", "#d14b4b", "#7a9a2c", "#a0705a", "#6f7f95", "#e58bb5"),
-)
-GOLDEN = 0.61803398875  # of a turn: each new hue falls into the largest gap
-
-
 def colours(count: int) -> list[str]:
     """`count` colours as #rrggbb, the first ones always the same."""
+    # as many as there are groups: of three kinds of lightness, since hues alone get too close
     more = (
         colorsys.hls_to_rgb(GOLDEN * number % 1, 0.45 + 0.12 * (number % 3), 0.55)
         for number in range(count - len(FIRST))

@@ -85,11 +85,12 @@ def project(values: np.ndarray, method: Method = "pca", seed: int = 0) -> Projec
 def _pca(scaled: np.ndarray) -> Projection:
     if not scaled.any():  # all alike: no direction has a share
         return Projection(np.zeros((len(scaled), 2)), "pca", (0.0, 0.0))
+    # full: the randomised solver, which "auto" takes for large tables, draws
     pca = need("sklearn.decomposition").PCA(min(2, *scaled.shape), svd_solver="full")
     found = pca.fit_transform(scaled)
     points = np.zeros((len(scaled), 2))  # a single feature has no second direction
     points[:, : found.shape[1]] = found
-    total = float(scaled.var(0, ddof=1).sum())
+    total = float(scaled.var(0, ddof=1).sum())  # ddof as explained_variance_ has it
     shares = [float(variance) / total for variance in (*pca.explained_variance_, 0.0)]
     return Projection(points, "pca", (shares[0], shares[1]))
 

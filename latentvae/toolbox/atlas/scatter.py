@@ -23,19 +23,20 @@ def draw_scatter(cards: Sequence[Card], title: str, axes: tuple[str, str]) -> Im
         title: above the map.
         axes: what to write along them.
     """
+    # not by pyplot, which keeps every figure and may want a screen
     figure = need("matplotlib.figure").Figure(figsize=(10, 7.2), layout="constrained")
     plot = figure.add_subplot()
     names, shades = groups(cards)
     points = np.array([card.point for card in cards])
     found = dict.fromkeys(sorted(set(names), key=natural))
-    size = float(np.clip(9000 / len(cards), 10, 60))
-    edge = 0.4 if len(cards) < 1000 else 0.0
-    for name in found:
+    size = float(np.clip(9000 / len(cards), 10, 60))  # of a dot, in square points
+    edge = 0.4 if len(cards) < 1000 else 0.0  # between thousands of dots white rims would be all there is
+    for name in found:  # one call for each group: the legend takes its rows from them
         chosen = np.array([each == name for each in names])
         label = plain(f"{name or NO_LABEL} ({chosen.sum()})") if len(found) <= NAMED else None
         style = {"s": size, "color": shades[name], "linewidths": edge, "edgecolors": "white"}
         plot.scatter(*points[chosen].T, label=label, **style)
-    plot.set_aspect("equal", adjustable="datalim")
+    plot.set_aspect("equal", adjustable="datalim")  # distances mean something, so axes share a scale
     plot.spines[["top", "right"]].set_visible(False)
     plot.set_title(plain(title), fontsize=11, loc="left")
     plot.set_xlabel(axes[0], fontsize=9)
@@ -72,7 +73,7 @@ def draw_pictures(cards: Sequence[Card]) -> Image.Image | None:
     """
     if all(card.picture is None for card in cards):
         return None
-    longest = int(np.clip(1200 / np.sqrt(len(cards)), 40, 140))
+    longest = int(np.clip(1200 / np.sqrt(len(cards)), 40, 140))  # pixels: so that most find room
     names, shades = groups(cards)
     canvas = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
     draw = ImageDraw.Draw(canvas)
@@ -89,7 +90,7 @@ def draw_pictures(cards: Sequence[Card]) -> Image.Image | None:
                 shown.append((picture, box, shades[name]))
                 continue
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=shades[name])
-    for picture, box, shade in shown:
+    for picture, box, shade in shown:  # last, over the dots
         draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=shade)
         canvas.paste(picture, (box[0] + EDGE, box[1] + EDGE))
     note = f"{len(shown)} of {len(cards)} images drawn; dots: images that these would cover"
@@ -107,8 +108,9 @@ def _cell(picture: Image.Image, longest: int) -> Image.Image:
 def _places(points: np.ndarray, longest: int) -> np.ndarray:
     """Points to pixels of the canvas, one scale for both axes, int (N, 2)."""
     low, high = points.min(0), points.max(0)
-    room = np.array([WIDTH, HEIGHT]) - longest - 60
+    room = np.array([WIDTH, HEIGHT]) - longest - 60  # half a picture on each side, and the note below
     scale = (room / np.maximum(high - low, 1e-12)).min()
+    # y turned over: pictures count rows downwards
     placed = (points - (low + high) / 2) * (scale, -scale) + np.array([WIDTH, HEIGHT]) / 2
     return np.round(placed).astype(int)
 
