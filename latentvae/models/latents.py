@@ -117,14 +117,45 @@ def reconstruct(
     return Reconstruction(decode(vae, latents, padding), posterior)
 
 
+class Scaling(NamedTuple):
+    """What becomes of unscaled latents before a diffusion model sees them: (latents - shift) * factor.
+
+    Numbers, or tensors (1, C, 1, 1) where each channel has its own.
+    """
+
+    shift: float | torch.Tensor
+    factor: float | torch.Tensor
+
+    @classmethod
+    def of(cls, source: Any) -> "Scaling":
+        """Of whatever has a `shift_factor` and a `scaling_factor`: a VAE's config, a store's manifest."""
+        return cls(source.shift_factor or 0.0, source.scaling_factor)  # None is how diffusers says no shift
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Unscaled latents to those the diffusion model sees."""
+        shift, factor = (x.to(latents) if isinstance(x, torch.Tensor) else x for x in self)
+        return (latents - shift) * factor
+
+    def unscale(self, scaled_latents: torch.Tensor) -> torch.Tensor:
+        """The diffusion model's latents to those the decoder takes."""
+        shift, factor = (x.to(scaled_latents) if isinstance(x, torch.Tensor) else x for x in self)
+        return scaled_latents / factor + shift
+
+    def scale_moments(self, moments: torch.Tensor) -> torch.Tensor:
+        """Moments (..., 2C, h, w) of scaled latents from those of unscaled ones; one factor for all."""
+        mean, logvar = moments.chunk(2, dim=-3)
+        # Var(f x) = f^2 Var(x), in logarithms; a shift moves means only
+        return torch.cat([self.scale(mean), logvar + 2 * math.log(abs(self.factor))], dim=-3)
+
+
 def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Unscaled latents to those a diffusion model sees: (latents - shift_factor) * scaling_factor."""
-    return (latents - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+    return Scaling.of(vae.config).scale(latents)
 
 
 def unscale(vae: AutoencoderKL, scaled_latents: torch.Tensor) -> torch.Tensor:
     """A diffusion model's latents to those the decoder takes: the inverse of `scale`."""
-    return scaled_latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+    return Scaling.of(vae.config).unscale(scaled_latents)
 
 
 @dataclass(frozen=True)

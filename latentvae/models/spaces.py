@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from latentvae.base.errors import ModelError
+from latentvae.models.latents import scale, unscale
 from latentvae.models.loading import cast, load, spatial_compression_ratio
 from latentvae.models.presets import nearest
 
@@ -121,8 +122,7 @@ def scaled_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     if isinstance(vae, AutoencoderTiny):
         latents = vae.encode(images).latents
     else:
-        latents = _mean(vae.encode(images).latent_dist.parameters)
-        latents = (latents - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
+        latents = scale(vae, _mean(vae.encode(images).latent_dist.parameters))
     return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
 
@@ -130,7 +130,7 @@ def decode_scaled(vae: Autoencoder, scaled_latents: torch.Tensor) -> torch.Tenso
     """Images (B, C, H, W) near [-1, 1] of scaled latents (B, c, h, w); float32, or float64 of such models."""
     latents = scaled_latents.to(vae.device, vae.dtype)
     if not isinstance(vae, AutoencoderTiny):
-        latents = latents / vae.config["scaling_factor"] + (vae.config["shift_factor"] or 0.0)
+        latents = unscale(vae, latents)
     images = vae.decode(latents).sample
     return images.to(torch.promote_types(images.dtype, torch.float32))
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.reading import load_image
-from latentvae.models.latents import decode, encode
+from latentvae.models.latents import Scaling, decode, encode
 from latentvae.models.loading import SAMPLE_PICTURE, spatial_compression_ratio
 from latentvae.pipelines.doctor.activations import stock_copy
 from latentvae.pipelines.doctor.diagnosis import synthetic_probes
@@ -22,24 +22,6 @@ PROBE_SIZE = 96  # pixels a side: two VAEs of SD's size take seconds on a CPU; f
 MIN_SCORE = 0.95
 MAX_LOSS = 3.0  # dB: the squared error doubles
 MAX_PSNR = 60.0  # dB: below half an 8-bit level
-
-
-class Scaling(NamedTuple):
-    """What a pipeline makes of unscaled latents for its denoiser: (latents - shift) * factor.
-
-    Both are (1, 1, 1, 1), or (1, C, 1, 1) where each channel has its own.
-    """
-
-    shift: torch.Tensor
-    factor: torch.Tensor
-
-    def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """Unscaled latents to those the denoiser sees."""
-        return (latents - self.shift.to(latents)) * self.factor.to(latents)
-
-    def unscale(self, scaled_latents: torch.Tensor) -> torch.Tensor:
-        """The denoiser's latents to those the decoder takes."""
-        return scaled_latents / self.factor.to(scaled_latents) + self.shift.to(scaled_latents)
 
 
 @dataclass(frozen=True)
@@ -113,15 +95,8 @@ def agree(
     for vae in (vae_a, vae_b):
         check_autoencoder(vae)
     check_same_shape(vae_a, vae_b)
-    scalings = (config_scaling(vae_a), config_scaling(vae_b))
+    scalings = (Scaling.of(vae_a.config), Scaling.of(vae_b.config))
     return measure_agreement(vae_a, vae_b, scalings, images)
-
-
-def config_scaling(vae: AutoencoderKL) -> Scaling:
-    """The scaling that a config states: shift_factor and scaling_factor, one for all channels."""
-    # (1, 1, 1, 1) each; a shift_factor of None means none
-    shift, factor = vae.config["shift_factor"] or 0.0, vae.config["scaling_factor"]
-    return Scaling(torch.tensor(shift).view(1, 1, 1, 1), torch.tensor(factor).view(1, 1, 1, 1))
 
 
 def check_same_shape(vae_a: AutoencoderKL, vae_b: AutoencoderKL) -> None:

@@ -12,8 +12,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.models.latents import Scaling
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.pipelines.agree import Agreement, Scaling, config_scaling, measure_agreement
+from latentvae.pipelines.agree import Agreement, measure_agreement
 
 COMPONENTS = ("vae", "vqvae")  # the second: LDMTextToImagePipeline
 DENOISERS = ("unet", "transformer")
@@ -91,12 +92,12 @@ def pipeline_scaling(pipe: Any, vae: AutoencoderKL) -> Scaling:
     both, and scaling_factor besides.
     """
     reads, (mean, std) = names_read(type(pipe)), latent_moments(vae)
-    scaling = config_scaling(vae)
+    scaling = Scaling.of(vae.config)
     if "latents_mean" in reads and mean and std:
         # (latents - mean) / std * scaling_factor: both, as SDXL's code has it
         means, stds = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return Scaling(means, scaling.factor / stds)
-    return scaling if "shift_factor" in reads else Scaling(torch.zeros_like(scaling.shift), scaling.factor)
+    return scaling if "shift_factor" in reads else Scaling(0.0, scaling.factor)
 
 
 def latent_moments(vae: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from latentvae.base.errors import StoreError
-from latentvae.models.latents import Posterior
+from latentvae.models.latents import Posterior, Scaling
 from latentvae.store.buckets import BucketBatchSampler
 from latentvae.store.dataset import NO_LABEL, LatentDataset
 from latentvae.store.format import Manifest
@@ -44,11 +44,13 @@ class LatentSet:
         self.shape = (channels, *_one_size(store, dataset))
         self.manifest: Manifest = dataset.manifest
         chosen = _selection(self.total, KEPT * int(np.prod(self.shape)))
+        scaling = Scaling.of(self.manifest)
         moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])
         self.labels = torch.empty(len(chosen), dtype=torch.int64)
         for place, number in enumerate(tqdm(chosen, unit="image", desc="reading", disable=not progress)):
             item = dataset[number]
-            moments[place], self.labels[place] = self._scaled(item["moments"]), item["label"]
+            moments[place] = scaling.scale_moments(item["moments"].float())
+            self.labels[place] = item["label"]
         self._posterior = Posterior(moments)
         self.mean, self.std = _statistics(self._posterior)
 
@@ -80,12 +82,6 @@ class LatentSet:
                 'write NAME.json with {"label": 3} beside each image and encode again, or leave classes out.'
             )
         return sorted(set(self.labels.tolist()))
-
-    def _scaled(self, moments: torch.Tensor) -> torch.Tensor:
-        """Moments of scaled latents from those of unscaled ones, (2C, h, w)."""
-        mean, logvar = moments.float().chunk(2)
-        factor, shift = self.manifest.scaling_factor, self.manifest.shift_factor or 0.0
-        return torch.cat([(mean - shift) * factor, logvar + 2 * np.log(abs(factor))])
 
 
 def _one_size(store: str | Path, dataset: LatentDataset) -> tuple[int, int]:

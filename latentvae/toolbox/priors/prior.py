@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_folder, whole_folder
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.latents import seeded_noise
+from latentvae.models.latents import Scaling, seeded_noise
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.toolbox.priors.latent_set import LatentSet
 
@@ -77,7 +77,7 @@ class Prior(ABC):
         """Unscaled latents (B, C, h, w) of these draws, as a decoder takes them."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.card.mean, self.card.std))
         scaled = self.draw(numbers, seed, labels) * std + mean
-        return scaled / self.card.scaling_factor + self.card.shift_factor
+        return Scaling.of(self.card).unscale(scaled)
 
     def labels_of(self, numbers: Sequence[int], seed: int) -> list[int] | None:
         """The labels of these draws where none are asked for; None of a prior without classes."""
