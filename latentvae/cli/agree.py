@@ -12,6 +12,7 @@ from latentvae.cli.options import Device, Json
 from latentvae.cli.session import finish, image_channels, load_model, make_folder, print_json, skip
 from latentvae.images.drawing import grid
 from latentvae.images.reading import find_images, load_image
+from latentvae.models.latents import Scaling
 from latentvae.pipelines.agree import (
     MAX_LOSS,
     MIN_SCORE,
@@ -20,7 +21,6 @@ from latentvae.pipelines.agree import (
     agreement_of,
     both_ways,
     check_same_shape,
-    config_scaling,
     plain_copy,
     probe_images,
 )
@@ -45,12 +45,11 @@ def agree(
     json: Json = False,
 ) -> None:
     """Say whether a diffusion model trained on A's latents can use B: each decodes the latents of both."""
-
     vaes = tuple(load_model(model, device, "fp32") for model in (a, b))
     check_same_shape(*vaes)
     skipped: list[dict[str, str]] = []
     images = read_images(photos, vaes[0], size, skipped)
-    scalings = (config_scaling(vaes[0]), config_scaling(vaes[1]))
+    scalings = (Scaling.of(vaes[0].config), Scaling.of(vaes[1].config))
     copies = tuple(plain_copy(vae) for vae in vaes)
     pairs = [both_ways(copies, scalings, image.to(vaes[0].device)) for image in images]
     agreement = agreement_of(pairs)
@@ -71,7 +70,6 @@ def read_images(
     Raises:
         LatentVAEError: none of them can be read, or the model takes other channels than images have.
     """
-
     image_channels(vae)  # pictures are drawn of these too
     if not photos:
         return probe_images(vae.config["in_channels"])
@@ -91,7 +89,6 @@ def read_images(
 
 def draw(pairs: list[Pair], path: Path) -> None:
     """A row for each image: as it is, through each model, and decoded by each from the other's latents."""
-
     rows = [[row[0].cpu() for row in (pair.images, *pair.own, *pair.crossed)] for pair in pairs]
     try:
         grid(rows, COLUMNS).save(path)
@@ -101,7 +98,6 @@ def draw(pairs: list[Pair], path: Path) -> None:
 
 def report(agreement: Agreement) -> list[str]:
     """The figures, with what each was wanted to be, and the verdict."""
-
     figures: list[tuple[str, str]] = [
         ("agreement of latents", f"{agreement.score:.4f} (1: the same; wanted: {MIN_SCORE} or more)"),
         ("correlation", f"{agreement.correlation:.4f}"),
