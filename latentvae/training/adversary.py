@@ -28,6 +28,7 @@ class PatchGAN(nn.Module):
     def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
         super().__init__()
         widths = [width * min(2**level, 8) for level in range(layers + 1)]
+        # (B, C, H, W) -> (B, width, H/2, W/2) -> ... -> (B, 1, h, w); kernels of 4, as LDM's
         stages: list[nn.Module] = [
             nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
@@ -52,6 +53,7 @@ class PatchGAN(nn.Module):
     @property
     def min_size(self) -> int:
         """The smallest side that leaves one patch."""
+        # every strided layer halves; the last two, of kernel 4 and padding 1, take one pixel each
         layers = sum(isinstance(stage, nn.GroupNorm) for stage in self.stages)
         return 2**layers * 3
 
@@ -107,6 +109,7 @@ class Adversary:
         self, accelerator: Accelerator, images: torch.Tensor, reconstructions: torch.Tensor, share: float
     ) -> dict[str, torch.Tensor]:
         """Backward of `share` times d_loss on images and detached reconstructions; returns the terms."""
+        # (2B, 1, h, w): real and fake in one pass, as no norm mixes images
         logits = self.model(torch.cat([images, reconstructions.detach().to(images.dtype)]))
         real, fake = logits.to(images.dtype).chunk(2)
         loss = d_loss(real, fake)

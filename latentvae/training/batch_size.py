@@ -8,12 +8,12 @@ import torch
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.training.config import Config
-from latentvae.training.data.crops import Batch
+from latentvae.training.data.crops import CropBatch
 from latentvae.training.record import peak_memory
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
-PROBES = (2, 6)
+PROBES = (2, 6)  # images: two points give a line; small, so that they fit wherever anything does
 SHARE = 0.85  # of the memory: fragments, validation and other processes take the rest
 
 
@@ -51,8 +51,8 @@ def find_batch_size(config: Config) -> BatchFit:
         trial.output = folder
         trial.train.tracker = "none"
         trial.train.accumulation = 1
-        trial.data.in_memory = False
-        trial.adversarial.disc_start = 0
+        trial.data.in_memory = False  # images are made up, so none need be decoded
+        trial.adversarial.disc_start = 0  # the run's largest step, not its first
         run = set_up(trial, None)
         peaks = [_peak(run, size) for size in PROBES]
     if peaks[1] <= peaks[0]:
@@ -70,8 +70,8 @@ def _peak(run: Run, size: int) -> int:
     """Peak memory after two steps of a batch, so that the optimizer's states are there."""
     side, channels = run.config.data.crop, run.state.vae.config["in_channels"]
     for step in range(2):
-        batch = Batch(torch.rand(size, channels, side, side) * 2 - 1, torch.arange(size) + step * size, [])
-        optimizer_step(run, [batch])
+        images = torch.rand(size, channels, side, side) * 2 - 1  # (B, C, H, W); what they show costs nothing
+        optimizer_step(run, [CropBatch(images, torch.arange(size) + step * size, [])])
     return peak_memory()
 
 

@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+# fields of TrainingState in state.json; one that an older checkpoint lacks counts from 0
 COUNTERS = ("step", "skipped_images", "skipped_steps", "bad_steps")
+# a manifest that lists less is not of a checkpoint
 REQUIRED = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"}
 
 
@@ -51,7 +53,7 @@ class TrainingState:
         self.bad_steps = 0 if finite else self.bad_steps + 1
 
 
-def save(
+def write_whole(
     state: TrainingState, folder: Path, config: dict[str, Any], keep: int, accelerator: Accelerator
 ) -> Path:
     """Write a checkpoint of every process's state into `folder`; keep the newest `keep`.
@@ -72,13 +74,13 @@ def save(
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # for the folder
         save_file(
             {"torch": torch.get_rng_state()}, partial / f"rng-{accelerator.process_index:05d}.safetensors"
         )
         if accelerator.is_main_process:
             _write_state(state, partial, config)
-        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # for every process's own file: the manifest lists them
         if accelerator.is_main_process:
             _seal(partial, final)
             prune(folder, keep, final)
@@ -94,7 +96,7 @@ def save(
     return final
 
 
-def load(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> None:
+def restore(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> None:
     """Restore a process's state in place from a checkpoint that `newest` or `resolve` returned."""
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     before, now = saved.get("trainable"), trainable(state.vae)
@@ -191,6 +193,7 @@ def checksum(module: nn.Module) -> torch.Tensor:
     """A scalar int64 that changes with any bit of any parameter."""
     total = torch.zeros((), dtype=torch.int64)
     for number, parameter in enumerate(module.parameters(), 1):
+        # sums of integers do not depend on their order, as sums of floats would
         bits = (
             parameter.detach()
             .contiguous()
@@ -283,6 +286,7 @@ def _load_optimizer(optimizer: Optimizer, path: Path) -> None:
     for name, tensor in load_file(path).items():
         index, key = name.split(".", 1)
         slots.setdefault(int(index), {})[key] = tensor
+    # those of now, so that a changed learning rate or decay counts after a resume
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
         if any(

@@ -32,7 +32,8 @@ def sample_noise(
     seed: int, positions: torch.Tensor, shape: tuple[int, int, int], stream: Stream = Stream.POSTERIOR
 ) -> torch.Tensor:
     """Standard normal noise (B, *shape), one draw for each global sample index in `positions` (B,)."""
-    noise = torch.empty(len(positions), *shape)
+    # on the CPU and row by row: a GPU's generator, or one draw for the batch, would depend on who draws what
+    noise = torch.empty(len(positions), *shape)  # (B, c, h, w)
     for row, position in zip(noise, positions.tolist(), strict=True):
         row.normal_(generator=generator(seed, stream, position))
     return noise
@@ -76,6 +77,7 @@ def draw_transform(
     random = generator(seed, Stream.EQUIVARIANCE, step)
     if torch.rand((), generator=random).item() >= config.probability:
         return None
+    # one draw for all processes: latents of a batch must stay of one size
     scale = torch.randint(config.min_scale, config.max_scale + 1, (), generator=random).item() / 32
     turns = int(torch.randint(0, 4, (), generator=random).item())
     return Transform(max(least, round(side * scale)), turns)
@@ -98,7 +100,7 @@ def mask(images: torch.Tensor, config: MaskConfig, seed: int, positions: torch.T
 
 def _hidden(size: torch.Size, config: MaskConfig, random: torch.Generator) -> torch.Tensor:
     """Which pixels (H, W) are hidden: a box half of the time, single pixels otherwise."""
-    share = torch.rand((), generator=random).item() * config.max_share
+    share = torch.rand((), generator=random).item() * config.max_share  # of the pixels, not of a side
     if torch.rand((), generator=random).item() < 0.5:
         return torch.rand(size, generator=random) < share
     hidden = torch.zeros(size, dtype=torch.bool)

@@ -1,4 +1,8 @@
-"""The training loop, top to bottom: step, record, validate, save, export."""
+"""Training, top to bottom: set up, loop over steps (record, save, validate), export.
+
+`train` names the phases, and what it calls stands below it in the order of the calls. What comes before the
+first step is in setup.py, what happens in one in step.py.
+"""
 
 import json
 import math
@@ -17,12 +21,12 @@ from tqdm import tqdm
 from latentvae.base.errors import LatentVAEError
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
-from latentvae.training.data.crops import Batch, training_batches
+from latentvae.training.data.crops import CropBatch, training_batches
 from latentvae.training.record import draw_curves, peak_memory
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
-SAME_SIGNAL = 2.0  # seconds
+SAME_SIGNAL = 2.0  # seconds in which launchers forward what their processes got as well
 
 
 class TrainingInterrupted(Exception):
@@ -44,16 +48,20 @@ def train(config: Config, resume: str | None = None) -> Path:
         LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
         TrainingInterrupted: SIGTERM or SIGINT came, or train.max_minutes are over; the state is saved.
     """
+    # 1. Set up; the clock counts this too, as a machine that is lent is.
     clock = Clock(config.train.max_minutes)
     run = set_up(config, resume)
     batches = training_batches(
         config, run.sequence, run.state.step, run.accelerator.process_index, run.accelerator.num_processes
     )
     with status(run), stop_on_signal(run.stop), advice_on_memory(run):
+        # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
         loop(run, batches, clock)
+        # 3. Export the averaged weights, by one process for all.
         if run.is_main:
             run.validation.export(run.state, run.folder, run.record.seconds)
             draw_curves(run.record.path, run.folder / "curves.png")
+    # 4. End together: the others wait here while one exports.
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return run.folder / "vae"
@@ -75,74 +83,6 @@ class Clock:
         """Why the run stops: this process's signal, else the time, which another process may see first."""
         by_signal = stop.is_set() or self.minutes is None
         return "by a signal" if by_signal else f"as train.max_minutes={self.minutes:g} are over"
-
-
-def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
-    """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
-    config, state = run.config.train, run.state
-    incoming = iter(batches)
-    with tqdm(
-        total=config.max_steps, initial=state.step, unit="step", disable=not run.is_main, smoothing=0.05
-    ) as bar:
-        while state.step < config.max_steps:
-            terms = optimizer_step(run, take(run, incoming))
-            check_finite(run)
-            bar.update()
-            last = state.step == config.max_steps
-            logged = state.step % config.log_every == 0 or last
-            if logged:
-                bar.set_postfix(run.record.step(state, terms, run.global_batch))
-            stop = stop_requested(run, clock)
-            if stop and not logged:  # or its time would not be counted
-                run.record.step(state, terms, run.global_batch)
-            if state.step % config.save_every == 0 or last or stop:
-                saved = save(run)
-            if stop and not last:  # not validated first: launchers give seconds to stop, the others end now
-                raise TrainingInterrupted(saved, clock.reason(run.stop))
-            if (state.step % config.validate_every == 0 or last) and run.is_main:
-                validate(run)  # after saving: what fails here costs no step
-
-
-def take(run: Run, incoming: Iterator[Batch]) -> list[Batch]:
-    """The batches of one optimizer step, with the time that they were waited for."""
-    start = time.perf_counter()
-    batches = [next(incoming) for _ in range(run.config.train.accumulation)]
-    run.record.waited(time.perf_counter() - start)
-    for batch in batches:
-        run.record.skipped(batch.skipped)
-    skipped = torch.tensor(sum(len(batch.skipped) for batch in batches), device=run.accelerator.device)
-    run.state.skipped_images += int(run.accelerator.reduce(skipped, "sum"))  # every process counts them all
-    return batches
-
-
-def check_finite(run: Run) -> None:
-    """Stop after too many steps in a row that were skipped.
-
-    Raises:
-        LatentVAEError: with the remedy; nothing is saved over the last checkpoint.
-    """
-    if run.state.bad_steps >= run.config.train.max_bad_steps:
-        raise LatentVAEError(
-            f"loss or gradient was not finite in {run.state.bad_steps} steps in a row, the last of them "
-            f"step {run.state.step}. The last checkpoint is intact: lower optim.lr, or use "
-            "train.precision=fp32, and add --resume latest."
-        )
-
-
-def validate(run: Run) -> None:
-    """Measure and draw the averaged model, outside the run's clock."""
-    with run.record.pause(), run.accelerator.autocast():
-        run.record.validation(
-            run.state.step, *run.validation(run.state.ema.model, run.state.step, run.folder)
-        )
-
-
-def save(run: Run) -> Path:
-    """Write a checkpoint, outside the run's clock."""
-    checkpoint.check_agreement(run.state, run.accelerator)
-    settings, keep = run.config.model_dump(), run.config.train.keep_checkpoints
-    with run.record.pause():
-        return checkpoint.save(run.state, run.checkpoints, settings, keep, run.accelerator)
 
 
 @contextmanager
@@ -181,23 +121,6 @@ def status(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def advice_on_memory(run: Run) -> Iterator[None]:
-    """Turn running out of GPU memory into an error that says what to set."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        config = run.config.train
-        smaller = max(1, config.batch_size // 2)
-        advice = [f"train.batch_size={smaller} with train.accumulation={config.accumulation * 2}"]
-        advice += [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
-        figures = f"batch {config.batch_size}, crop {run.config.data.crop}, peak {peak_memory() / 1e9:.1f} GB"
-        raise LatentVAEError(
-            f"out of memory in step {run.state.step + 1} ({figures}): {error}. Try "
-            f"{', or '.join(advice)}, or see what fits with --find-batch-size."
-        ) from error
-
-
-@contextmanager
 def stop_on_signal(stop: threading.Event) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into a request to stop after the current step; a second one acts as usual.
 
@@ -227,6 +150,82 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def advice_on_memory(run: Run) -> Iterator[None]:
+    """Turn running out of GPU memory into an error that says what to set."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        config = run.config.train
+        smaller = max(1, config.batch_size // 2)
+        advice = [f"train.batch_size={smaller} with train.accumulation={config.accumulation * 2}"]
+        advice += [] if config.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+        figures = f"batch {config.batch_size}, crop {run.config.data.crop}, peak {peak_memory() / 1e9:.1f} GB"
+        raise LatentVAEError(
+            f"out of memory in step {run.state.step + 1} ({figures}): {error}. Try "
+            f"{', or '.join(advice)}, or see what fits with --find-batch-size."
+        ) from error
+
+
+def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
+    """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
+    config, state = run.config.train, run.state
+    incoming = iter(batches)
+    with tqdm(
+        total=config.max_steps, initial=state.step, unit="step", disable=not run.is_main, smoothing=0.05
+    ) as bar:
+        while state.step < config.max_steps:
+            # 2a. One update of the weights; it counts `state.step` up.
+            terms = optimizer_step(run, take(run, incoming))
+            check_finite(run)
+            bar.update()
+            last = state.step == config.max_steps
+
+            # 2b. Figures to metrics.jsonl, the tracker and the bar.
+            logged = state.step % config.log_every == 0 or last
+            if logged:
+                bar.set_postfix(run.record.step(state, terms, run.global_batch))
+            stop = stop_requested(run, clock)
+            if stop and not logged:  # or its time would not be counted
+                run.record.step(state, terms, run.global_batch)
+
+            # 2c. A checkpoint, also of a step at which the run is to stop.
+            if state.step % config.save_every == 0 or last or stop:
+                saved = save_checkpoint(run)
+            if stop and not last:  # not validated first: launchers give seconds to stop, the others end now
+                raise TrainingInterrupted(saved, clock.reason(run.stop))
+
+            # 2d. Validation comes after saving: what fails here costs no step.
+            if (state.step % config.validate_every == 0 or last) and run.is_main:
+                validate(run)
+
+
+def take(run: Run, incoming: Iterator[CropBatch]) -> list[CropBatch]:
+    """The batches of one optimizer step, with the time that they were waited for."""
+    start = time.perf_counter()
+    batches = [next(incoming) for _ in range(run.config.train.accumulation)]
+    run.record.waited(time.perf_counter() - start)
+    for batch in batches:
+        run.record.skipped(batch.skipped)
+    skipped = torch.tensor(sum(len(batch.skipped) for batch in batches), device=run.accelerator.device)
+    run.state.skipped_images += int(run.accelerator.reduce(skipped, "sum"))  # every process counts them all
+    return batches
+
+
+def check_finite(run: Run) -> None:
+    """Stop after too many steps in a row that were skipped.
+
+    Raises:
+        LatentVAEError: with the remedy; nothing is saved over the last checkpoint.
+    """
+    if run.state.bad_steps >= run.config.train.max_bad_steps:
+        raise LatentVAEError(
+            f"loss or gradient was not finite in {run.state.bad_steps} steps in a row, the last of them "
+            f"step {run.state.step}. The last checkpoint is intact: lower optim.lr, or use "
+            "train.precision=fp32, and add --resume latest."
+        )
+
+
 def stop_requested(run: Run, clock: Clock) -> bool:
     """Whether any process was asked to stop, or is out of time; all processes agree."""
     stop = run.stop.is_set() or clock.over
@@ -235,3 +234,19 @@ def stop_requested(run: Run, clock: Clock) -> bool:
     if stop:
         run.accelerator.set_trigger()
     return run.accelerator.check_trigger()
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Write a checkpoint, outside the run's clock."""
+    checkpoint.check_agreement(run.state, run.accelerator)
+    settings, keep = run.config.model_dump(), run.config.train.keep_checkpoints
+    with run.record.pause():
+        return checkpoint.write_whole(run.state, run.checkpoints, settings, keep, run.accelerator)
+
+
+def validate(run: Run) -> None:
+    """Measure and draw the averaged model, outside the run's clock."""
+    with run.record.pause(), run.accelerator.autocast():
+        run.record.validation(
+            run.state.step, *run.validation(run.state.ema.model, run.state.step, run.folder)
+        )

@@ -93,7 +93,7 @@ def freeze(vae: AutoencoderKL, patterns: list[str]) -> None:
         raise ConfigError(f"model.freeze={patterns} leaves nothing to train. Remove a pattern.")
 
 
-class Outputs(NamedTuple):
+class TrainingOutputs(NamedTuple):
     """Of a training forward pass; the teacher's moments where there is a teacher."""
 
     moments: torch.Tensor  # (B, 2c, h, w)
@@ -120,7 +120,7 @@ class TrainableVAE(nn.Module):
         noise: torch.Tensor,
         latent_noise: torch.Tensor | None = None,
         transform: Transform | None = None,
-    ) -> Outputs:
+    ) -> TrainingOutputs:
         """Reconstruct images (B, C, H, W) from the latents that `noise` (B, c, h, w) picks.
 
         Args:
@@ -140,4 +140,4 @@ class TrainableVAE(nn.Module):
             latents = latents + latent_noise
         if transform is not None:
             latents = transform.latents(latents)
-        return Outputs(moments, self.vae.decode(latents).sample, teacher_moments)
+        return TrainingOutputs(moments, self.vae.decode(latents).sample, teacher_moments)

@@ -30,9 +30,11 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     iterating it, which pays for float32 where others round to bfloat16. float64 input stays float64.
     """
     a, b, c = NEWTON_SCHULZ
+    # (n, rows, columns), turned so that the Gram matrix is the smaller of the two
     x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
+    # the iteration converges for singular values up to 1, and the norm is at least the largest
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     gram = x @ x.mT
     identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
@@ -69,12 +71,13 @@ class MuonAdamW(Optimizer):
                 self._adamw(group, parameters)
 
     def _muon(self, group: dict[str, Any], parameters: list[Any]) -> None:
-        by_shape = defaultdict(list)
+        by_shape = defaultdict(list)  # kernels of one shape go through the iteration as one stack
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+            # (out, in, kh, kw) seen as (out, in*kh*kw)
             nesterov = parameter.grad.lerp(state["momentum"], MUON_MOMENTUM)
             by_shape[parameter.shape].append((parameter, nesterov.flatten(1)))
         for shape, members in by_shape.items():
@@ -121,6 +124,7 @@ def build_optimizer(vae: nn.Module, config: OptimConfig) -> Optimizer:
     taken = {id(p) for p in hidden}
     kernels = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]
+    # the order is that of the slots in checkpoints
     groups = [
         {"params": hidden, "weight_decay": config.weight_decay, "muon": config.name == "muon"},
         {"params": kernels, "weight_decay": config.weight_decay},

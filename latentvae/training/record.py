@@ -36,6 +36,7 @@ class Record:
     def __init__(self, folder: Path, accelerator: Accelerator, first_step: int) -> None:
         self.path = folder / "metrics.jsonl"
         self.accelerator = accelerator
+        # where the speed is counted from; `pause` moves it on
         self.mark, self.mark_step = time.perf_counter(), first_step
         self.waiting = 0.0
         self.seconds = 0.0
@@ -53,6 +54,7 @@ class Record:
     def step(self, state: TrainingState, terms: dict[str, torch.Tensor], global_batch: int) -> dict[str, str]:
         """Write the terms (means over processes) and the speed since the last call; return a few."""
         per_channel = terms.pop("kl_per_channel", None)
+        # one reduction for all scalars; kl_per_channel (c,) is a mean over processes already
         values = torch.stack([terms[name].to(torch.float32) for name in terms])
         figures = dict(zip(terms, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
         if per_channel is not None:
@@ -110,6 +112,7 @@ class Record:
         kept: list[str] = []
         if first_step and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
+            # a line without its end was cut by a kill
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
             self.seconds = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -134,6 +137,7 @@ def peak_memory() -> int:
         import resource
     except ImportError:  # Windows
         return 0
+    # bytes on macOS, kilobytes elsewhere
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -105,7 +105,7 @@ def set_up(config: Config, resume: str | None) -> Run:
         adversary=Adversary.build(config, channels, device),
     )
     if start is not None:
-        checkpoint.load(state, start, accelerator)
+        checkpoint.restore(state, start, accelerator)
         logger.info("continuing from %s", start)
 
     # 6. What processes share: gradients, through what Accelerate wraps.
@@ -124,7 +124,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     if state.adversary is not None:
         state.adversary.prepare(accelerator)
     if start is not None and accelerator.num_processes > 1:
-        settle(config, state, model, accelerator)
+        settle_buckets(config, state, model, accelerator)
 
     # 7. Say what is about to happen.
     announce(run)
@@ -196,7 +196,7 @@ def wrap(config: Config, module: TrainableVAE, accelerator: Accelerator) -> nn.M
     return accelerator.prepare_model(module)
 
 
-def settle(config: Config, state: TrainingState, model: nn.Module, accelerator: Accelerator) -> None:
+def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accelerator: Accelerator) -> None:
     """Two backward passes without an update, so that a resumed run adds gradients up in the old order.
 
     DistributedDataParallel sorts parameters into buckets anew after its first backward pass. With three or

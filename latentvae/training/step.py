@@ -11,12 +11,49 @@ from torch.nn.grad import conv2d_weight
 from latentvae.models.latents import Posterior
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.adversary import Adversary
-from latentvae.training.data.crops import Batch
+from latentvae.training.data.crops import CropBatch
 from latentvae.training.draws import Stream, draw_transform, mask, sample_noise
 from latentvae.training.losses import Terms, adaptive_weight
-from latentvae.training.module import Outputs
+from latentvae.training.module import TrainingOutputs
 from latentvae.training.optim import set_learning_rate
 from latentvae.training.setup import Run
+
+
+def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
+    """One update from `accumulation` batches; returns the mean of each term, and grad_norm.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+    run.model.train()
+    state, adversary = run.state, run.state.adversary
+    if adversary is not None and adversary.ramp(state.step) == 0:
+        adversary = None  # before disc_start it gets neither a pass nor an update
+
+    # 1. Every random choice of the step, on the device.
+    inputs = [draw_inputs(run, batch) for batch in batches]
+
+    # 2. Forward and backward passes; in the last of them processes average their gradients.
+    terms = plain_pass(run, inputs) if adversary is None else adversarial_pass(run, inputs, adversary)
+
+    # 3. Clip, and ask all processes whether anything is NaN or inf.
+    terms["grad_norm"] = clip(run, state.vae)
+    finite = torch.isfinite(terms["grad_norm"]) & torch.isfinite(terms["total"])
+    if adversary is not None:
+        terms["d_grad_norm"] = clip(run, adversary.discriminator)
+        finite = finite & torch.isfinite(terms["d_grad_norm"])
+    state.count_step(bool(run.accelerator.reduce(finite.float(), "mean") == 1))
+
+    # 4. Update both networks and the average, or nothing at all.
+    optimizers = [state.optimizer, *([adversary.optimizer] if adversary is not None else [])]
+    if state.bad_steps == 0:
+        # the step has been counted: its own number, from 0, is one less
+        set_learning_rate(state.optimizer, run.config.optim, state.step - 1, run.config.train.max_steps)
+        for optimizer in optimizers:
+            optimizer.step()
+        state.ema.update(state.vae, state.step)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return terms
 
 
 @dataclass
@@ -27,47 +64,7 @@ class Inputs:
     arguments: tuple[Any, ...]  # of TrainableVAE.forward
 
 
-@dataclass
-class Judgement:
-    """What the losses say of one forward pass's reconstructions, before the backward through the VAE."""
-
-    outputs: Outputs
-    nll_gradient: torch.Tensor  # at the reconstructions
-    g_gradient: torch.Tensor
-    terms: Terms
-
-
-def optimizer_step(run: Run, batches: list[Batch]) -> Terms:
-    """One update from `accumulation` batches; returns the mean of each term, and grad_norm.
-
-    A step whose loss or gradient is not finite changes nothing but the counters.
-    """
-    run.model.train()
-    inputs = [prepare(run, batch) for batch in batches]
-    adversary = run.state.adversary
-    playing = adversary is not None and adversary.ramp(run.state.step) > 0
-    terms = adversarial_pass(run, inputs, adversary) if adversary and playing else plain_pass(run, inputs)
-
-    optimizers = [run.state.optimizer, *([adversary.optimizer] if adversary and playing else [])]
-    terms["grad_norm"] = clip(run, run.state.vae)
-    finite = torch.isfinite(terms["grad_norm"]) & torch.isfinite(terms["total"])
-    if adversary and playing:
-        terms["d_grad_norm"] = clip(run, adversary.discriminator)
-        finite = finite & torch.isfinite(terms["d_grad_norm"])
-    run.state.count_step(bool(run.accelerator.reduce(finite.float(), "mean") == 1))
-    if run.state.bad_steps == 0:
-        set_learning_rate(
-            run.state.optimizer, run.config.optim, run.state.step - 1, run.config.train.max_steps
-        )
-        for optimizer in optimizers:
-            optimizer.step()
-        run.state.ema.update(run.state.vae, run.state.step)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return terms
-
-
-def prepare(run: Run, batch: Batch) -> Inputs:
+def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     """Move a batch to the device, and make its random choices."""
     config, seed = run.config.regularise, run.config.seed
     images = batch.pixel_values.to(
@@ -76,6 +73,7 @@ def prepare(run: Run, batch: Batch) -> Inputs:
         memory_format=run.config.train.memory_format,
         non_blocking=True,
     )
+    # (B, C, H, W) to latents (B, c, h, w) with h = H / ratio
     ratio = spatial_compression_ratio(run.state.vae)
     side = images.shape[-1] // ratio
     shape = (run.state.vae.config["latent_channels"], side, side)
@@ -84,9 +82,11 @@ def prepare(run: Run, batch: Batch) -> Inputs:
         return sample_noise(seed, batch.positions, shape, stream).to(images, non_blocking=True)
 
     latent_noise = config.latent_noise * noise(Stream.LATENT_NOISE) if config.latent_noise else None
+    # a smaller picture would have no patch for the discriminator, or nothing left to pool in LPIPS
     least = -(-run.smallest_side // ratio)
     transform = draw_transform(config.equivariance, seed, run.state.step, side, least)
     target = images if transform is None else transform.images(images, ratio)
+    # only the input is hidden: the target has all pixels
     seen = mask(images, config.mask, seed, batch.positions)
     return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform))
 
@@ -96,13 +96,36 @@ def plain_pass(run: Run, inputs: list[Inputs]) -> Terms:
     sums: Terms = {}
     for number, each in enumerate(inputs):
         with synchronised_last(run, number, len(inputs)):
-            outputs = run.model(*each.arguments)
+            outputs = run.model(*each.arguments)  # through the wrapper, or processes would drift apart
             with run.accelerator.autocast():
                 nll, terms = run.loss.reconstruction(each.target, outputs.reconstructions)
                 rest, more = latent_terms(run, outputs, each.target[0].numel())
             run.accelerator.backward((nll + rest) / len(inputs))
         add(sums, {**terms, **more, "total": nll + rest}, 1 / len(inputs))
     return sums
+
+
+def synchronised_last(
+    run: Run, number: int, count: int, model: torch.nn.Module | None = None
+) -> AbstractContextManager[Any]:
+    """Keep gradients local in all but the last of `count` passes."""
+    return nullcontext() if number == count - 1 else run.accelerator.no_sync(model or run.model)
+
+
+def latent_terms(run: Run, outputs: TrainingOutputs, elements: int) -> tuple[torch.Tensor, Terms]:
+    """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
+    posterior = Posterior(outputs.moments)
+    if outputs.teacher_moments is not None:
+        teacher = Posterior(outputs.teacher_moments)
+        return run.loss.distillation(posterior, teacher, run.state.vae.config["scaling_factor"])
+    average = partial(run.accelerator.reduce, reduction="mean")
+    return run.loss.kl(posterior, elements, run.state.step, average)
+
+
+def add(sums: Terms, terms: Terms, share: float) -> None:
+    """Add a share of each term to its sum."""
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0) + value.detach() * share
 
 
 def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Terms:
@@ -115,16 +138,19 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
     share, keep = 1 / len(inputs), len(inputs) == 1
     sums: Terms = {}
     judgements = []
+    # 2a. Losses back to the reconstructions and to the last layer's weight, of all batches.
     for number, each in enumerate(inputs):
         with torch.set_grad_enabled(keep), synchronised_last(run, number, len(inputs)):
             judgement, at_last_layer = judge(run, each, adversary)
         judgements.append(judgement)
         add(sums, {**judgement.terms, **at_last_layer}, share)
+    # 2b. One weight for all: averages over batches and processes first, then norms, then their ratio.
     weight = adaptive_weight(
         *(run.accelerator.reduce(sums.pop(name), "mean") for name in ("nll_at_last", "g_at_last"))
     )
     weight = weight * run.config.adversarial.disc_weight * adversary.ramp(run.state.step)
 
+    # 2c. On from the reconstructions into the VAE; then the discriminator's own pass.
     for number, (each, judgement) in enumerate(zip(inputs, judgements, strict=True)):
         with synchronised_last(run, number, len(inputs)):
             outputs = judgement.outputs if keep else run.model(*each.arguments)
@@ -142,6 +168,16 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
     return {**sums, "adaptive_weight": weight}
 
 
+@dataclass
+class Judgement:
+    """What the losses say of one forward pass's reconstructions, before the backward through the VAE."""
+
+    outputs: TrainingOutputs
+    nll_gradient: torch.Tensor  # at the reconstructions, (B, C, H, W)
+    g_gradient: torch.Tensor  # likewise
+    terms: Terms
+
+
 def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Terms]:
     """Forward one batch and take its losses back to the reconstructions and to the decoder's last layer."""
     seen: list[torch.Tensor] = []
@@ -157,7 +193,8 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
         (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
         g_loss = adversary.generator_loss(reconstructions)
         (g_gradient,) = torch.autograd.grad(g_loss, reconstructions)
-    entering = seen[0].to(nll_gradient.dtype)
+    # (C, c_last, kh, kw): the kernel's gradient from what enters and leaves it, without a second backward
+    entering = seen[0].to(nll_gradient.dtype)  # (B, c_last, H, W)
     at_last = {
         f"{name}_at_last": conv2d_weight(entering, last.weight.shape, gradient, padding=last.padding)
         for name, gradient in (("nll", nll_gradient), ("g", g_gradient))
@@ -165,29 +202,6 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
     return Judgement(outputs, nll_gradient, g_gradient, {**terms, "nll": nll, "g_loss": g_loss}), at_last
 
 
-def latent_terms(run: Run, outputs: Outputs, elements: int) -> tuple[torch.Tensor, Terms]:
-    """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
-    posterior = Posterior(outputs.moments)
-    if outputs.teacher_moments is not None:
-        teacher = Posterior(outputs.teacher_moments)
-        return run.loss.distillation(posterior, teacher, run.state.vae.config["scaling_factor"])
-    average = partial(run.accelerator.reduce, reduction="mean")
-    return run.loss.kl(posterior, elements, run.state.step, average)
-
-
-def synchronised_last(
-    run: Run, number: int, count: int, model: torch.nn.Module | None = None
-) -> AbstractContextManager[Any]:
-    """Keep gradients local in all but the last of `count` passes."""
-    return nullcontext() if number == count - 1 else run.accelerator.no_sync(model or run.model)
-
-
 def clip(run: Run, module: torch.nn.Module) -> torch.Tensor:
     """Clip a module's gradients to max_grad_norm; returns the norm before."""
     return torch.nn.utils.clip_grad_norm_(module.parameters(), run.config.optim.max_grad_norm)
-
-
-def add(sums: Terms, terms: Terms, share: float) -> None:
-    """Add a share of each term to its sum."""
-    for name, value in terms.items():
-        sums[name] = sums.get(name, 0) + value.detach() * share

@@ -49,6 +49,7 @@ class Validation:
         lpips = self.lpips.to(vae.device) if self.lpips is not None else None
         summary = evaluate(vae, self.images, lpips, self.reason)
         images = [image for _, image in self.images[:GRID_IMAGES]]
+        # one by one: smaller images come whole, so they do not batch
         pairs = [[image, reconstruct(vae, image[None]).reconstructions[0].float().cpu()] for image in images]
         columns = 2 if len(pairs) > 1 else 1
         rows = [[*chain(*pairs[i : i + columns])] for i in range(0, len(pairs) - columns + 1, columns)]
@@ -61,6 +62,7 @@ class Validation:
         """Export the averaged weights to `folder`/vae, with latent statistics unless they are a parent's."""
         vae = state.ema.model
         summary = evaluate(vae, self.images, self.lpips, self.reason)
+        # a parent's or teacher's factors stay, so that its latents still fit
         statistics = None
         if self.config.model.init is None and self.config.model.teacher is None:
             statistics = training_statistics(vae, self.train, self.config.data)

@@ -70,7 +70,7 @@ def assert_same(one: TrainingState, other: TrainingState) -> None:
 
 
 def save(state: TrainingState, folder: Path, keep: int = 10) -> Path:
-    return checkpoint.save(state, folder, {"seed": 0}, keep, ALONE)
+    return checkpoint.write_whole(state, folder, {"seed": 0}, keep, ALONE)
 
 
 def save_steps(folder: Path, *steps: int, keep: int = 10) -> list[Path]:
@@ -102,7 +102,7 @@ def test_everything_comes_back_bitwise_and_the_next_steps_are_the_same(tmp_path,
     state.skipped_images = 17
     place = save(state, tmp_path)
     other = new_state(99, layout, name)
-    checkpoint.load(other, place, ALONE)
+    checkpoint.restore(other, place, ALONE)
     assert_same(state, other)
     rng = torch.get_rng_state()
     train_a_step(state)
@@ -115,14 +115,14 @@ def test_everything_comes_back_bitwise_and_the_next_steps_are_the_same(tmp_path,
 
 def test_a_state_before_its_first_step_comes_back(tmp_path):
     state, other = new_state(0), new_state(1)
-    checkpoint.load(other, save(state, tmp_path), ALONE)
+    checkpoint.restore(other, save(state, tmp_path), ALONE)
     assert_same(state, other)
 
 
 def test_the_memory_layout_is_the_runs_own_not_the_files(tmp_path):
     place = save(trained(1, layout=torch.contiguous_format), tmp_path)
     other = new_state(1, torch.channels_last)
-    checkpoint.load(other, place, ALONE)
+    checkpoint.restore(other, place, ALONE)
     kernels = [p for p in other.vae.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
     assert_same(trained(1, layout=torch.contiguous_format), other)
@@ -135,7 +135,7 @@ def test_torchs_generator_continues_where_it_was(tmp_path):
     place = save(state, tmp_path)
     expected = torch.rand(4)
     torch.manual_seed(6)
-    checkpoint.load(new_state(1), place, ALONE)
+    checkpoint.restore(new_state(1), place, ALONE)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -144,7 +144,7 @@ def test_hyperparameters_are_the_new_configurations(tmp_path):
     vae = new_state(1).vae
     optimizer = build_optimizer(vae, OptimConfig(lr=0.125, weight_decay=0.5, betas=(0.7, 0.8)))
     other = TrainingState(vae, EMA(vae, 0.9), optimizer)
-    checkpoint.load(other, place, ALONE)
+    checkpoint.restore(other, place, ALONE)
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5, 0}
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.7, 0.8)}
@@ -155,7 +155,7 @@ def test_hyperparameters_are_the_new_configurations(tmp_path):
 def test_another_optimizer_is_refused_by_name(tmp_path, saved, wanted):
     place = save(trained(1, name=saved), tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.name"):
-        checkpoint.load(new_state(1, name=wanted), place, ALONE)
+        checkpoint.restore(new_state(1, name=wanted), place, ALONE)
 
 
 def test_another_model_is_refused_naming_the_key(tmp_path):
@@ -163,7 +163,7 @@ def test_another_model_is_refused_naming_the_key(tmp_path):
     vae = build("tiny", **SMALL, latent_channels=7)
     other = TrainingState(vae, EMA(vae, 0.9), build_optimizer(vae, OptimConfig()))
     with pytest.raises(ModelError, match=r"model\.safetensors.*(7|14)"):
-        checkpoint.load(other, place, ALONE)
+        checkpoint.restore(other, place, ALONE)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
     (place / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.newest(tmp_path) == place
     other = new_state(1)
-    checkpoint.load(other, place, ALONE)
+    checkpoint.restore(other, place, ALONE)
     assert_same(trained(2), other)
 
 
@@ -213,16 +213,16 @@ def test_every_process_saves_and_gets_back_its_own_generator(tmp_path):
         if partial.is_dir() and not (partial / "rng-00001.safetensors").exists():
             torch.manual_seed(31)
             second = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
-            checkpoint.save(state, tmp_path, {}, 2, second)
+            checkpoint.write_whole(state, tmp_path, {}, 2, second)
             drawn[1] = torch.rand(2)
 
     state = trained(1)
     main = SimpleNamespace(is_main_process=True, process_index=0, wait_for_everyone=other_process_writes)
-    place = checkpoint.save(state, tmp_path, {}, 2, main)
+    place = checkpoint.write_whole(state, tmp_path, {}, 2, main)
     assert "rng-00001.safetensors" in json.loads((place / "manifest.json").read_text())
-    checkpoint.load(state, place, SimpleNamespace(process_index=1))
+    checkpoint.restore(state, place, SimpleNamespace(process_index=1))
     assert torch.equal(torch.rand(2), drawn[1])
-    checkpoint.load(state, place, SimpleNamespace(process_index=2))  # more processes than before
+    checkpoint.restore(state, place, SimpleNamespace(process_index=2))  # more processes than before
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

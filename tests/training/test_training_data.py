@@ -15,7 +15,7 @@ from latentvae.images.resizing import resize_short_side
 from latentvae.images.tensors import to_uint8
 from latentvae.training.config import Config, DataConfig, TrainConfig
 from latentvae.training.data.crops import (
-    Batch,
+    CropBatch,
     CropSequence,
     PositionSampler,
     epoch_order,
@@ -58,7 +58,7 @@ def run_config(batch_size: int, accumulation: int, max_steps: int, workers: int 
     )
 
 
-def same(left: Batch, right: Batch) -> bool:
+def same(left: CropBatch, right: CropBatch) -> bool:
     return (
         torch.equal(left.pixel_values, right.pixel_values)
         and torch.equal(left.positions, right.positions)

@@ -13,7 +13,7 @@ from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config
 from latentvae.training.module import TrainableVAE
 from latentvae.training.optim import EMA, build_optimizer
-from latentvae.training.setup import settle
+from latentvae.training.setup import settle_buckets
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_settling_sorts_the_buckets_of_what_has_trained_and_leaves_no_gradient(p
     model = DistributedDataParallel(TrainableVAE(vae))
     adversary.model = DistributedDataParallel(adversary.discriminator)
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    settle(config, state, model, Accelerator(cpu=True))
+    settle_buckets(config, state, model, Accelerator(cpu=True))
 
     assert all(p.grad is None for module in (vae, adversary.discriminator) for p in module.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())

@@ -25,7 +25,7 @@ from latentvae.training import validation
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data import tars as shards
 from latentvae.training.data.crops import (
-    Batch,
+    CropBatch,
     CropSequence,
     split_sources,
     training_batches,
@@ -112,12 +112,12 @@ def config(workers: int = 0, batch_size: int = 3, passes: int = COUNT // 3) -> C
     )
 
 
-def batches(source: ImageSource, config: Config, rank: int = 0, world: int = 1) -> list[Batch]:
+def batches(source: ImageSource, config: Config, rank: int = 0, world: int = 1) -> list[CropBatch]:
     sequence = CropSequence(source, config.data, 3, seed=0)
     return list(training_batches(config, sequence, 0, rank, world))
 
 
-def pictures(found: list[Batch]) -> list[bytes]:
+def pictures(found: list[CropBatch]) -> list[bytes]:
     """The images in the order in which they came, as what can be sorted and compared bit by bit."""
     return [crop.numpy().tobytes() for batch in found for crop in batch.pixel_values]
 

@@ -17,12 +17,12 @@ from latentvae.models.latents import encode
 from latentvae.models.loading import load
 from latentvae.models.presets import build
 from latentvae.training import checkpoint
-from latentvae.training.data.crops import Batch, training_batches
-from latentvae.training.loop import Clock, loop, save, train
+from latentvae.training.data.crops import CropBatch, training_batches
+from latentvae.training.loop import Clock, loop, save_checkpoint, train
 from latentvae.training.losses import adaptive_weight, d_loss, g_loss, latent_cosine
 from latentvae.training.recipes import load_config
 from latentvae.training.setup import Run, set_up, with_precision
-from latentvae.training.step import latent_terms, optimizer_step, prepare
+from latentvae.training.step import draw_inputs, latent_terms, optimizer_step
 
 SETTINGS = [
     "data.val_images=2",
@@ -55,7 +55,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def start(photos: Path, *settings: str) -> tuple[Run, list[Batch]]:
+def start(photos: Path, *settings: str) -> tuple[Run, list[CropBatch]]:
     """A run that is set up, and the batches of its first step."""
     output = photos.parent / "run"
     config = load_config("tiny", [f"data.train={photos}", f"output={output}", *SETTINGS, *settings])
@@ -106,7 +106,7 @@ def test_g_loss_reaches_the_vae_only_and_d_loss_the_discriminator_only(photos: P
     run, batches = start(photos, *GAN)
     adversary = run.state.adversary
     assert adversary is not None
-    inputs = prepare(run, batches[0])
+    inputs = draw_inputs(run, batches[0])
     outputs = run.model(*inputs.arguments)
     adversary.generator_loss(outputs.reconstructions).backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in adversary.discriminator.parameters())
@@ -119,7 +119,7 @@ def test_g_loss_reaches_the_vae_only_and_d_loss_the_discriminator_only(photos: P
 
 def test_kl_reaches_the_encoder_only(photos: Path) -> None:
     run, batches = start(photos)
-    inputs = prepare(run, batches[0])
+    inputs = draw_inputs(run, batches[0])
     rest, _ = latent_terms(run, run.model(*inputs.arguments), inputs.target[0].numel())
     rest.backward()
     reached = {name.split(".")[0] for name, p in run.state.vae.named_parameters() if p.grad is not None}
@@ -128,7 +128,7 @@ def test_kl_reaches_the_encoder_only(photos: Path) -> None:
 
 def test_free_bits_spare_cheap_channels(photos: Path) -> None:
     run, batches = start(photos, "loss.free_bits=1000")
-    inputs = prepare(run, batches[0])
+    inputs = draw_inputs(run, batches[0])
     rest, terms = latent_terms(run, run.model(*inputs.arguments), inputs.target[0].numel())
     assert rest.item() == 0
     assert terms["kl_loss"].item() > 0
@@ -158,7 +158,7 @@ def test_nan_in_a_row_stops_with_the_last_checkpoint_intact(
     run, _ = start(photos, "train.max_steps=9", "train.save_every=2", "train.max_bad_steps=3")
     batches = training_batches(run.config, run.sequence, 0, 0, 1)
 
-    def poisoned() -> list[Batch]:
+    def poisoned() -> list[CropBatch]:
         each = list(batches)
         for batch in each[2:]:
             batch.pixel_values.fill_(torch.nan)
@@ -291,12 +291,12 @@ def test_automatic_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatc
 def test_a_discriminators_state_comes_back_from_a_checkpoint(photos: Path) -> None:
     run, batches = start(photos, *GAN)
     optimizer_step(run, batches)
-    saved = save(run)
+    saved = save_checkpoint(run)
     assert run.state.adversary is not None
     before = snapshot(run.state.adversary.discriminator)
     slots = run.state.adversary.optimizer.state_dict()["state"]
     optimizer_step(run, batches)
-    checkpoint.load(run.state, saved, run.accelerator)
+    checkpoint.restore(run.state, saved, run.accelerator)
     assert not changed(before, run.state.adversary.discriminator)
     restored = run.state.adversary.optimizer.state_dict()["state"]
     assert slots.keys() == restored.keys()
@@ -316,7 +316,7 @@ def test_frozen_patterns_stay_and_wrong_ones_are_named(photos: Path) -> None:
 
 def test_masked_input_is_judged_on_all_pixels(photos: Path) -> None:
     run, batches = start(photos, "regularise.mask.probability=1")
-    inputs = prepare(run, batches[0])
+    inputs = draw_inputs(run, batches[0])
     seen, target = inputs.arguments[0], inputs.target
     assert (seen == 0).float().mean() > 0.01
     assert torch.equal(target, batches[0].pixel_values)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import PurePath
 
 import numpy as np
@@ -38,16 +39,16 @@ Item = tuple[torch.Tensor, int, list[str]]  # (C, H, W), position, skipped
 
 
 @dataclass
-class Batch:
+class CropBatch:
     """Crops of consecutive positions, and the files that had to be passed over on the way."""
 
     pixel_values: torch.Tensor  # (B, C, H, W) in [-1, 1]
     positions: torch.Tensor  # (B,) int64: global sample index, counted from the run's start
     skipped: list[str]  # "name: reason"
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "CropBatch":
         """In memory that a GPU reads while it computes; DataLoader calls it."""
-        return Batch(self.pixel_values.pin_memory(), self.positions, self.skipped)
+        return CropBatch(self.pixel_values.pin_memory(), self.positions, self.skipped)
 
 
 class CropSequence(Dataset[Item]):
@@ -77,7 +78,7 @@ class CropSequence(Dataset[Item]):
 
     def __getitem__(self, position: int) -> Item:
         count = len(self.source)
-        epoch, offset = divmod(position, count)
+        epoch, offset = divmod(position, count)  # epochs follow one another without a gap, also in a batch
         order = epoch_order(self.seed, epoch, count)
         skipped: list[str] = []
         for attempt in range(count):
@@ -109,7 +110,7 @@ class CropSequence(Dataset[Item]):
         return to_uint8(image)
 
     def _crop(self, image: torch.Tensor, position: int) -> torch.Tensor:
-        random = np.random.default_rng((self.seed, position))
+        random = np.random.default_rng((self.seed, position))  # no state: any process draws the same crop
         size = self.config.crop
         top = int(random.integers(image.shape[-2] - size + 1))
         left = int(random.integers(image.shape[-1] - size + 1))
@@ -128,6 +129,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 def _fits_in_memory(sequence: CropSequence) -> bool:
     """Whether all images, judged by a few, take less than half of the memory that is free."""
     count = len(sequence)
+    # eight of them, as uint8 (C, H, W), which is how they are kept
     some = [sequence.decode(index) for index in range(0, count, max(1, count // 8))]
     sizes = [image.nbytes for image in some if isinstance(image, torch.Tensor)]
     needed = count * sum(sizes) / max(1, len(sizes))
@@ -174,7 +176,7 @@ class PositionSampler(Sampler[list[int]]):
 class BatchLoader(DataLoader):
     """A DataLoader whose workers' errors arrive as they were, not as a stack trace in a message."""
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[CropBatch]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, LatentVAEError):
                 # A new one: raising `batch` itself ties a cycle with this frame, which only gc undoes.
@@ -186,6 +188,7 @@ def training_batches(
     config: Config, sequence: CropSequence, first_step: int, rank: int, world: int
 ) -> BatchLoader:
     """Batches from an optimizer step to the end of the run, `accumulation` of them per step."""
+    # forward passes, not steps: a resumed run goes on with the pass after the checkpoint's last
     passes = range(first_step * config.train.accumulation, config.train.max_steps * config.train.accumulation)
     return BatchLoader(
         sequence,
@@ -214,11 +217,11 @@ def _end_workers() -> None:
         child.kill()
 
 
-def _collate(items: list[Item] | LatentVAEError) -> Batch | LatentVAEError:
+def _collate(items: list[Item] | LatentVAEError) -> CropBatch | LatentVAEError:
     if isinstance(items, LatentVAEError):
         return items
     crops, positions, skipped = zip(*items, strict=True)
-    return Batch(torch.stack(crops), torch.tensor(positions), [name for names in skipped for name in names])
+    return CropBatch(torch.stack(crops), torch.tensor(positions), [*chain.from_iterable(skipped)])
 
 
 def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
@@ -242,6 +245,7 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     val = open_source(config.val, config.column)
     held_out = Selection(val, evenly(len(val), config.val_images))
     one, other = root(config.train), root(config.val)
+    # one within the other may hold the same files; elsewhere nothing needs to be compared
     if not (one.is_relative_to(other) or other.is_relative_to(one)):
         return train, held_out
     rest = without(train, held_out)

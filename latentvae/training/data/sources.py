@@ -97,6 +97,7 @@ def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
     """
     path = Path(spec)
     try:
+        # what save_to_disk leaves in a folder: several splits, or one
         saved = ("dataset_dict.json",), ("dataset_info.json", "state.json")
         if any(all((path / name).is_file() for name in names) for names in saved):
             return open_saved(path, column)
@@ -105,6 +106,7 @@ def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
         raise ImageError(
             f"{error.filename} cannot be read ({error.strerror}): check its name and permissions"
         ) from error
+    # each file once, however many parts of the pattern name it
     return _open_files(str(spec), list(dict.fromkeys(files)), column)
 
 
@@ -117,6 +119,7 @@ def root(spec: str | Path) -> Path:
     """The file or folder, links resolved, that everything `spec` names lies in."""
     path = Path(spec)
     if not path.exists() and (match := BRACES.search(str(spec))):
+        # the braces may begin in the middle of a name: any letter in their place keeps the parent right
         path = Path(str(spec)[: match.start()] + "-").parent
     return path.resolve()
 
@@ -168,6 +171,7 @@ def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
 
 def without(source: ImageSource, other: ImageSource) -> Selection:
     """The images of `source` that are not in `other`, however either is spelled."""
+    # by place, not by name: links and `..` give one image several names
     places = {other.place(index) for index in range(len(other))}
     rest = [index for index in range(len(source)) if source.place(index) not in places]
     return Selection(source, np.array(rest, dtype=np.int64))

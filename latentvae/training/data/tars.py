@@ -49,7 +49,7 @@ class TarSource:
         with ThreadPoolExecutor() as pool:
             listing = pool.map(partial(list_members, extension=extension), shards)
             bar = tqdm(listing, desc="listing shards", total=len(shards), delay=2, leave=False)
-            members = [list(found) for found in bar]
+            members = [list(found) for found in bar]  # per shard
         if not any(members):
             wanted = f"with the extension {extension!r} (data.column)" if extension else " ".join(SUFFIXES)
             raise ImageError(
@@ -62,6 +62,7 @@ class TarSource:
             )
         _warn_of_pairs(shards, members)
         counts = [len(found) for found in members]
+        # arrays, not objects: they are pickled whole to every worker
         self.shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         self.offsets = np.array([one.offset for found in members for one in found], dtype=np.int64)
         self.sizes = np.array([one.size for found in members for one in found], dtype=np.int64)
