@@ -63,7 +63,6 @@ def fit(
     json: Json = False,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
-
     check_place(calibration)
     files = find_images(normal)
     make_folder(calibration.parent)  # before minutes of looking
@@ -127,7 +126,6 @@ def score(
     A score of 0 is usual, above 1 rare. Heat maps show where an image is odd, by its errors or, where only
     `alone` counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty has.
     """
-
     check_output(output, photos)
     usual = load_calibration(calibration)
     check_term(by, list(usual.quantiles))
@@ -162,7 +160,6 @@ def check_term(name: str, known: list[str]) -> None:
 
 def load_network(usual: Calibration, weights: Path | None, device: torch.device) -> LPIPS | None:
     """The LPIPS network of the calibration; an error where its weights are not there."""
-
     if usual.lpips_net is None:
         return None
     net: Any = usual.lpips_net
@@ -181,7 +178,6 @@ def judge_all(
     judge: _Judge, files: list[Path], names: dict[Path, str], skipped: list[dict[str, str]]
 ) -> list[dict[str, Any]]:
     """One row for each image, its heat map written."""
-
     rows = []
     for path, image, _ in read_images(files, judge.vae, skipped):
         try:
@@ -200,7 +196,6 @@ def judge_all(
 
 def write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
     """Draw an image beside its heat map."""
-
     heat = from_uint8(colour_heat(verdict.heat.numpy()))
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
     title = f"score {verdict.score:.2f} (white: {HEAT_WHITE} x usual worst)"
@@ -213,7 +208,6 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     Raises:
         LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
     """
-
     table = read_table(path)
     for name, label in table.items():
         if label not in ("0", "1"):
@@ -229,7 +223,6 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
 
 def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
     """The area under the ROC of the score and of every term alone; draws the score's."""
-
     labels = [odd[row["name"]] for row in rows]
     scores = [row["score"] for row in rows]
     areas = {"score": auroc(scores, labels)}

@@ -53,7 +53,6 @@ def decode(
     json: Json = False,
 ) -> None:
     """Decode a store to pictures: KEY.png for each image, of the size that was encoded, without padding."""
-
     dataset = LatentDataset(source, mode="sample" if sample else "mode", seed=seed, scaled=False)
     vae = load_same_model(dataset, model, device, precision)
     make_folder(output)
@@ -78,7 +77,6 @@ def load_same_model(
     Raises:
         StoreError: it is another one, by its weights.
     """
-
     vae = load_model(model, device, "fp32")  # rounded weights have another hash
     found, wanted = weight_hash(vae), dataset.manifest.weights_sha256
     if found != wanted:
@@ -98,7 +96,6 @@ def batches(
 
     Images of a damaged shard are skipped.
     """
-
     ratio, first = spatial_compression_ratio(vae), 0
     for shard in dataset.manifest.shards:
         numbers: dict[str, list[int]] = {}
@@ -122,7 +119,6 @@ def check_hashes(store: Path, shard: ShardRecord) -> None:
     Raises:
         StoreError: names the file.
     """
-
     problem = damage(store, shard)
     if problem:
         raise StoreError(
@@ -140,7 +136,6 @@ def decode_batch(
     tiling: tuple[int | None, Path | None],
 ) -> list[dict[str, Any]]:
     """Write the pictures of some images of one latent size; returns what a report says of them."""
-
     try:
         entries = [dataset.entry(number) for number in numbers]
         latents = torch.stack([dataset[number]["latents"] for number in numbers])
@@ -162,7 +157,6 @@ def decode_batch(
 
 def write_picture(image: torch.Tensor, key: str, output: Path) -> dict[str, Any]:
     """Save one picture under the name its key gives it."""
-
     place = output / picture_name(key)
     make_folder(place.parent)
     save_image(image, place)

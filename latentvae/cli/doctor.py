@@ -52,7 +52,6 @@ def doctor(
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
-
     name = model or same or DEFAULT_MODEL
     check_output(fix, overwrite)
     vae = load_model(name, device, "fp32")
@@ -75,7 +74,6 @@ def examine(
     vae: AutoencoderKL, probes: dict[str, torch.Tensor], rescaled: bool
 ) -> tuple[Diagnosis, Rescaling | None, str | None]:
     """The model's diagnosis; if asked for, the rescaled copy, or why there is none."""
-
     if not rescaled:
         return diagnose(vae, probes), None, None
     try:
@@ -108,7 +106,6 @@ def read_probes(
     Raises:
         LatentVAEError: none of the images can be read, or the model takes other channels than images have.
     """
-
     channels = vae.config["in_channels"]
     if channels not in (1, 3) and images:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
@@ -129,7 +126,6 @@ def read_probes(
 
 def write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
     """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
-
     sidecar = read_sidecar(source)
     export(rescaling.vae, folder, provenance=provenance(rescaling, source, sidecar), overwrite=overwrite)
     if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
@@ -141,7 +137,6 @@ def write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> N
 
 def provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Provenance:
     """The source's, and what was done to it."""
-
     known = {field.name: sidecar[field.name] for field in fields(Provenance) if field.name in sidecar}
     origin = Provenance(**known)
     if source.count("/") == 1 and not Path(source).exists():
@@ -158,7 +153,6 @@ def provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Pr
 
 def read_sidecar(source: str) -> dict[str, Any]:
     """The sidecar of an export; empty for models that have none."""
-
     for folder in (WEIGHTS_DIR / source, Path(source), Path(source) / "vae", Path(source).parent):
         if (folder / SIDECAR).is_file():
             return json_module.loads((folder / SIDECAR).read_text(encoding="utf-8"))
@@ -257,7 +251,6 @@ def outcome(
 
 def verdict(diagnosis: Diagnosis) -> str:
     """Whether fp16 works, in a sentence."""
-
     fp16, top = diagnosis.dtypes["fp16"], diagnosis.hottest(1)[0]
     if fp16.first_overflow:
         return f"fp16 overflows at {fp16.first_overflow.layer}: use bf16 or fp32, or try --fix OUT."

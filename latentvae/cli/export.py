@@ -77,7 +77,6 @@ def export(
     json: Json = False,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
-
     vae, state = load_any(source, ema)
     provenance = Provenance(
         name=name,
@@ -111,7 +110,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
     Raises:
         LatentVAEError: it is something else.
     """
-
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         return {"mean": metrics["mean"], "protocol": metrics["protocol"]}
@@ -123,7 +121,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def find_checkpoint(source: Path) -> Path | None:
     """The checkpoint that `source` is, or the newest whole one of the run it is; None for others."""
-
     if (source / MANIFEST).is_file():
         return resolve(str(source), source.parent)
     if (source / "checkpoints").is_dir():
@@ -133,14 +130,12 @@ def find_checkpoint(source: Path) -> Path | None:
 
 def load_any(source: str, ema: bool) -> tuple[Any, dict[str, Any]]:
     """The model of a checkpoint and its state.json; of anything else the model, and nothing."""
-
     checkpoint = find_checkpoint(Path(source))
     return (load(source), {}) if checkpoint is None else load_checkpoint(checkpoint, ema)
 
 
 def load_checkpoint(checkpoint: Path, ema: bool) -> tuple[Any, dict[str, Any]]:
     """The model in a checkpoint, and its state.json."""
-
     vae = load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     return vae, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
@@ -167,7 +162,6 @@ def measure(vae: Any, images: Path | None, state: dict[str, Any], skipped: list[
 
 def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
     """Latent statistics of whole images, evenly chosen."""
-
     paths = find_images(images)
     some = evenly(len(paths), STATISTICS_IMAGES)
     read = read_images([paths[number] for number in some], vae, skipped)
@@ -180,7 +174,6 @@ def measure_files(vae: Any, images: Path, skipped: list[dict[str, str]]) -> Any:
 
 def measure_training_data(vae: Any, config: dict[str, Any]) -> Any:
     """Latent statistics of what the run was trained on, as the run itself measures them at its end."""
-
     try:
         data = DataConfig.model_validate(config)
         return training_statistics(vae, split_sources(data)[0], data)

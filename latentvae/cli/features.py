@@ -26,7 +26,6 @@ def features(
     OUT.npy is float32 (images, features), and OUT.json beside it says keys, labels and columns; OUT.parquet
     has them all in one table.
     """
-
     check_format(output)
     make_folder(output.parent)  # before minutes of encoding
     found = gather(Request(sources, model, device, grid, labels, size, with_pictures=False))

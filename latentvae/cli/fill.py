@@ -94,7 +94,6 @@ def read_inputs(
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.
     """
-
     images, missing = load_image(image, channels=channels)[None], load_mask(mask)
     check_size(image, images, mask, missing)
     complete = None if original is None else load_image(original, channels=channels)[None]
@@ -107,7 +106,6 @@ def complete_image(
     vae: AutoencoderKL, images: torch.Tensor, missing: torch.Tensor, side: int | None, **options: Any
 ) -> Filling:
     """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
-
     with tqdm(unit=" steps") as bar:
         if side is None or side >= max(images.shape[-2:]):
             return run(vae, images, missing, progress=bar.update, **options)
@@ -116,7 +114,6 @@ def complete_image(
 
 def load_mask(mask: Path) -> torch.Tensor:
     """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
-
     return load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
 
 
@@ -157,7 +154,6 @@ def fitting_side(vae: AutoencoderKL, image: Path, height: int, width: int, metho
 
 def measure(result: Filling, missing: torch.Tensor, complete: torch.Tensor | None) -> dict[str, Any]:
     """The weights of the blend, the share that was missing and, with an original, PSNR in the hole."""
-
     figures: dict[str, Any] = {
         "missing_share": float(missing.float().mean()),
         "plate": result.plate,
@@ -179,7 +175,6 @@ def write_pictures(
     complete: torch.Tensor | None,
 ) -> dict[str, str]:
     """Save the filled image and a comparison; return their paths."""
-
     endings = (".filled.png", ".comparison.png")
     filled, compared = (place.with_name(with_ending(place.name, ending)) for ending in endings)
     save_image(result.images, filled)

@@ -1,52 +1,32 @@
 """`latentvae interpolate`: frames between images, as a strip, an animation and figures."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model, Precision, Store, TileSize
-from latentvae.cli.session import (
-    check_output,
-    counted,
-    find_lpips,
-    finish,
-    load_model,
-    make_folder,
-    print_json,
-    read_images,
-)
+from latentvae.base.files import make_folder
+from latentvae.cli.options import OUTPUT, output_folder, tell, write_json
+from latentvae.cli.places import check_output
+from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, counted, takes
 from latentvae.images.reading import find_images
 from latentvae.images.saving import save_image
 from latentvae.runtime.memory import free_memory
-from latentvae.runtime.tiling.fitting import tile_to_fit
-from latentvae.toolbox.editing.interpolate import (
-    Interpolation,
-    Route,
-    Step,
-    match_size,
-    save_animation,
-    step_sizes,
-    strip,
-)
-from latentvae.toolbox.editing.interpolate import interpolate as run
+from latentvae.toolbox.editing import interpolate as ways
 
 COPIES = 1.5  # of all frames that memory holds at once: an animation's are bytes
 
 
+@takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS)
 def interpolate(
+    session: Session,
     paths: Annotated[
         list[Path], typer.Argument(help="Two or more images, in the order of the way; or folders.")
     ],
-    model: Model = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")] = Path(
-        "latentvae-output"
-    ),
+    output: Annotated[Path, output_folder("Folder for what is written.")] = OUTPUT,
     frames: Annotated[
         int, typer.Option("--frames", "-n", min=2, help="From one image to the next, both counted.")
     ] = 9,
@@ -62,64 +42,52 @@ def interpolate(
     ] = "webp",
     fps: Annotated[float, typer.Option(min=0.1, max=100, help="Frames per second.")] = 10.0,
     separate: Annotated[bool, typer.Option("--separate", help="Write every frame as a PNG too.")] = False,
-    lpips_net: LPIPSNet = "alex",
-    lpips_weights: LPIPSWeights = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    tile_size: TileSize = None,
-    store: Store = None,
-    json: Json = False,
 ) -> None:
     """Interpolate between images: writes a strip, an animation and the size of each step."""
-
-    routes: tuple[Route, ...] = ("linear", "spherical") if route == "both" else (route,)
-    check_places([output, *(output / name for name in routes if separate)], paths)
+    routes: tuple[ways.Route, ...] = ("linear", "spherical") if route == "both" else (route,)
+    for place in [output, *(output / name for name in routes if separate)]:
+        check_output(place, paths)
     files = find_images(paths)
-    vae = load_model(model, device, precision)
+    vae = session.load()
     make_folder(output)
-    lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
-    read, skipped = read_ends(files, vae, tile_size, store)
+    lpips, reason = session.find_lpips()
+    read = _read_ends(session, files)
     if fit:
-        read = match(vae, read, tile_size, store)
+        read = _match_first(session, read)
     used = [*read, next(iter(read))] if closed else list(read)
-    images = [read[path] for path in used]
-    check_room((len(images) - 1) * (frames - 1) + 1, images[0])
+    images = [read[path] for path in used]  # (C, H, W) each
+    _check_room((len(images) - 1) * (frames - 1) + 1, images[0])
     results = []
     for name in routes:
-        found = run(vae, images, frames, name, progress=True)
-        steps = step_sizes(found.frames, lpips)
-        results.append(figures(name, found, steps))
-        write_pictures(output, name, found, steps, closed, None if animation == "none" else animation, fps)
+        found = ways.interpolate(vae, images, frames, name, progress=True)
+        steps = ways.step_sizes(found.frames, lpips)
+        results.append(_figures(name, found, steps))
+        ways.strip(found, steps).save(output / f"{name}.strip.png")
+        if animation != "none":  # which is endless: the way back to the first image ends before it
+            shown = found.frames[:-1] if closed else found.frames
+            ways.save_animation(shown, output / f"{name}.{animation}", fps)
         if separate:
-            write_frames(make_folder(output / name), found)
+            _write_frames(make_folder(output / name), found)
         del found  # it may be gigabytes
-    about = {"images": [str(path) for path in used], "lpips_net": lpips_net if lpips else None}
-    report({**about, "lpips_missing_reason": reason, "routes": results, "skipped": skipped}, output, json)
-    finish(skipped, len(read))
+    about = {"images": [str(path) for path in used], "lpips_net": session.lpips_net if lpips else None}
+    result = {**about, "lpips_missing_reason": reason, "routes": results, "skipped": session.skipped}
+    write_json(result, output / "interpolation.json")
+    tell(result, [*_lines(result), f"\nLook at {output / routes[0]}.strip.png."], session.json)
+    session.finish(len(read))
 
 
-def check_places(places: list[Path], paths: list[Path]) -> None:
-    """Raises LatentVAEError where one of the folders to write to is one of images."""
-    for place in places:
-        check_output(place, paths)
-
-
-def read_ends(
-    files: list[Path], vae: AutoencoderKL, tile_size: int | None, store: Path | None
-) -> tuple[dict[Path, torch.Tensor], list[dict[str, str]]]:
-    """The images that can be used, and those skipped; LatentVAEError where fewer than two can."""
-    skipped: list[dict[str, str]] = []
-    read = {path: image for path, image, _ in read_images(files, vae, skipped, tile_size, store)}
+def _read_ends(session: Session, files: list[Path]) -> dict[Path, torch.Tensor]:
+    """The images that can be used; LatentVAEError where fewer than two can."""
+    read = {path: image for path, image, _ in session.read_images(files)}
     if len(read) < 2:
-        why = f"; {skipped[0]['reason']}" if skipped else "."
+        why = f"; {session.skipped[0]['reason']}" if session.skipped else "."
         came = f"{len(read)} of {counted(len(files), 'image')} could be used"
         raise LatentVAEError(f"{came}, but a way has two ends: name two or more{why}")
-    return read, skipped
+    return read
 
 
-def check_room(count: int, image: torch.Tensor) -> None:
+def _check_room(count: int, image: torch.Tensor) -> None:
     """Raises ImageError where so many frames of the image's size would not fit into memory."""
-
     channels, height, width = image.shape
     needed = COPIES * count * channels * height * width * 4
     free = free_memory(torch.device("cpu"))
@@ -130,18 +98,15 @@ def check_room(count: int, image: torch.Tensor) -> None:
         )
 
 
-def match(
-    vae: AutoencoderKL, read: dict[Path, torch.Tensor], tile_size: int | None, store: Path | None
-) -> dict[Path, torch.Tensor]:
+def _match_first(session: Session, read: dict[Path, torch.Tensor]) -> dict[Path, torch.Tensor]:
     """All images at the first one's size, and the VAE tiling if that size must be."""
-
     first, *_ = read
     height, width = read[first].shape[-2:]
-    tile_to_fit(vae, first, height, width, tile_size, store)
-    return {path: match_size(image, height, width) for path, image in read.items()}
+    session.fit(first, height, width)
+    return {path: ways.match_size(image, height, width) for path, image in read.items()}
 
 
-def figures(route: str, found: Interpolation, steps: list[Step]) -> dict[str, Any]:
+def _figures(route: str, found: ways.Interpolation, steps: list[ways.Step]) -> dict[str, Any]:
     """Every step, and how long and how even the way is, as JSON values."""
     summary: dict[str, Any] = {"route": route, "positions": found.positions}
     for name in ("lpips", "rms"):
@@ -154,44 +119,22 @@ def figures(route: str, found: Interpolation, steps: list[Step]) -> dict[str, An
     return summary
 
 
-def write_pictures(
-    output: Path,
-    route: str,
-    found: Interpolation,
-    steps: list[Step],
-    closed: bool,
-    animation: str | None,
-    fps: float,
-) -> None:
-    """Save the strip and the animation."""
-
-    strip(found, steps).save(output / f"{route}.strip.png")
-    if animation is not None:  # which is endless: the way back to the first image ends before it
-        shown = found.frames[:-1] if closed else found.frames
-        save_animation(shown, output / f"{route}.{animation}", fps)
-
-
-def write_frames(folder: Path, found: Interpolation) -> None:
+def _write_frames(folder: Path, found: ways.Interpolation) -> None:
     """Save every frame as a PNG, numbered in order."""
-
     for number, frame in enumerate(found.frames):
         save_image(frame, folder / f"{number:04d}.png")
 
 
-def report(result: dict[str, Any], output: Path, as_json: bool) -> None:
-    """Write the figures beside the pictures, and print them."""
-
-    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
-    (output / "interpolation.json").write_text(text, encoding="ascii")
-    if as_json:
-        print_json(result)
-        return
+def _lines(result: dict[str, Any]) -> list[str]:
+    """The size of every step, for people: as LPIPS, or else as the root of the mean square."""
+    lines = []
     for each in result["routes"]:
         sizes, name, digits = each["lpips_steps"], f"LPIPS-{result['lpips_net']}", 3
         if sizes is None:
             sizes, name, digits = each["rms_steps"], "rms of 255", 1
-        typer.echo(f"{each['route']}: {len(each['positions'])} frames; steps in {name}:")
-        typer.echo("  " + " ".join(f"{size:.{digits}f}" for size in sizes) + f"; sum {sum(sizes):.{digits}f}")
+        lines.append(f"{each['route']}: {len(each['positions'])} frames; steps in {name}:")
+        steps = " ".join(f"{size:.{digits}f}" for size in sizes)
+        lines.append(f"  {steps}; sum {sum(sizes):.{digits}f}")
     if result["lpips_missing_reason"] is not None:
-        typer.echo(f"Note: LPIPS was not measured: {result['lpips_missing_reason']}")
-    typer.echo(f"\nLook at {output / result['routes'][0]['route']}.strip.png.")
+        lines.append(f"Note: LPIPS was not measured: {result['lpips_missing_reason']}")
+    return lines

@@ -73,7 +73,6 @@ def fit(
     Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
     A folder of images is encoded first, by --model at --size.
     """
-
     settings = DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
     place = usable_device(device)
     check(kind, settings, folder)
@@ -99,7 +98,6 @@ def check(kind: Kind, settings: DiffusionSettings, folder: Path) -> None:
     Raises:
         LatentVAEError: settings out of range or of another kind, a missing extra, a folder of other things.
     """
-
     if kind == "diffusion":
         check_settings(settings)
     elif settings.by_class:
@@ -116,7 +114,6 @@ def free_place(folder: Path) -> Path:
     Raises:
         LatentVAEError: that one holds other things.
     """
-
     place = folder.with_name(f"{folder.name}.stopped") if folder.exists() else folder
     check_target(place.resolve())
     return place
@@ -128,7 +125,6 @@ def read(store: Path, size: int | None, model: str | None, device: str | None) -
     Raises:
         LatentVAEError: neither of both.
     """
-
     if not store.is_dir() or (store / MANIFEST).is_file():
         if not store.exists():
             raise LatentVAEError(f"{store} does not exist; wanted a latent store, or a folder of images.")

@@ -54,7 +54,6 @@ def project(
     Where there are labels: how clusters agree with them (NMI), and how well a classifier does that learns
     from 10 labels a class, each beside the same on raw pixels.
     """
-
     check_output(output, sources)
     for package in ("sklearn", "matplotlib", *["umap"] * (method == "umap")):
         need(package)  # before minutes of encoding
@@ -97,7 +96,6 @@ def summarise(found: Gathering, mapped: Projection, grouped: Clustering, seed: i
 
 def measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) -> Measured:
     """NMI of clusters, and accuracy from few labels, of latents and of pixels; what cannot be is left out."""
-
     if gallery.labels_from is None:
         return {}
     raw = gallery.raw()
@@ -123,13 +121,11 @@ def measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) 
 
 def distinct(rows: np.ndarray) -> int:
     """How many rows differ."""
-
     return len(np.unique(rows, axis=0))
 
 
 def make_cards(gallery: Gallery, mapped: Projection, grouped: Clustering) -> list[Card]:
     """What the page shows of each image."""
-
     near = neighbours(gallery.features.values, NEAR).tolist()
     points = mapped.points.tolist()
     rows = zip(
@@ -145,7 +141,6 @@ def write_all(
     output: Path, name: str, cards: list[Card], mapped: Projection, result: dict[str, Any]
 ) -> list[Path]:
     """Write page, pictures, figures and table; the page first in what is returned."""
-
     about = f"{len(cards):,} images, {axes_text(mapped)}, {result['clusters']['count']} clusters"
     page = write_page(cards, name, about, figure_rows(result))
     text = json_module.dumps(result, ensure_ascii=True, indent=1)
@@ -215,7 +210,6 @@ def figure(value: float | None) -> str:
 
 def report(found: Gathering, mapped: Projection, grouped: Clustering, result: dict[str, Any]) -> list[str]:
     """The figures for people."""
-
     gallery = found.gallery
     lines = [
         f"{len(gallery)} images, {gallery.features.values.shape[1]} features each; map: {axes_text(mapped)}."

@@ -7,106 +7,76 @@ import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.options import (
-    Device,
-    Json,
-    LPIPSNet,
-    LPIPSWeights,
-    Model,
-    Precision,
-    Sample,
-    Seed,
-    Store,
-    TileSize,
-)
-from latentvae.cli.session import (
-    find_lpips,
-    finish,
-    load_model,
-    make_folder,
-    print_json,
-    read_images,
-    short_names,
-    skip,
-    with_ending,
-)
-from latentvae.images.drawing import comparison
+from latentvae.base.files import make_folder
+from latentvae.cli.options import OUTPUT, Sample, Seed, output_folder, tell
+from latentvae.cli.places import short_names, with_ending
+from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
+from latentvae.images import drawing
 from latentvae.images.reading import find_images
 from latentvae.images.saving import save_image
 from latentvae.measure.metrics import Metrics
-from latentvae.models.latents import reconstruct as run
+from latentvae.models import latents
 from latentvae.models.loading import SAMPLE_PICTURE
 
 
+@takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS)
 def reconstruct(
+    session: Session,
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Images or folders. Default: a sample picture.")
     ] = None,
-    model: Model = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
-        "latentvae-output"
-    ),
+    output: Annotated[Path, output_folder("Folder for the pictures.")] = OUTPUT,
     sample: Sample = False,
     seed: Seed = 0,
-    lpips_net: LPIPSNet = "alex",
-    lpips_weights: LPIPSWeights = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    tile_size: TileSize = None,
-    store: Store = None,
-    json: Json = False,
 ) -> None:
     """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
-
     sources = paths or [SAMPLE_PICTURE]
     files = find_images(sources)
     names = short_names(files, sources)
-    vae = load_model(model, device, precision)
+    vae = session.load()
     make_folder(output)
-    lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
+    lpips, reason = session.find_lpips()
     metrics = Metrics(lpips=lpips, lpips_missing_reason=reason, latents="sample" if sample else "mode")
     generator = torch.Generator().manual_seed(seed)
-    skipped: list[dict[str, str]] = []
     written: list[dict[str, Any]] = []
-    for path, image, info in read_images(files, vae, skipped, tile_size, store):
-        name, original = names[path], image[None].to(vae.device)
-        result = run(vae, original, sample=sample, generator=generator)
+    for path, image, info in session.read_images(files):
+        name, original = names[path], image[None].to(vae.device)  # (1, C, H, W)
+        result = latents.reconstruct(vae, original, sample=sample, generator=generator)
         try:
             (row,) = metrics.add(name.as_posix(), original, result.reconstructions, result.posterior.kl())
         except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
-            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            session.skip(path, LatentVAEError(f"{path}: {error}"))
             continue
-        written.append(write_pictures(output / name, image, result.reconstructions[0].cpu(), row, info.notes))
+        place = output / name
+        make_folder(place.parent)
+        written.append(_write_pictures(place, image, result.reconstructions[0].cpu(), row, info.notes))
     if written:
-        report(metrics.summary(), written, skipped, as_json=json)
-    finish(skipped, len(written))
+        summary = metrics.summary()
+        figures = {**summary.as_dict(), "files": written, "skipped": session.skipped}
+        tell(figures, [summary.table(), *_hints(written)], session.json)
+    session.finish(len(written))
 
 
-def write_pictures(
-    place: Path, image: Any, reconstruction: Any, row: Any, notes: list[str]
+def _write_pictures(
+    place: Path, image: torch.Tensor, reconstruction: torch.Tensor, row: Any, notes: list[str]
 ) -> dict[str, Any]:
     """Save the reconstruction and the comparison; return their paths for the report."""
-
-    make_folder(place.parent)
     plain = place.with_name(with_ending(place.name, ".reconstruction.png"))
     compared = place.with_name(with_ending(place.name, ".comparison.png"))
     save_image(reconstruction, plain)
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
     if row.lpips is not None:
         figures["LPIPS"] = f"{row.lpips:.4f}"
-    comparison(image, reconstruction, figures, place.name).save(compared)
+    drawing.comparison(image, reconstruction, figures, place.name).save(compared)
     return {"reconstruction": str(plain), "comparison": str(compared), "notes": notes}
 
 
-def report(summary: Any, written: list[dict[str, Any]], skipped: list[dict[str, str]], as_json: bool) -> None:
-    """Print the table, or the same as JSON."""
-    if as_json:
-        print_json({**summary.as_dict(), "files": written, "skipped": skipped})
-        return
-    typer.echo(summary.table())
-    for entry in written:
-        for note in entry["notes"]:
-            typer.echo(f"{Path(entry['comparison']).name.removesuffix('.comparison.png')}: {note}")
-    typer.echo(
-        f"\nLook at {written[0]['comparison']}" + (f" and {len(written) - 1} more." if written[1:] else ".")
-    )
+def _hints(written: list[dict[str, Any]]) -> list[str]:
+    """What was done to the images when they were read, and where to look."""
+    notes = [
+        f"{Path(entry['comparison']).name.removesuffix('.comparison.png')}: {note}"
+        for entry in written
+        for note in entry["notes"]
+    ]
+    more = f" and {len(written) - 1} more." if written[1:] else "."
+    return [*notes, f"\nLook at {written[0]['comparison']}{more}"]

@@ -50,7 +50,6 @@ def sample(
 
     Image n depends on the prior, the seed and n alone: a larger --count does not change the first ones.
     """
-
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
     made = load_prior(folder) if folder is not None else None
@@ -82,7 +81,6 @@ def sample(
 
 def standard(vae: AutoencoderKL, size: int) -> Prior:
     """What is drawn from without a prior."""
-
     return StandardNormal(vae, size, size)
 
 
@@ -90,7 +88,6 @@ def write(
     batches: Iterable[torch.Tensor], labels: list[int] | None, output: Path, result: dict[str, Any]
 ) -> None:
     """Write each image as it comes, then the grid of the first ones and the JSON, which names them all."""
-
     paths: list[Path] = []
     shown: list[torch.Tensor] = []
     for image in (image for batch in batches for image in batch):
@@ -108,7 +105,6 @@ def write(
 
 def sheet(images: torch.Tensor) -> Any:
     """Images (N, C, H, W) in [-1, 1] in a grid that is about as wide as high."""
-
     columns = math.ceil(math.sqrt(len(images)))
     missing = -len(images) % columns
     cells = [*images, *torch.ones(missing, *images.shape[1:])]

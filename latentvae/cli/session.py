@@ -26,6 +26,9 @@ from latentvae.models.loading import WEIGHTS_DIR, load
 from latentvae.runtime.optimize import optimize
 from latentvae.runtime.tiling.fitting import tile_to_fit
 
+# for `takes`, of verbs that measure, and of verbs that work on images of any size
+LPIPS_OPTIONS = ("lpips_net", "lpips_weights")
+IMAGE_OPTIONS = ("device", "precision", "tile_size", "store", "json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -142,8 +145,9 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
     """Give a verb, whose first parameter is its `session`, options of Session on the command line.
 
     Typer reads a verb's options from its signature. So `@takes("model", ..., "device", "json")` above
-    `def verb(session, photos, size)` makes a function that looks like `verb(photos, model, size, device, json)`
-    and calls yours with a Session of the three. Types, defaults and help are those of Session's fields.
+    `def verb(session, photos, size)` makes a function that looks like
+    `def verb(photos, model, size, device, json)` and calls yours with a Session of the three. Types, defaults
+    and help are those of Session's fields.
 
     Args:
         order: of the options in `--help`. `...` stands for the verb's own; one of those may also be named, to

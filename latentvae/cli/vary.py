@@ -76,7 +76,6 @@ def vary(
 
     A copy depends on its image's pixels, the seed and its number alone.
     """
-
     check_output(output, paths)
     files = find_images(paths)
     names = short_names(files, paths)
@@ -170,7 +169,6 @@ def mean(figures: list[float | None]) -> float | None:
 
 def save(image: torch.Tensor, file: Path) -> None:
     """Write a copy."""
-
     save_image(image, file)
 
 
@@ -181,7 +179,6 @@ def root_of(path: Path, sources: list[Path]) -> Path:
 
 def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> None:
     """Write the contact sheet and the figures, and print them."""
-
     titles = ["Original", "Temperature 0", *(f"Temperature {t:g}, copy {c}" for t, c in study.shown())]
     sheet = output / "contact-sheet.png"
     grid(study.rows, titles).save(sheet)
