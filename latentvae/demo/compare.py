@@ -1,17 +1,21 @@
 """The tab Compare: models, and JPEG and WebP at equal bytes, side by side on one crop."""
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import gradio as gr
 import torch
+from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.codec import compression as codec
-from latentvae.demo import equal_bytes, views
+from latentvae.demo import views
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import Photo
 from latentvae.demo.widgets import Pane, panes_html, zoom_panes
+from latentvae.images.reading import load_image
 from latentvae.images.saving import to_pil
 from latentvae.measure.metrics import Metrics
 from latentvae.models.latents import reconstruct
@@ -19,6 +23,7 @@ from latentvae.models.latents import reconstruct
 MOST = 3
 Side = Literal["64", "128", "256", "512"]  # as text: so gradio describes choices to clients
 LVAE, JPEG, WEBP = ".lvae", "JPEG", "WebP"
+QUALITIES = {JPEG: (1, 95), WEBP: (0, 100)}  # above 95 JPEG only grows, says Pillow
 
 Entry = tuple[str, torch.Tensor, str, int | None]  # title, image, what it took, bytes
 
@@ -56,10 +61,11 @@ class Compare(Tab):
         with self.desk.models.use(model) as chosen:
             read = self.desk.read(photo, chosen.channels)
             budget, entries = None, []
+            # the .lvae file's bytes are JPEG's and WebP's budget, even where it is not shown itself
             if {LVAE, JPEG, WEBP} & set(against):
                 progress(0.1, "Compressing")
                 budget = codec.compress(chosen.exact, read.image[None], quality=int(quality))
-        for number, name in enumerate(against):
+        for number, name in enumerate(against):  # each takes its own model, now that none is held
             progress((number + 1) / (MOST + 1), name)
             entries.append(self._treat(name, read, model, budget))
         box = _crop_box(read, across, down, int(side))
@@ -72,13 +78,14 @@ class Compare(Tab):
 
     def _treat(self, name: str, read: Photo, model: str, data: bytes | None) -> Entry:
         if name in (JPEG, WEBP) and data is not None:
-            coded = equal_bytes.best_within(read.image, name, len(data))  # type: ignore[arg-type]
+            coded = best_within(read.image, name, len(data))
             how = f"quality {coded.quality}" + ("" if coded.fits else ", its smallest")
             return name, coded.image, how, coded.size
         with self.desk.models.use(model if name == LVAE else name) as used:
             if name == LVAE and data is not None:
                 decoded = codec.decode_payload(used.swift, *codec.unpack(data))[0]
                 return f".lvae, {used.name}", decoded, "latents, quantised", len(data)
+            # (1, C, H, W): a model of grey images among those of colour
             rebuilt = reconstruct(used.swift, _as_channels(read.image, used.channels)[None])
             image = _as_channels(rebuilt.reconstructions[0], read.image.shape[0])
             return used.name, image, "no file: latents not quantised", None
@@ -120,7 +127,7 @@ class Compare(Tab):
 
 def _crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int, int, int]:
     """Left, top and side of a square crop, moved and shrunk until it lies in the picture."""
-    width, height = read.info.width, read.info.height
+    width, height = read.info.width, read.info.height  # pixels, upright
     length = max(1, min(int(side), width, height))
     left, top = (
         round(min(max(share * total - length / 2, 0), total - length))
@@ -152,3 +159,51 @@ def _caption(row: dict[str, Any]) -> str:
     if row["lpips"] is not None:
         parts.append(f"LPIPS {row['lpips']:.3f}")
     return " · ".join(parts)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """An image through a codec.
+
+    Attributes:
+        image: (C, H, W) in [-1, 1], decoded again.
+        size: of the file, in bytes.
+        quality: what the codec was set to.
+        fits: whether the file is no larger than was asked for; the codec's smallest may be.
+    """
+
+    image: torch.Tensor
+    size: int
+    quality: int
+    fits: bool
+
+
+def best_within(image: torch.Tensor, name: str, budget: int) -> Coded:
+    """The best file of a format of at most `budget` bytes, or the smallest there is.
+
+    Args:
+        image: (C, H, W) in [-1, 1], C of 1 or 3.
+        name: of the format, as Pillow writes it (JPEG: optimised, 4:2:0; WebP: its slowest method).
+        budget: bytes.
+    """
+    picture = to_pil(image)
+    low, high = QUALITIES[name]
+    best, data = low, _encode(picture, name, low)
+    fits = len(data) <= budget
+    while fits and low < high:  # sizes grow with quality, so halving finds the best
+        middle = (low + high + 1) // 2  # rounded up, or low and its neighbour would never end
+        tried = _encode(picture, name, middle)
+        if len(tried) <= budget:
+            low, best, data = middle, middle, tried
+        else:
+            high = middle - 1
+    decoded = load_image(data, name=name, channels=image.shape[0])
+    return Coded(decoded, len(data), best, fits)
+
+
+def _encode(picture: Image.Image, name: str, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    # what makes each smallest at its quality, or the comparison would flatter the model
+    options = {"optimize": True} if name == JPEG else {"method": 6}
+    picture.save(buffer, format=name.upper(), quality=quality, **options)
+    return buffer.getvalue()

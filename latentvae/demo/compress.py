@@ -7,6 +7,7 @@ import torch
 
 from latentvae.base.errors import CodecError, LatentVAEError
 from latentvae.codec import compression as codec
+from latentvae.codec.container import MAGIC
 from latentvae.demo import latents_file, views
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import read_bytes
@@ -14,7 +15,6 @@ from latentvae.demo.loaded_models import Model
 from latentvae.measure.metrics import Metrics
 from latentvae.models.latents import decode
 
-MAGIC = b"LVAE"
 INVITATION = (
     "An .lvae file, or latents that were downloaded in the tab Reconstruct (or any safetensors file with "
     "<code>latents</code> of this model), becomes a picture again here."
@@ -45,6 +45,7 @@ class Compress(Tab):
             read = self.desk.read(photo, chosen.channels)
             images = read.image[None]
             progress(0.1, "Encoding")
+            # exact encodes: the file is the same on every machine
             data = codec.compress(chosen.exact, images, quality=int(quality))
             progress(0.5, "Decoding")
             header, payload = codec.unpack(data)
@@ -84,11 +85,11 @@ class Compress(Tab):
             The picture; figures as HTML; the picture as PNG.
         """
         data, name = read_bytes(file, "file", self.desk.limits)
-        if data.startswith(MAGIC):
+        if data.startswith(MAGIC):  # by its content: names lie
             image, used = self._open_lvae(data, name)
         else:
             image, used = self._open_latents(data, name, model)
-        stem = name.split(".", maxsplit=1)[0] or "image"
+        stem = name.split(".", maxsplit=1)[0] or "image"  # of photo.latents.safetensors: photo
         bpp = 8 * len(data) / (image.shape[-1] * image.shape[-2])
         shown = [
             (f"{image.shape[-1]} x {image.shape[-2]}", "pixels", f"decoded by {used}"),
@@ -97,6 +98,7 @@ class Compress(Tab):
         return views.view(image), views.tiles(shown), views.keep_png(image, f"{stem}.png")
 
     def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
+        # the header is checked before memory is taken for what it claims
         header, payload = codec.unpack(data, name=name, max_pixels=self.desk.limits.pixels)
         self.desk.limits.check_side(name, header.width, header.height)
         with self.desk.models.use(self._model_of(header.weights.hex(), name)) as chosen:
@@ -112,7 +114,7 @@ class Compress(Tab):
     def _decode(self, model: Model, data: bytes, name: str) -> torch.Tensor:
         found = latents_file.latents_from_bytes(data, name, model, self.desk.limits)
         image = decode(model.swift, found.latents, found.padding)[0]
-        if not bool(image.isfinite().all()):
+        if not bool(image.isfinite().all()):  # finite latents, but so large that activations overflow
             raise LatentVAEError(f"{name} decodes to values that are no numbers: its latents are far off.")
         return image
 
@@ -157,9 +159,10 @@ class Compress(Tab):
         live = [tab.select, photo.change, quality.release]
         desk.connect(self.run, [photo, model, quality], outputs, "compress", button=button, live=live)
         opened = [picture, about, saved]
+        # progress beside the invitation: the picture's place is hidden until there is one
         events: dict[str, Any] = {"button": opening, "live": [file.upload], "progress_on": about}
         done = desk.connect(self.open, [file, model], opened, "decode", **events)
-        for each in done:
+        for each in done:  # success, not then: a refused file shows nothing
             each.success(_show, None, result, api_name="show", api_visibility="undocumented", queue=False)
 
 

@@ -67,6 +67,7 @@ class Desk:
         )
         if offer_example:
             button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
+            # past the queue: it computes nothing
             button.click(
                 _take_example, None, photo, api_name="example", api_visibility="undocumented", queue=False
             )
@@ -98,6 +99,7 @@ class Desk:
     def parts(painted: int | None = None) -> list[torch.Tensor]:
         """Nine parts (C, H, W) of the example, one of them painted over if its number is given."""
         image = load_image(SAMPLE_PICTURE)
+        # squares of one picture that overlap: alike, as what an odd one is found among must be
         places = [(top, left) for top in (0, 70, 140) for left in (20, 110, 200)]
         parts = [image[:, top : top + PART, left : left + PART].clone() for top, left in places]
         if painted is not None:
@@ -120,7 +122,7 @@ class Desk:
             show_label=not bare,
             height=height,
             elem_classes="lv-strip" if bare else None,
-            format="png",
+            format="png",  # gradio's default, WebP, changed pixels by up to 230 of 255
             interactive=False,
             elem_id=elem_id,
             buttons=["download", "fullscreen"],
@@ -187,7 +189,7 @@ class Desk:
                 [seen, *outputs],
                 api_name=f"{api_name}_live",
                 api_visibility="undocumented",
-                trigger_mode="always_last",
+                trigger_mode="always_last",  # of a slider moved meanwhile its last place counts
                 **common,
             )
             events.append(changed)
@@ -216,6 +218,7 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
         if shown == seen or any(value in (None, "", []) for value in values[:inputs]):
             yield tuple(gr.skip() for _ in range(outputs + 1))
             return
+        # always a generator itself, so that gradio treats both kinds of handlers alike
         if not inspect.isgeneratorfunction(run):
             yield (shown, *run(*values))
             return
@@ -223,6 +226,7 @@ def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[...
             part = None in result  # what fails after a part can be tried again
             yield (gr.skip() if part else shown, *result)
 
+    # gradio counts a handler's parameters, and finds gr.Progress among their defaults
     names = inspect.signature(run).parameters.values()
     last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     live.__signature__ = inspect.Signature([last, *names])  # type: ignore[attr-defined]

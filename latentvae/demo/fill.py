@@ -18,7 +18,7 @@ from latentvae.images.reading import load_image
 from latentvae.images.saving import to_pil
 from latentvae.toolbox.editing.fill import STEPS, fill
 
-MASK_BYTES = 4 << 20
+MASK_BYTES = 4 << 20  # in base64; `Limits.input_bytes` leaves room for it
 SHAPE_SLACK = 0.03  # of the ratio of width to height, in which mask and picture may differ
 
 
@@ -51,7 +51,9 @@ class FillIn(Tab):
             missing = _read_mask(mask, *image.shape[-2:])
             if not bool(missing.any()):
                 raise ImageError("Nothing is painted yet: paint over what should be filled in.")
-            vae, total = (chosen.exact, 2 * STEPS[method]) if method == "optimise" else (chosen.swift, 6)
+            # gradients need float32; one pass after the other does not
+            vae = chosen.exact if method == "optimise" else chosen.swift
+            total = 2 * STEPS[method]  # for the trial on hidden pixels, and for the picture
             done = iter(range(total + 1))
             result = fill(
                 vae,
@@ -60,6 +62,7 @@ class FillIn(Tab):
                 method=method,
                 progress=lambda: progress((next(done, total), total), "Filling in"),
             )
+        # grey, the middle of [-1, 1]
         hole = image.masked_fill(missing, 0.0)
         share = float(missing.float().mean())
         shown = [
@@ -110,6 +113,7 @@ class FillIn(Tab):
             concurrency_id=HEAVY,
             concurrency_limit=1,
         )
+        # not live on a new picture: it has to be painted on first
         inputs, outputs = [photo, mask, model, method], [pair, shown, saved]
         desk.connect(self.run, inputs, outputs, "fill", button=button, live=[tab.select])
 
@@ -130,11 +134,12 @@ def _read_mask(mask: str, height: int, width: int) -> torch.Tensor:
     except binascii.Error as error:
         raise ImageError(f"The mask is no base64 ({error}): encode the PNG again.") from error
     white = load_image(data, name="the mask", background=(0, 0, 0), max_pixels=1 << 22, channels=1)[0] > 0
-    high, wide = white.shape
+    high, wide = white.shape  # of the brush's canvas, or of whatever a client sends
     if abs(wide / high * height / width - 1) > SHAPE_SLACK:
         raise ImageError(
             f"The mask is {wide} x {high} pixels and the picture {width} x {height}: paint on this one."
         )
+    # the nearest pixel, in whole numbers: nothing is half painted
     rows = (torch.arange(height) * high) // height
     columns = (torch.arange(width) * wide) // width
     return white[rows][:, columns]
@@ -143,7 +148,7 @@ def _read_mask(mask: str, height: int, width: int) -> torch.Tensor:
 def _scratches(width: int, height: int) -> str:
     """A mask with a few strokes, to begin with."""
     picture = Image.new("L", (width, height))
-    pen, random = ImageDraw.Draw(picture), np.random.default_rng(4)
+    pen, random = ImageDraw.Draw(picture), np.random.default_rng(4)  # the same strokes for everybody
     for _ in range(5):
         steps = np.cumsum(random.normal(0, 0.04, (9, 2)) + random.normal(0, 0.06, 2), 0)
         points = (random.uniform(0.15, 0.85, 2) + steps) * (width, height)

@@ -62,13 +62,14 @@ def latents_from_bytes(data: bytes, name: str, model: Model, limits: Limits) -> 
     if latents is None or latents.ndim != 4 or not latents.is_floating_point():
         raise LatentVAEError(f"{name} holds no latents of floats (1, C, h, w). {AGAIN}")
     channels, ratio = model.exact.config["latent_channels"], spatial_compression_ratio(model.exact)
-    batch, found, height, width = latents.shape
+    batch, found, height, width = latents.shape  # (1, C, h, w)
     if batch != 1 or found != channels or 0 in latents.shape:
         raise LatentVAEError(
             f"{name} holds latents of shape {tuple(latents.shape)}; {model.name} decodes (1, {channels}, h, "
             "w): choose the model that made them."
         )
     padding = _padding(tensors, name, height * ratio, width * ratio)
+    # the sides of the smallest picture that needs so many latents
     limits.check_side(name, (width - 1) * ratio + 1, (height - 1) * ratio + 1)
     padded = height * width * ratio**2  # of a line of pixels many times what it holds
     if padding.height * padding.width > limits.pixels or padded > 2 * limits.pixels:
@@ -85,6 +86,7 @@ def latents_from_bytes(data: bytes, name: str, model: Model, limits: Limits) -> 
 def weights_of(data: bytes) -> str | None:
     """The hash of the weights that a file says it was made with; None where it says none, or is none."""
     try:
+        # of the header alone, as safetensors defines it: its length in 8 bytes, little-endian, then JSON
         (length,) = struct.unpack_from("<Q", data)
         header = json.loads(data[8 : 8 + min(length, MAX_HEADER)])
         found = header["__metadata__"]["weights_sha256"]
@@ -98,6 +100,7 @@ def _padding(tensors: dict[str, torch.Tensor], name: str, height: int, width: in
     stored = tensors.get("padding")
     if stored is None:
         return Padding(0, 0, 0, 0, height, width)
+    # what `latents_to_bytes` writes; NaN and infinity would be no int
     whole_numbers = stored.dtype == torch.int64 and stored.numel() == 6
     values = [int(value) for value in stored.flatten().tolist()] if whole_numbers else []
     if len(values) == 6 and min(values) >= 0:

@@ -52,7 +52,8 @@ class FindOdd(Tab):
                 read.append(self.desk.read_small(file, chosen.channels))  # whole they would be gigabytes
                 images = read[-1].image[None]
                 looks.append(look(chosen.swift, images, self._network(images)))
-            if any("lpips" not in one.terms for one in looks):  # pictures that are too small for it
+            # terms are compared, so all have LPIPS or none: a picture can be too small for it
+            if any("lpips" not in one.terms for one in looks):
                 for one in looks:
                     for term in LPIPS_TERMS:
                         one.terms.pop(term, None)
@@ -60,7 +61,7 @@ class FindOdd(Tab):
             verdicts = []
             for number, one in enumerate(looks):
                 progress((number, len(looks)), "Comparing")
-                others = looks[:number] + looks[number + 1 :]
+                others = looks[:number] + looks[number + 1 :]  # not itself: it would look usual
                 verdicts.append(calibrate(chosen.swift, others, net).judge(one))
         order = sorted(range(len(read)), key=lambda number: -verdicts[number].score)
         return self._show([(read[number], verdicts[number]) for number in order], chosen.name)
@@ -72,7 +73,7 @@ class FindOdd(Tab):
     @staticmethod
     def _show(ranked: Sequence[tuple[Photo, Verdict]], model: str) -> tuple[Any, ...]:
         maps = [
-            (_heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")
+            (_heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")  # z: never -0.0
             for rank, (photo, verdict) in enumerate(ranked, 1)
         ]
         first, second = ranked[0][1].score, ranked[1][1].score
@@ -113,4 +114,5 @@ def _heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
     """A picture, darkened and greyed, with its heat over it."""
     heat = from_uint8(colour_heat(verdict.heat.numpy()))
     grey = photo.image.mean(0, keepdim=True).expand(3, -1, -1)
+    # grey, so that colours are the heat's alone
     return views.view(torch.lerp(grey, heat, SHADE))

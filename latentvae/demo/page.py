@@ -17,6 +17,7 @@ from latentvae.demo.vary import Vary
 HEAD = """<div class="lv-head"><h1>latent<i>vae</i></h1>
 <p>What an image autoencoder keeps of a picture, and what it loses.</p></div>"""
 
+# What visitors read, the tab's id in the page, and who lays it out
 TABS: tuple[tuple[str, str, type[Tab]], ...] = (
     ("Reconstruct", "reconstruct", Reconstruct),
     ("Compare", "compare", Compare),
@@ -51,6 +52,7 @@ def build_page(models: Models, limits: Limits) -> LocalBlocks:
             api_visibility="undocumented",
             queue=False,
         )
+    # api_open would let requests past the queue, and so past its limits
     page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     return page
 

@@ -49,14 +49,17 @@ class Reconstruct(Tab):
             read = self.desk.read(photo, chosen.channels)
             images, start = read.image[None], time.perf_counter()
             progress(0.1, "Encoding")
+            # exact encodes: the latents to take home are the same on every machine
             posterior, padding = encode(chosen.exact, images)
             generator = torch.Generator().manual_seed(int(seed or 0))
             drawn = posterior.sample(generator) if latents == "sample" else posterior.mode()
             progress(0.4, "Decoding")
             rebuilt = decode(chosen.swift, drawn, padding)
             seconds = time.perf_counter() - start
+        # kept as files at once: gradio would pack both again for the second part
         before, after = views.view(read.image), views.view(rebuilt[0])
         pair = (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png"))
+        # None clears what belongs to the picture before, and `desk.when_new` tells a part by it
         yield pair, None, None, views.tiles(_figures(None, seconds)), None, None, None
         metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
         (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
@@ -74,6 +77,7 @@ class Reconstruct(Tab):
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it, the example's result in it already."""
         desk = self.desk
+        # computed once, when the server starts: whoever opens the page sees it without waiting
         *_, whole = self.run(str(desk.example), desk.models.names[0])
         slider, error, channels, shown, protocol, picture, tensors = whole
         with gr.Row(elem_classes="lv-split"):

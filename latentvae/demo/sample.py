@@ -52,7 +52,7 @@ class Sample(Tab):
         """
         if prior not in ("gaussian", "standard") or side not in get_args(Side):
             raise LatentVAEError(f"prior {prior!r} and side {side} came; choose from those that are offered.")
-        wanted = max(1, min(int(count), MOST))
+        wanted = max(1, min(int(count), MOST))  # plain requests pass the slider's ends by
         with self.desk.models.use(model) as chosen:
             if prior == "standard":
                 drawn_from: Prior = StandardNormal(chosen.exact, int(side), int(side))
@@ -73,11 +73,13 @@ class Sample(Tab):
                 f"{len(files)} pictures came to learn from; give {LEAST_LEARNED} to {most}, or draw from the "
                 "standard normal prior, which needs none."
             )
+        # a store in a folder of its own: priors learn from stores, and all of it goes at the end
         with tempfile.TemporaryDirectory() as folder:
             pictures, store = Path(folder, "pictures"), Path(folder, "store")
             pictures.mkdir()
             for number, file in enumerate(files):
                 image = match_size(self.desk.read(file, model.channels).image, side, side)
+                # mirrored too: twice the latents to fit; (C, H, W)
                 for name, each in (("a", image), ("b", image.flip(2))):
                     save_image(each, pictures / f"{number:02d}{name}.png")
             encode_folder(model.exact, pictures, store, dtype="fp32", weights_sha256=model.weights_sha256)

@@ -8,6 +8,7 @@ import gradio as gr
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Cascadia Mono", "Menlo", "Liberation Mono", "monospace")
 
+# Eleven shades each, from 50 to 950, as gradio counts them
 ACCENT = gr.themes.Color(
     *("#eef7f4", "#d5ece5", "#aedacd", "#7fc2b0", "#50a590", "#2f8874"),
     *("#216e5e", "#1c584c", "#19473e", "#163b34", "#0b211d"),

@@ -38,7 +38,7 @@ class Vary(Tab):
         Returns:
             The copies; the same as an animated WebP; figures as HTML; the same as JSON.
         """
-        count = max(1, min(int(copies), MOST))
+        count = max(1, min(int(copies), MOST))  # plain requests pass the slider's ends by
         with self.desk.models.use(model) as chosen:
             read = self.desk.read_small(photo, chosen.channels)
             found = Variations(chosen.swift, read.image, seed=int(seed or 0))
@@ -55,6 +55,7 @@ class Vary(Tab):
             (views.view(each), f"copy {number}: {views.number(distance.psnr, 1, ' dB')}")
             for number, (each, (distance, _)) in enumerate(zip(made, near, strict=True), 1)
         ]
+        # copies that are equal to the picture have an infinite PSNR, which no mean survives
         mean_psnr = sum(min(each.psnr, 99.0) for each, _ in near) / count
         shown = [
             (views.number(mean_psnr, 2, " dB"), "PSNR to the picture", "mean of the copies"),
@@ -69,6 +70,7 @@ class Vary(Tab):
             "lpips_to_original": [each.lpips for each, _ in near],
             "lpips_to_reconstruction": [each.lpips for _, each in near],
         }
+        # the reconstruction first: copies spread around it, not around the picture
         frames = torch.stack([rebuilt, *made]).cpu()
         animation = views.keep_animation(frames, f"{read.stem}.copies.webp", FPS)
         return pictures, animation, views.tiles(shown), facts

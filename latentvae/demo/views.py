@@ -48,9 +48,10 @@ def channel_views(latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
     """Each channel of latents (1, C, h, w) in grey, enlarged by a whole number, with its range."""
     pictures = []
     for number, plane in enumerate(latents[0].float().cpu(), 1):
-        spread = SPREAD * float(plane.std(correction=0)) or 1.0
+        spread = SPREAD * float(plane.std(correction=0)) or 1.0  # 0 where all are equal
         level = ((plane - plane.mean()) / spread).clamp(-1, 1)
         grey = Image.fromarray((level.numpy() * 127.5 + 127.5).round().astype(np.uint8))
+        # nearest and by a whole number: every position stays a square of one grey
         factor = max(1, round(CHANNEL_SIDE / max(grey.size)))
         large = grey.resize((grey.width * factor, grey.height * factor), Image.Resampling.NEAREST)
         low, high = float(plane.min()), float(plane.max())
@@ -107,6 +108,7 @@ def size(count: int) -> str:
 
 def keep(data: bytes, name: str) -> str:
     """Put a file where the page offers it for download, and deletes it later."""
+    # cut in bytes, not characters: that is what file systems count
     path = Path(name)
     short = path.stem.encode()[:NAME_BYTES].decode(errors="ignore") + path.suffix
     return save_bytes_to_cache(data, short, get_upload_folder())
