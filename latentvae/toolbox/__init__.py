@@ -1,4 +1,5 @@
-"""What a VAE is for besides pipelines. Imports store, measure, models, images, base.
+"""What a VAE is for besides pipelines: four rooms that do not know each other.
 
-In: images or a store. Out: new images, fillings, verdicts, maps. Four rooms that need not know each other.
+May import: store, measure, models, images, base. In: images, or a store. Out: new images (priors), changed
+ones (editing), verdicts (anomaly), maps (atlas).
 """

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.images.drawing import WHITE, grid
-from latentvae.images.reading import PathLike
 from latentvae.images.resizing import Geometry, thumbnail
 from latentvae.images.saving import save_picture, to_pil
 from latentvae.images.tensors import to_uint8
@@ -78,11 +77,12 @@ def interpolate(
         LatentVAEError: fewer than two images, sizes that differ, or an unknown route.
     """
     _check(images, frames, route)
+    # one by one as well: in a batch an image's latents would be rounded otherwise than `reconstruct`'s
     encoded = [encode(vae, image[None]) for image in images]
     ends, padding = [posterior.mode().cpu() for posterior, _ in encoded], encoded[0][1]
     latents = [ends[0]]
     for start, end in pairwise(ends):
-        latents += interpolate_latents(start, end, frames, route)[1:]
+        latents += interpolate_latents(start, end, frames, route)[1:]  # the first is there already
     first = decode(vae, latents[0], padding).cpu()
     decoded = first.new_empty(len(latents), *first.shape[1:])  # once, as they may be gigabytes
     decoded[0] = first[0]
@@ -106,7 +106,7 @@ def interpolate_latents(start: Tensor, end: Tensor, frames: int, route: Route) -
     if route == "linear":
         inner = [torch.lerp(start, end, weight) for weight in weights]
     else:
-        mean = torch.lerp(start, end, 0.5).mean((2, 3), keepdim=True)
+        mean = torch.lerp(start, end, 0.5).mean((2, 3), keepdim=True)  # (1, c, 1, 1)
         inner = [slerp(start, end, weight, mean) for weight in weights]
     return [start, *inner, end]
 
@@ -128,6 +128,7 @@ def slerp(start: Tensor, end: Tensor, weight: float, mean: Tensor | float = 0.0)
     centre = mean.cpu().double() if isinstance(mean, Tensor) else mean
     first, last = (latents.cpu().double() - centre for latents in (start, end))
     norms = [torch.linalg.vector_norm(each, dim=(1, 2, 3), keepdim=True) for each in (first, last)]
+    # latents that are the mean have no direction: 0 instead of NaN, and the line below
     tiny = torch.finfo(torch.float64).tiny
     one, other = first / norms[0].clamp_min(tiny), last / norms[1].clamp_min(tiny)
     # Kahan's formula: exact for small angles, where the arc cosine of a product is not
@@ -138,6 +139,7 @@ def slerp(start: Tensor, end: Tensor, weight: float, mean: Tensor | float = 0.0)
     sine = torch.sin(angle)
     norm = torch.lerp(norms[0], norms[1], weight)
     arc = (torch.sin((1 - weight) * angle) * one + torch.sin(weight * angle) * other) / sine * norm
+    # also opposite directions: through which of all the planes would they turn?
     flat = (sine < 1e-9) | (norms[0] == 0) | (norms[1] == 0)
     return (torch.where(flat, torch.lerp(first, last, weight), arc) + centre).to(start)
 
@@ -151,12 +153,12 @@ def step_sizes(frames: Tensor, lpips: LPIPS | None = None) -> list[Step]:
     before: Tensor | None = None
     features: list[Tensor] = []
     for frame in frames:
-        levels = to_uint8(frame[None]).float()
+        levels = to_uint8(frame[None]).float()  # as people get them: in files
         seen = network.features(levels.to(network.shift) / 127.5 - 1) if network else []
         if before is not None:
             distance = network.distance_from_features(features, seen).item() if network else None
             steps.append(Step((levels - before).square().mean().sqrt().item(), distance))
-        before, features = levels, seen
+        before, features = levels, seen  # each frame goes through the network once, not twice
     return steps
 
 
@@ -174,6 +176,7 @@ def match_size(image: Tensor, height: int, width: int) -> Tensor:
             f"an image of {old_width}x{old_height} px would be scaled to {resized[0]}x{resized[1]} px to cut "
             f"{width}x{height} px out of it: crop it first, or leave it out."
         )
+    # None where nothing is to be resized: resampling to the same size would still change pixels
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     geometry = Geometry(None if resized == (old_width, old_height) else resized, (left, top, width, height))
     return geometry.apply(image)
@@ -194,7 +197,7 @@ def strip(interpolation: Interpolation, steps: Sequence[Step]) -> Image.Image:
     return canvas
 
 
-def save_animation(frames: Tensor, path: PathLike, fps: float = 10.0) -> None:
+def save_animation(frames: Tensor, path: str | Path, fps: float = 10.0) -> None:
     """Write frames (F, C, H, W) in [-1, 1] as an endless lossless WebP or a GIF, by suffix.
 
     Raises:

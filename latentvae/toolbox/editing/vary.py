@@ -58,8 +58,8 @@ class Variations:
         """
         if not (math.isfinite(temperature) and temperature >= 0):
             raise LatentVAEError(f"temperature {temperature} came, but a number of at least 0 was wanted.")
-        mean = self.posterior.mode()
-        if temperature == 0:
+        mean = self.posterior.mode()  # (1, c, h, w)
+        if temperature == 0:  # the reconstruction, bit for bit
             return mean
         noise = seeded_noise(mean.shape[1:], self.seed, self.key, copy)[None].to(mean)
         return mean + temperature * self.posterior.std * noise
@@ -78,7 +78,7 @@ class Variations:
     def spread(self) -> Spread:
         """How much temperature 1 is, in figures."""
         mean = self.posterior.mode()
-        own = mean - mean.mean((2, 3), keepdim=True)
+        own = mean - mean.mean((2, 3), keepdim=True)  # channels have means far apart, which are no variation
         return Spread(self.posterior.std.square().mean().sqrt().item(), own.square().mean().sqrt().item())
 
 
@@ -113,7 +113,7 @@ class Reference:
     """An image (C, H, W) in [-1, 1] that others are compared with; its LPIPS features are computed once."""
 
     def __init__(self, image: Tensor, lpips: LPIPS | None = None) -> None:
-        small = lpips is not None and min(image.shape[-2:]) < lpips.min_size
+        small = lpips is not None and min(image.shape[-2:]) < lpips.min_size  # its last layers would be empty
         self.image, self.lpips = image, None if small else lpips
         self._features = self._see(image)
 
@@ -129,10 +129,12 @@ class Reference:
     def _see(self, image: Tensor) -> list[Tensor]:
         if self.lpips is None:
             return []
+        # of 8-bit levels, as people get it, and as the PSNR beside it is
         return self.lpips.features(to_uint8(image[None]).to(self.lpips.shift) / 127.5 - 1)
 
 
 def image_key(image: Tensor) -> str:
     """SHA-256 of an image's 8-bit pixels and shape."""
+    # 8 bits, so that readers that differ in the last bits of a float give an image the same noise
     levels = to_uint8(image).cpu().contiguous()
     return hashlib.sha256(f"{tuple(levels.shape)}".encode() + levels.numpy().tobytes()).hexdigest()

@@ -1,1 +1,5 @@
-"""What latents look like, learned, so that new ones can be drawn."""
+"""What latents look like, learned, so that new ones can be drawn: Gaussian, mixture, diffusion.
+
+May import: store, models, base; none of the other three rooms of the toolbox. In: a store of latents of one
+size. Out: a `Prior` (one folder), and new images from it. `loading` knows all kinds; no kind knows `loading`.
+"""

@@ -59,18 +59,19 @@ class DiffusionPrior(Prior):
     def draw(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
         """As `Prior.draw`. Each batch has rounding of its own (1e-6), so `sample` keeps batches the same."""
         device = self.unet.device
-        x = self.noise(numbers, seed).to(device)
+        x = self.noise(numbers, seed).to(device)  # (B, C, h, w)
         classes = self._classes(numbers, seed, labels)
         self.scheduler.set_timesteps(self.card.fit["sampling_steps"])
         for t in self.scheduler.timesteps:
             predicted = self.unet(x, t, class_labels=classes).sample
-            x = self.scheduler.step(predicted, t, x, eta=0.0).prev_sample
+            x = self.scheduler.step(predicted, t, x, eta=0.0).prev_sample  # eta 0: no noise but the first
         return x.float().cpu()
 
     def labels_of(self, numbers: Sequence[int], seed: int) -> list[int] | None:
         """As `Prior.labels_of`, each label as often as among the images learned from."""
         if self.card.labels is None or self.card.label_counts is None:
             return None
+        # each draw from (seed, n) alone, so that more draws leave the first ones as they are
         ends = np.cumsum(self.card.label_counts) / sum(self.card.label_counts)
         picks = [np.random.default_rng((seed, n)).random() for n in numbers]
         return [self.card.labels[int(np.searchsorted(ends[:-1], pick, side="right"))] for pick in picks]
@@ -128,16 +129,17 @@ def fit_diffusion(
     settings = settings or DiffusionSettings()
     check_settings(settings)
     classes = latents.classes() if settings.by_class else None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's draws go on as before
         torch.manual_seed(settings.seed)
         unet = build_unet(latents.shape, settings, len(classes) if classes else None).to(device)
+    # the network counts classes from 0; labels of a store are any numbers
     places = torch.searchsorted(torch.tensor(classes), latents.labels) if classes else None
     losses = _train(unet, latents, places, settings)
     fit = {
         **asdict(settings),
         "steps_done": len(losses),
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "loss": float(np.mean(losses[-100:])),
+        "loss": float(np.mean(losses[-100:])),  # of one step it depends on the noise levels drawn
     }
     return DiffusionPrior(card_of(latents, "diffusion", fit, settings.by_class), unet.cpu(), make_scheduler())
 
@@ -195,6 +197,7 @@ def _batch(
     random = np.random.default_rng((settings.seed, step))
     count = settings.batch_size
     numbers = random.integers(len(latents), size=count)
+    # noise twice: a sample of each posterior, so that its width is learned too, and what is to be taken away
     draws = torch.from_numpy(random.standard_normal((2, count, *latents.shape), np.float32))
     t = torch.from_numpy(random.integers(NOISE_LEVELS, size=count)).to(device)
     return latents.draw(numbers, draws[0]).to(device), draws[1].to(device), t, torch.from_numpy(numbers)

@@ -45,7 +45,7 @@ class LatentSet:
         self.manifest: Manifest = dataset.manifest
         chosen = _selection(self.total, KEPT * int(np.prod(self.shape)))
         scaling = Scaling.of(self.manifest)
-        moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])
+        moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])  # filled in place
         self.labels = torch.empty(len(chosen), dtype=torch.int64)
         for place, number in enumerate(tqdm(chosen, unit="image", desc="reading", disable=not progress)):
             item = dataset[number]
@@ -110,4 +110,5 @@ def _statistics(posterior: Posterior) -> tuple[torch.Tensor, torch.Tensor]:
         within = torch.exp(posterior.logvar[:, channel].double()).mean()
         means.append(centres.mean())
         deviations.append((within + centres.var(correction=0)).sqrt())
+    # a channel that never varies: draws divide by its deviation
     return torch.stack(means).float(), torch.stack(deviations).clamp_min(1e-6).float()

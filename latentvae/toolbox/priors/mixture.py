@@ -46,10 +46,11 @@ class MixturePrior(Prior):
         rank, dimensions = parts["basis"].shape
         pick = np.random.default_rng((seed, number)).random()
         component = int(np.searchsorted(parts["weights"].cumsum(0).numpy(), pick, side="right"))
-        component = min(component, len(parts["weights"]) - 1)
+        component = min(component, len(parts["weights"]) - 1)  # rounded weights add up to nearly 1
         noise = seeded_noise((rank + dimensions,), seed, self.card.kind, number)
-        scores = parts["means"][component] + parts["factors"][component] @ noise[:rank]
-        rest = noise[rank:] - (parts["basis"] @ noise[rank:]) @ parts["basis"]
+        scores = parts["means"][component] + parts["factors"][component] @ noise[:rank]  # (R,)
+        # what the basis holds of the noise is taken out: there the scores have the whole variance already
+        rest = noise[rank:] - (parts["basis"] @ noise[rank:]) @ parts["basis"]  # (D,)
         flat = parts["centre"] + scores @ parts["basis"] + parts["residual"] * rest
         return flat.reshape(self.card.latent_shape)
 
@@ -98,14 +99,17 @@ def fit_mixture(
         LatentVAEError: components or rank out of range, or scikit-learn is not installed.
     """
     decomposition, mixture = need("sklearn.decomposition"), need("sklearn.mixture")
+    # samples and not means: what is drawn should vary as what the decoder has learned from does
     noise = torch.stack([seeded_noise(latents.shape, seed, "fit", i) for i in range(len(latents))])
     flat = latents.draw(range(len(latents)), noise).flatten(1).double().numpy()
     rank = _check_rank(flat.shape, components, rank)
     pca = decomposition.PCA(rank, random_state=seed).fit(flat)
     scores = pca.transform(flat)
+    # one Gaussian takes all components; of several, each has to see PER_COMPONENT images for every one
     mixed = rank if components == 1 else max(1, min(rank, len(flat) // (PER_COMPONENT * components)))
     model = mixture.GaussianMixture(components, random_state=seed, reg_covar=REGULARISATION)
     model.fit(scores[:, :mixed])
+    # the variance beyond the rank, spread evenly over the D - R directions there; rounding can go below 0
     left_out = max(0.0, float(flat.var(0).sum() - scores.var(0).sum()))
     residual = np.sqrt([left_out / max(1, flat.shape[1] - rank)])
     tensors = {

@@ -17,7 +17,7 @@ from latentvae.models.latents import Scaling, seeded_noise
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.toolbox.priors.latent_set import LatentSet
 
-FORMAT = 1
+FORMAT = 1  # of prior.json
 SIDECAR = "prior.json"
 WRITTEN = {SIDECAR, "mixture.safetensors", "model_index.json", "unet", "scheduler"}  # by any kind
 
@@ -76,7 +76,7 @@ class Prior(ABC):
     def latents(self, numbers: Sequence[int], seed: int, labels: Sequence[int] | None = None) -> torch.Tensor:
         """Unscaled latents (B, C, h, w) of these draws, as a decoder takes them."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.card.mean, self.card.std))
-        scaled = self.draw(numbers, seed, labels) * std + mean
+        scaled = self.draw(numbers, seed, labels) * std + mean  # (B, C, h, w), as a diffusion model sees them
         return Scaling.of(self.card).unscale(scaled)
 
     def labels_of(self, numbers: Sequence[int], seed: int) -> list[int] | None:
@@ -85,6 +85,7 @@ class Prior(ABC):
 
     def noise(self, numbers: Sequence[int], seed: int) -> torch.Tensor:
         """Standard normal noise of these draws, (B, C, h, w)."""
+        # draw by draw: one generator for all would tie draw n to how many are drawn at once
         return torch.stack([seeded_noise(self.card.latent_shape, seed, "prior", n) for n in numbers])
 
     def check(self, vae: AutoencoderKL) -> None:
@@ -134,7 +135,7 @@ class StandardNormal(Prior):
                 f"a size of {width}x{height} px came; a latent of this model is {ratio} px wide."
             )
         shape = (channels, height // ratio, width // ratio)
-        factors = vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0
+        factors = vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0  # None: no shift
         super().__init__(
             PriorCard("standard", weight_hash(vae), shape, *factors, [0.0] * channels, [1.0] * channels, 0)
         )
@@ -162,7 +163,7 @@ def card_of(latents: LatentSet, kind: str, fit: dict[str, Any], by_class: bool =
         len(latents),
         labels,
         counts,
-        {"store_images": latents.total, **fit},
+        {"store_images": latents.total, **fit},  # more than `images` where memory did not hold all
     )
 
 

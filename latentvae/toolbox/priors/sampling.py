@@ -11,7 +11,9 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.models.latents import decode
 from latentvae.toolbox.priors.prior import Prior
 
-BATCH, BATCH_LATENTS = 32, 2048  # draws at once, and latent pixels of them together
+# Draws at once, and latent pixels of them together. Other batches round otherwise: these are part of what a
+# seed means.
+BATCH, BATCH_LATENTS = 32, 2048
 
 
 def sample(
@@ -69,9 +71,11 @@ def sample_batches(
     prior.to(vae.device)
     size = batch_size(prior.card.latent_shape)
     wanted = dict(zip(range(first, first + count), labels, strict=True)) if labels is not None else None
+    # batches begin at multiples of their size, whatever was asked for; what is too much is cut off
     starts = range(first // size * size, first + count, size)
     for start in tqdm(starts, unit="batch", disable=not progress or len(starts) < 2):
         numbers = range(start, start + size)
+        # draws that nobody asked for get any label that exists
         of_each = [wanted.get(n, next(iter(wanted.values()))) for n in numbers] if wanted else None
         images = decode(vae, prior.latents(numbers, seed, of_each)).clamp(-1, 1).float().cpu()
         if not images.isfinite().all():
