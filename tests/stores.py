@@ -10,13 +10,15 @@ from latentvae.images.resizing import Preprocessing
 from latentvae.store.format import (
     DTYPES,
     Entry,
+    Failure,
     Manifest,
     ShardRecord,
     flipped_name,
+    place_shard,
     shard_name,
+    stage_shard,
     tensor_name,
     write_manifest,
-    write_shard,
 )
 
 Size = tuple[int, int]  # of latents: height, width
@@ -45,6 +47,19 @@ def write_store(folder: Path, shards: Sequence[Sequence[Size]], **options: Any) 
         first += len(sizes)
     write_manifest(folder, common.model_copy(update={"shards": records}))
     return folder
+
+
+def write_shard(
+    store: Path,
+    name: str,
+    tensors: dict[str, torch.Tensor],
+    entries: Sequence[Entry],
+    failures: Sequence[Failure] = (),
+) -> ShardRecord:
+    """Put a shard in place, as a run does but for its journal."""
+    record = stage_shard(store, name, tensors, entries, failures)
+    place_shard(store, record)
+    return record
 
 
 def manifest(**options: Any) -> Manifest:

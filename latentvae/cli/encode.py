@@ -20,8 +20,7 @@ from latentvae.runtime.tiling.planning import plan
 from latentvae.runtime.tiling.switch import enable_exact_tiling
 from latentvae.store.encoding import EncodeReport, Room, Workload, encode_folder
 from latentvae.store.format import DTYPES
-from latentvae.store.verification import PREVIEW
-from latentvae.store.verification import preview as draw
+from latentvae.store.verification import PREVIEW, contact_sheet
 
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
@@ -109,7 +108,7 @@ def encode(
     if os.environ.get("RANK", "0") != "0":
         return  # the first process speaks for all
     if preview and report.images:
-        draw(store, vae).save(store / PREVIEW)
+        contact_sheet(store, vae).save(store / PREVIEW)
     tell(report, store, json)
 
 

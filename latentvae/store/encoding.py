@@ -26,7 +26,7 @@ from latentvae.models.loading import spatial_compression_ratio
 from latentvae.store import format as layout
 from latentvae.store import planning
 from latentvae.store.format import DtypeName, Failure, Manifest, Row
-from latentvae.store.journal import Journal, check_folder, joined, locked
+from latentvae.store.journal import Journal, joined, locked
 from latentvae.store.pipeline import Batch, Computer, Loaded, Loader, Moments, feed
 from latentvae.store.planning import Loss, Plan, PlannedShard, Source
 from latentvae.store.processes import Processes
@@ -155,7 +155,6 @@ def encode_folder(
 def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Processes, held: ExitStack) -> None:
     """Take hold of the store: the first process locks it and writes down what the run is about."""
     if processes.is_main:
-        check_folder(journal.store)
         held.enter_context(locked(journal.store))
         journal.begin(settings())
     processes.share("begun", None)
@@ -215,24 +214,18 @@ def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> Encode
     )
 
 
+@dataclass
 class Worker:
     """One process's part of a run."""
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        journal: Journal,
-        settings: Manifest,
-        sources: dict[str, Source],
-        work: Workload,
-        processes: Processes,
-    ) -> None:
-        self.vae, self.journal, self.settings, self.sources = vae, journal, settings, sources
-        self.work, self.processes = work, processes
-        self.quiet = not (work.progress and processes.is_main)
-        self.damaged: dict[str, str] = {}  # what is wrong, by name of the shard
-        ratio, batch_size = spatial_compression_ratio(vae), settings.batch_size
-        self.loader = Loader(sources, settings.preprocessing, ratio, batch_size, settings.flips)
+    vae: AutoencoderKL
+    journal: Journal
+    settings: Manifest
+    sources: dict[str, Source]
+    work: Workload
+    processes: Processes
+    damaged: dict[str, str] = field(default_factory=dict)  # what is wrong, by name of the shard
+    failed: bool = False  # a shard could not be written: the run is about to end
 
     def check(self, shards: list[PlannedShard]) -> list[Loss]:
         """Compare this process's shards with their hashes; what repairing the damaged ones would lose."""
@@ -254,7 +247,7 @@ class Worker:
         wanted: list[PlannedShard] = []
         for shard in self._own(shards, "examining"):
             damaged = shard.name in self.damaged
-            finding = planning.examine(self.journal.store, shard, self.sources, retry_failed, damaged)
+            finding = planning.inspect_shard(self.journal.store, shard, self.sources, retry_failed, damaged)
             if finding.encode:
                 wanted.append(shard)
             elif finding.lists is not None and shard.record is not None:  # the tensors stay as they are
@@ -265,21 +258,28 @@ class Worker:
             "waiting": self._encode(wanted) if wanted else 0.0,
         }
 
+    @property
+    def _quiet(self) -> bool:
+        return not (self.work.progress and self.processes.is_main)
+
     def _own(self, shards: list[PlannedShard], doing: str) -> "tqdm[PlannedShard]":
         """This process's share, decided by the shards' numbers alone; with a bar where it takes long."""
         rank, world = self.processes.rank, self.processes.world
         own = [shard for shard in shards if layout.shard_number(shard.name) % world == rank]
-        return tqdm(own, doing, unit="shard", disable=self.quiet, delay=2, leave=False)
+        return tqdm(own, doing, unit="shard", disable=self._quiet, delay=2, leave=False)
 
     def _encode(self, shards: list[PlannedShard]) -> float:
         """Encode shards one after the other, and return the share of time that the model waited."""
         threads = self.work.threads or torch.get_num_threads()
         workers = self.work.workers or min(16, os.cpu_count() or 1)
-        total = sum(len(shard.keys) for shard in shards)
+        settings, total = self.settings, sum(len(shard.keys) for shard in shards)
+        ratio = spatial_compression_ratio(self.vae)
+        loader = Loader(self.sources, settings.preprocessing, ratio, settings.batch_size, settings.flips)
+        writing = deque[Future[None]]()
         with (
-            Computer(self.vae, self.settings.torch_dtype, threads) as computer,
-            tqdm(total=total, desc="encoding", unit="image", disable=self.quiet) as bar,
-            Writer(self.journal) as writer,
+            Computer(self.vae, settings.torch_dtype, threads) as computer,
+            tqdm(total=total, desc="encoding", unit="image", disable=self._quiet) as bar,
+            ThreadPoolExecutor(1, "latentvae-write") as disk,  # the model need not wait for it
         ):
             current: Pending | None = None
             failed = 0
@@ -288,15 +288,18 @@ class Worker:
                 bar.set_postfix({"waiting for data": f"{computer.waiting:.0%}"}, refresh=False)
                 bar.update(computer.encoded + failed - bar.n)
 
-            for batch in feed(self.loader, shards, workers):
+            for batch in feed(loader, shards, workers):
                 current = current or self._begun(batch.shard)
                 self._add(batch, current, computer)
                 failed += len(batch.failures)
                 show()
                 if batch.last:
-                    writer.write(current)
+                    writing.append(disk.submit(self._write, current))
                     current = None
-            writer.finish()
+                while len(writing) > UNWRITTEN or (writing and writing[0].done()):
+                    writing.popleft().result()
+            for each in writing:
+                each.result()
             waiting = computer.waiting
             show()
             return waiting
@@ -323,6 +326,18 @@ class Worker:
         except ImageError as error:
             pending.failures.append(_failure(one, str(error)))
 
+    def _write(self, pending: "Pending") -> None:
+        """Write a shard when its moments are there; none after one that could not be written."""
+        if self.failed:
+            return
+        try:
+            pending.collect()
+            tensors, entries = layout.assemble(pending.rows)
+            self.journal.write(pending.name, tensors, entries, pending.failures)
+        except BaseException:
+            self.failed = True
+            raise
+
 
 @dataclass
 class Pending:
@@ -344,44 +359,6 @@ class Pending:
                     self.rows.append(row)
                 else:
                     self.failures.append(_failure(one, NOT_FINITE.format(one.entry.source)))
-
-
-class Writer:
-    """Writes shards in a thread of its own, so that the model need not wait for the disk."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self._thread = ThreadPoolExecutor(1, "latentvae-write")
-        self._writing: deque[Future[None]] = deque()
-        self._failed = False
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def write(self, pending: Pending) -> None:
-        """Write a shard when its moments are there; waits where too many are waiting."""
-        self._writing.append(self._thread.submit(self._write, pending))
-        while len(self._writing) > UNWRITTEN or (self._writing and self._writing[0].done()):
-            self._writing.popleft().result()
-
-    def finish(self) -> None:
-        """Wait until all is written."""
-        while self._writing:
-            self._writing.popleft().result()
-
-    def _write(self, pending: Pending) -> None:
-        if self._failed:  # the run is about to end
-            return
-        try:
-            pending.collect()
-            tensors, entries = layout.assemble(pending.rows)
-            self.journal.write(pending.name, tensors, entries, pending.failures)
-        except BaseException:
-            self._failed = True
-            raise
 
 
 def _failure(one: Loaded, reason: str) -> Failure:

@@ -11,8 +11,9 @@ others (nothing but the repair of a damaged index looks there), and stay byte fo
 again for another reason.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +26,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import file_sha256, fsync, partial_path, stage, write_atomically
+from latentvae.base.files import file_sha256, fsync, partial_path, staged_file, whole_file
 from latentvae.images.resizing import Preprocessing
 from latentvae.images.tensors import Padding
 
 MANIFEST = "store.json"
 VERSION = 1  # to be raised when an earlier version of this package would read a store wrongly
+CANNOT_WRITE = (
+    "{path} cannot be written ({reason}). Finished shards are intact: make room, or check the folder's "
+    "permissions, and run the same command again."
+)
 MAX_KEYS = 50_000_000  # bytes; safetensors opens no file whose header is above 100 MB
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
@@ -116,7 +121,8 @@ def read_manifest(store: str | Path) -> Manifest:
 
 def write_manifest(store: str | Path, manifest: Manifest) -> None:
     """Put the manifest in place, whole or not at all."""
-    write_atomically(Path(store) / MANIFEST, lambda path: path.write_bytes(to_bytes(manifest)))
+    with whole_file(Path(store) / MANIFEST, StoreError, CANNOT_WRITE, durable=True) as path:
+        path.write_bytes(to_bytes(manifest))
 
 
 def to_bytes(manifest: Manifest) -> bytes:
@@ -353,23 +359,6 @@ def read_keys(store: str | Path, record: ShardRecord) -> set[str] | None:
     return None if rows is None else {key for keys in rows.values() for key in keys}
 
 
-def write_shard(
-    store: Path,
-    name: str,
-    tensors: dict[str, torch.Tensor],
-    entries: Sequence[Entry],
-    failures: Sequence[Failure] = (),
-) -> ShardRecord:
-    """Put a shard in place: its tensors first, its index last, each whole or not at all.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    record = stage_shard(store, name, tensors, entries, failures)
-    place_shard(store, record)
-    return record
-
-
 def stage_shard(
     store: Path,
     name: str,
@@ -388,20 +377,20 @@ def stage_shard(
     if isinstance(tensors, str):
         sha256 = tensors
     else:
-        moments = tensors  # a name of its own: mypy forgets inside the lambda that it is no str
-        keys = keys_metadata(entries)
-        sha256 = _stage(tensors_path(store, name), lambda partial: save_file(moments, partial, keys))
-    failed_sha256 = _stage_lines(failed_path(store, name), failures) if failures else None
-    index_sha256 = _stage_lines(index_path(store, name), entries)
-    fsync(store)
-    return ShardRecord(
+        path = tensors_path(store, name)
+        with staged_file(path, StoreError, CANNOT_WRITE) as partial:
+            save_file(tensors, partial, keys_metadata(entries))
+        sha256 = file_sha256(partial_path(path))
+    record = ShardRecord(
         name=name,
         count=len(entries),
         sha256=sha256,
-        index_sha256=index_sha256,
+        index_sha256=_stage_lines(index_path(store, name), entries),
         failed=len(failures),
-        failed_sha256=failed_sha256,
+        failed_sha256=_stage_lines(failed_path(store, name), failures) if failures else None,
     )
+    fsync(store)
+    return record
 
 
 def place_shard(store: Path, record: ShardRecord) -> None:
@@ -446,11 +435,9 @@ def remove_shard(store: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _stage(path: Path, write: Callable[[Path], object]) -> str:
-    stage(path, write)
-    return file_sha256(partial_path(path))
-
-
 def _stage_lines(path: Path, lines: Sequence[Entry | Failure]) -> str:
+    """Write a list, sorted by key, under its temporary name; its sha256."""
     content = b"".join(line.line() for line in sorted(lines, key=lambda line: line.key))
-    return _stage(path, lambda partial: partial.write_bytes(content))
+    with staged_file(path, StoreError, CANNOT_WRITE) as partial:
+        partial.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()

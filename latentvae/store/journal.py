@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import partial_path, write_atomically
+from latentvae.base.files import partial_path, whole_file
 from latentvae.store import format as layout
 from latentvae.store.format import MANIFEST, Entry, Failure, Manifest, ShardRecord, read_manifest
 
@@ -27,35 +27,18 @@ FOLDER, DONE = ".run", ".run-done"  # renamed before it is deleted, so that it i
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
 
 
-def check_folder(store: Path) -> None:
-    """Create a store's folder where it is missing.
-
-    Raises:
-        StoreError: something else is there, or it cannot be made.
-    """
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        found = {path.name for path in store.iterdir()}
-    except OSError as error:
-        raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
-    if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
-        raise StoreError(
-            f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
-            "names the store: give a new or an empty folder."
-        )
-
-
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
-    """Hold a store's lock, as the first or only process of a run.
+    """Hold a store's lock, as the first or only process of a run; its folder is made where it is missing.
 
     The lock is the system's, on an open file: it ends with its process, however that ends, so that what a
     killed run leaves behind is taken over.
 
     Raises:
         StoreError: another process holds it, or is left of a run whose first process is gone; it is named. Or
-            the folder has no locks.
+            the folder holds something else, cannot be made, or has no locks.
     """
+    _make(store)
     lock = _take(store / LOCK)
     if lock is None:
         who = ", ".join(_holders(store)) or "another process"  # which has only just taken it
@@ -89,6 +72,20 @@ def joined(store: Path) -> Iterator[None]:
         yield
     finally:
         _drop(lock)
+
+
+def _make(store: Path) -> None:
+    """Create a store's folder where it is missing, and refuse one of other files."""
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in store.iterdir()}
+    except OSError as error:
+        raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
+    if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
+        raise StoreError(
+            f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
+            "names the store: give a new or an empty folder."
+        )
 
 
 def _check_left(store: Path) -> None:
@@ -203,8 +200,9 @@ class Journal:
         try:
             # Two phases: killed before the record is there, the old shard is whole; after it, `begin` goes on
             record = layout.stage_shard(self.store, name, tensors, entries, failures)
-            text = record.model_dump_json() + "\n"
-            write_atomically(self.folder / f"{name}.json", lambda path: path.write_bytes(text.encode()))
+            own = self.folder / f"{name}.json"
+            with whole_file(own, StoreError, layout.CANNOT_WRITE, durable=True) as path:
+                path.write_text(record.model_dump_json() + "\n", newline="\n")
             layout.place_shard(self.store, record)
         except OSError as error:
             raise StoreError(

@@ -171,8 +171,6 @@ class _Ahead(NamedTuple):
 def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterator[Batch]:
     """The images of all shards in batches, shard after shard; the last of each shard says so.
 
-    Batches come in the order of the plan, whichever thread is done first: the bytes of a store depend on it.
-
     Args:
         workers: threads that load. About twice as many images, or two batches, are in memory at once.
     """

@@ -280,7 +280,7 @@ class Finding(NamedTuple):
     lists: tuple[list[Entry], list[Failure]] | None = None
 
 
-def examine(
+def inspect_shard(
     store: Path, shard: PlannedShard, sources: dict[str, Source], retry_failed: bool, damaged: bool
 ) -> Finding:
     """Compare a planned shard with what is on disk.

@@ -91,7 +91,7 @@ def _fits(entry: Entry, shapes: dict[str, list[int]]) -> bool:
     return entry.tensor in shapes and 0 <= entry.offset < shapes[entry.tensor][0]
 
 
-def preview(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.Image:
+def contact_sheet(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.Image:
     """Draw up to `count` images of a store, evenly spaced, each beside its decoded latents.
 
     Images whose files are gone, and those above 1024 x 1024 pixels, are left out.

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import write_atomically
+from latentvae.base.files import whole_file
 from latentvae.store.dataset import NO_LABEL, StoreReader, caption, label
-from latentvae.store.format import Entry, Manifest
+from latentvae.store.format import CANNOT_WRITE, Entry, Manifest
 
 DATASET = "dataset.json"
 LONGEST_NAME = 200  # bytes; file systems, where people unpack tars, take 255 with the suffix
@@ -65,11 +65,13 @@ def export_webdataset(
     numbers, tars = iter(range(len(reader))), list[Path]()
     while part := list(islice(numbers, images_per_shard)):
         tars.append(folder / f"latents-{len(tars):06d}.tar")
-        write_atomically(tars[-1], lambda path, part=part: _write_tar(reader, part, path))  # type: ignore[misc]
+        with whole_file(tars[-1], StoreError, CANNOT_WRITE, durable=True) as partial:
+            _write_tar(reader, part, partial)
         if progress is not None:
             progress(len(part))
     common = json.dumps(reader.manifest.model_dump(mode="json", exclude={"shards"}), indent=1) + "\n"
-    write_atomically(folder / DATASET, lambda path: path.write_text(common, encoding="utf-8"))
+    with whole_file(folder / DATASET, StoreError, CANNOT_WRITE, durable=True) as partial:
+        partial.write_text(common, encoding="utf-8")
     return tars
 
 

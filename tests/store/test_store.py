@@ -11,11 +11,12 @@ import torch
 import typer
 from conftest import textured
 from PIL import Image
+from stores import write_shard
 from typer.testing import CliRunner
 
 from latentvae.base import threads
 from latentvae.base.errors import StoreError
-from latentvae.base.files import write_atomically
+from latentvae.base.files import whole_file
 from latentvae.cli import encode as encode_verb
 from latentvae.cli.verify import verify as verify_verb
 from latentvae.images import resizing as geometry
@@ -39,7 +40,6 @@ from latentvae.store.format import (
     shard_files,
     stage_shard,
     write_manifest,
-    write_shard,
 )
 from latentvae.store.pipeline import PlannedBatch, plan_batches
 from latentvae.store.planning import plan_shards
@@ -109,8 +109,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(StoreError, match="No space left"):
-        write_atomically(path, fail)
+    with pytest.raises(StoreError, match="No space left"), whole_file(path, StoreError, durable=True) as part:
+        fail(part)
     assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("file", b"old")]
 
 

@@ -18,6 +18,7 @@ import torch
 from conftest import textured
 from PIL import Image
 from safetensors.torch import load_file
+from stores import write_shard
 
 import latentvae
 from latentvae.base.errors import ImageError, StoreError
@@ -395,7 +396,7 @@ def test_any_flipped_bit_of_an_index_line_is_repaired_or_refused(tmp_path: Path)
         for at, key in enumerate(keys)
     ]
     tensors = {"moments.2x2": torch.zeros(3, 8, 2, 2)}
-    record = shard_module.write_shard(tmp_path, "latents-00000", tensors, entries)
+    record = write_shard(tmp_path, "latents-00000", tensors, entries)
     index, start = tmp_path / "latents-00000.jsonl", len(entries[0].line())
     good = index.read_bytes()
     for at in range(start, start + len(entries[1].line())):
