@@ -1,5 +1,5 @@
 """Every kind of diffusers pipeline with a VAE of ours in it. The table in docs/pipelines.md is made here:
-`LATENTVAE_WRITE_MATRIX=1 pytest tests/test_pipeline_matrix.py -m "slow or not slow"` writes what it finds.
+`LATENTVAE_WRITE_MATRIX=1 pytest tests/pipelines/test_pipeline_matrix.py -m "slow or not slow"` writes what it finds.
 """
 
 import copy
@@ -21,7 +21,7 @@ from latentvae.pipelines.swap import swap
 from latentvae.runtime.patches import patched
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
-START, END = "<!-- matrix: written by tests/test_pipeline_matrix.py -->", "<!-- end of matrix -->"
+START, END = "<!-- matrix: written by tests/pipelines/test_pipeline_matrix.py -->", "<!-- end of matrix -->"
 WRITING = bool(os.environ.get("LATENTVAE_WRITE_MATRIX"))
 QUICK = ("StableDiffusion", "StableDiffusionXLInpaint", "StableDiffusion3", "Flux", "LDMTextToImage")
 RELOAD = """
