@@ -1,5 +1,5 @@
 """Every kind of diffusers pipeline with a VAE of ours in it. The table in docs/pipelines.md is made here:
-`LATENTVAE_WRITE_MATRIX=1 pytest tests/pipelines/test_pipeline_matrix.py -m "slow or not slow"` writes what it finds.
+`LATENTVAE_WRITE_MATRIX=1 pytest tests/pipelines/test_pipeline_matrix.py -m "slow or not slow"` writes it.
 """
 
 import copy
