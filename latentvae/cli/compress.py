@@ -38,7 +38,8 @@ def compress(
     for path, image, info in session.read_images(files):
         original = image[None].to(vae.device)  # (1, C, H, W)
         data = compression.compress(vae, original, quality=quality)
-        with whole_file(output, CodecError, CANNOT_WRITE) as partial:
+        # durable: the photograph may be deleted once this is there
+        with whole_file(output, CodecError, CANNOT_WRITE, durable=True) as partial:
             partial.write_bytes(data)
         # measured on what the file gives, and not on what the encoder has in hand
         decoded = compression.decode_payload(vae, *compression.unpack(data))
@@ -58,7 +59,7 @@ def decompress(
 ) -> None:
     """Decompress an image that `latentvae compress` wrote, with the same model."""
     _check_picture(output, overwrite)
-    header, payload = compression.read(source)
+    header, payload = compression.read_lvae(source)
     vae = session.load()
     compression.check_model(vae, header)
     image_channels(vae)

@@ -1,25 +1,25 @@
 """`latentvae features`: pooled latents as a table for other tools."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from latentvae.base.files import make_folder
 from latentvae.cli.gathering import Grid, Labels, Request, Size, Sources, gather
-from latentvae.cli.options import Device, Json, Model
-from latentvae.cli.session import finish, make_folder, print_json
+from latentvae.cli.options import tell
+from latentvae.cli.session import Session, takes
 from latentvae.toolbox.atlas.features import check_format
 
 
+@takes("model", ..., "device", "json")
 def features(
+    session: Session,
     sources: Sources,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="*.npy or *.parquet.", show_default=False)],
-    model: Model = None,
     grid: Grid = 4,
     labels: Labels = None,
     size: Size = 256,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Write one row of numbers for each image: its latents, pooled, with its key and label.
 
@@ -28,23 +28,17 @@ def features(
     """
     check_format(output)
     make_folder(output.parent)  # before minutes of encoding
-    found = gather(Request(sources, model, device, grid, labels, size, with_pictures=False))
+    found = gather(session, Request(sources, grid, labels, size, with_pictures=False))
     if found.gallery.keys:
         table = found.gallery.features
-        files = table.save(output)
-        result: dict[str, Any] = {"files": [str(file) for file in files], "images": len(table.keys)}
-        result |= {
-            "features": table.values.shape[1],
-            "labels_from": found.gallery.labels_from,
-            **table.about(),
-        }
-        if json:
-            print_json({**result, "notes": found.notes, "skipped": found.skipped})
-        else:
-            typer.echo(
-                f"{len(table.keys)} images, {table.values.shape[1]} features each: {result['pooling']}."
-            )
-            for note in found.notes:
-                typer.echo(f"Note: {note}")
-            typer.echo(f"Written: {', '.join(result['files'])}")
-    finish(found.skipped, len(found.gallery))
+        files = [str(file) for file in table.save(output)]
+        about, count = table.about(), table.values.shape[1]
+        labelled = {"features": count, "labels_from": found.gallery.labels_from}
+        result = {"files": files, "images": len(table.keys), **labelled, **about}
+        lines = [
+            f"{len(table.keys)} images, {count} features each: {about['pooling']}.",
+            *(f"Note: {note}" for note in found.notes),
+            f"Written: {', '.join(files)}",
+        ]
+        tell({**result, "notes": found.notes, "skipped": session.skipped}, lines, session.json)
+    session.finish(len(found.gallery))

@@ -1,19 +1,17 @@
 """What `project` and `features` begin with: the pooled latents of images, or of a store of latents."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from latentvae.base.errors import LatentVAEError, StoreError
-from latentvae.cli.decode import Skipped, check_hashes, load_same_model, skip_all
-from latentvae.cli.session import load_model, read_images, short_names, skip
-from latentvae.cli.vary import root_of
+from latentvae.base.errors import LatentVAEError
+from latentvae.cli.places import root_of, short_names
+from latentvae.cli.session import Session
+from latentvae.cli.stores import load_same_model, whole_shards
 from latentvae.images import captions
 from latentvae.images.reading import find_images
 from latentvae.models.fingerprint import weight_hash
@@ -54,16 +52,9 @@ Size = Annotated[
 
 @dataclass
 class Gathering:
-    """What was found.
-
-    Attributes:
-        gallery: the images.
-        skipped: those that could not be used.
-        notes: for people.
-    """
+    """The images that were found, and notes for people."""
 
     gallery: Gallery
-    skipped: Skipped = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -72,15 +63,13 @@ class Request:
     """What is asked for: see the options of the same names."""
 
     sources: list[Path]
-    model: str | None
-    device: str | None
     grid: int
     labels: Path | None
     size: int
     with_pictures: bool
 
 
-def gather(request: Request) -> Gathering:
+def gather(session: Session, request: Request) -> Gathering:
     """Pool the latents of all images; those that cannot be used are skipped and named.
 
     Raises:
@@ -92,7 +81,7 @@ def gather(request: Request) -> Gathering:
             f"the store {stores[0]} came beside {len(request.sources) - 1} other path(s): name one store "
             "alone, or images and folders."
         )
-    return _from_store(stores[0], request) if stores else _from_images(request)
+    return _from_store(session, stores[0], request) if stores else _from_images(session, request)
 
 
 def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
@@ -109,60 +98,45 @@ def _side(request: Request, count: int) -> int:
     return picture_side(count) if request.with_pictures else 0
 
 
-def _from_images(request: Request) -> Gathering:
-
+def _from_images(session: Session, request: Request) -> Gathering:
     files = find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
     labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
-    vae = load_model(request.model, request.device, "fp32")
+    vae = session.load()
     found = Gathering(Gallery(weight_hash(vae), request.grid, _side(request, len(files))))
-    captions.forget()
-    for path, image, _ in read_images(files, vae, found.skipped, longest=request.size):
+    captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
+    for path, image, _ in session.read_images(files, longest=request.size):
         caption, notes = captions.read_caption(path, root_of(path, request.sources))
         found.notes += [f"{names[path]}: {note}" for note in notes]
         try:
             with torch.no_grad():
-                latents = encode(vae, image[None])[0].mode()
+                latents = encode(vae, image[None])[0].mode()  # (1, C, h, w)
             found.gallery.add(names[path], label_of(caption), latents, image)
         except LatentVAEError as error:
-            skip(path, LatentVAEError(f"{path}: {error}"), found.skipped)
+            session.skip(path, LatentVAEError(f"{path}: {error}"))
     found.gallery.label(labels)
     return found
 
 
-def _from_store(store: Path, request: Request) -> Gathering:
-
+def _from_store(session: Session, store: Path, request: Request) -> Gathering:
     dataset = LatentDataset(store, mode="mode", scaled=False)
-    if request.model is not None:
-        load_same_model(dataset, request.model, request.device, "fp32")
+    if session.model is not None:  # otherwise no model is needed: the store holds the latents
+        load_same_model(session, dataset)
     side = _side(request, len(dataset))
     found = Gathering(Gallery(dataset.manifest.weights_sha256, request.grid, side))
-    pictures = _Pictures(dataset, request)
-    progress = tqdm(total=len(dataset), unit="image", disable=len(dataset) < 2)
-    for numbers in _whole_shards(dataset, found.skipped):
-        for each in stored_images(dataset.reader, numbers):
-            image, decoded = pictures.of(each.index, each.latents) if request.with_pictures else (None, False)
-            found.gallery.add(each.key, each.label, each.latents, image, decoded=decoded)
-            progress.update()
-    progress.close()
+    pictures = _Pictures(dataset, session)
+    with tqdm(total=len(dataset), unit="image", disable=len(dataset) < 2) as progress:
+        for _, numbers in whole_shards(dataset, session):
+            for each in stored_images(dataset.reader, numbers):
+                image, decoded = None, False
+                if request.with_pictures:
+                    image, decoded = pictures.of(each.index, each.latents)
+                found.gallery.add(each.key, each.label, each.latents, image, decoded=decoded)
+                progress.update()
     found.notes += pictures.notes()
     if found.gallery.keys:  # names of images in damaged shards are not known
         found.gallery.label(_labels(request.labels, found.gallery.keys))
     return found
-
-
-def _whole_shards(dataset: LatentDataset, skipped: Skipped) -> Iterator[range]:
-    """Image numbers shard by shard; those of damaged shards are skipped."""
-    first = 0
-    for shard in dataset.manifest.shards:
-        numbers = range(first, first + shard.count)
-        first += shard.count
-        try:
-            check_hashes(dataset.reader.store, shard)
-        except StoreError as error:
-            skip_all([f"{shard.name}:{line}" for line in range(shard.count)], error, skipped)
-            continue
-        yield numbers
 
 
 @dataclass
@@ -170,30 +144,30 @@ class _Pictures:
     """Pictures of a store's images: from their files, else decoded, else none."""
 
     dataset: LatentDataset
-    request: Request
-    vae: AutoencoderKL | None = None
+    session: Session
+    loaded: bool = False
     reason: str | None = None  # why there is no model to decode with
     decoded: int = 0
     missing: int = 0
 
-    def of(self, index: int, latents: torch.Tensor) -> tuple[Any, bool]:
+    def of(self, index: int, latents: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
         """The image (C, H, W), and whether it was decoded."""
-
         entry = self.dataset.entry(index)
         image = original_image(entry, self.dataset.manifest)
         if image is not None:
             return image, False
-        if self.vae is None and self.reason is None:
+        if not self.loaded and self.reason is None:  # with the first file that is gone, and once
             try:
-                self.vae = load_same_model(self.dataset, self.request.model, self.request.device, "fp32")
+                load_same_model(self.session, self.dataset)
+                self.loaded = True
             except LatentVAEError as error:
                 self.reason = str(error)
-        if self.vae is None:
+        if not self.loaded:
             self.missing += 1
             return None, False
         self.decoded += 1
         with torch.no_grad():
-            return decode(self.vae, latents, entry.image_padding)[0].clamp(-1, 1).cpu(), True
+            return decode(self.session.vae, latents, entry.image_padding)[0].clamp(-1, 1).cpu(), True
 
     def notes(self) -> list[str]:
         """What a person should know of them."""

@@ -9,8 +9,8 @@ import typer
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.base.files import make_folder
-from latentvae.cli.options import OUTPUT, output_folder, tell, write_json
-from latentvae.cli.places import check_output
+from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, counted, takes
 from latentvae.images.reading import find_images
 from latentvae.images.saving import save_image

@@ -79,8 +79,3 @@ def tell(result: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
 def print_json(result: dict[str, Any]) -> None:
     """One JSON object on standard output."""
     typer.echo(json.dumps(result))  # in ASCII: names need not be UTF-8
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """A result beside the pictures it is of, indented for people."""
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")  # names need not be UTF-8

@@ -1,10 +1,13 @@
 """What verbs call the files that they write, and where those may lie."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import whole_file
 
 LONGEST_NAME = 255  # bytes of a file name that common file systems take
 
@@ -63,3 +66,10 @@ def with_ending(name: str, ending: str, key: str | None = None) -> str:
     while len(os.fsencode(name)) + len(ending) > LONGEST_NAME:
         name = name[:-1]  # a character and not a byte at a time, which would cut through one
     return name + ending
+
+
+def write_json(result: dict[str, Any], path: Path) -> Path:
+    """A result beside the pictures it is of, indented for people; in ASCII, for names need not be UTF-8."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="ascii")
+    return path

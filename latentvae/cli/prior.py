@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import make_folder
 from latentvae.base.optional import need
-from latentvae.cli.decode import load_same_model
-from latentvae.cli.options import Device, Json, Model
-from latentvae.cli.session import EXIT_INTERRUPTED, load_model, make_folder, print_json, usable_device
+from latentvae.cli.options import EXIT_INTERRUPTED, tell
+from latentvae.cli.session import Session, takes, usable_device
+from latentvae.cli.stores import load_same_model
 from latentvae.images.reading import find_images
 from latentvae.store.dataset import LatentDataset
 from latentvae.store.encoding import Workload, encode_folder
@@ -19,7 +20,7 @@ from latentvae.store.format import MANIFEST
 from latentvae.toolbox.priors.diffusion import DiffusionSettings, check_settings, fit_diffusion
 from latentvae.toolbox.priors.latent_set import LatentSet
 from latentvae.toolbox.priors.mixture import fit_mixture
-from latentvae.toolbox.priors.prior import Prior, check_target
+from latentvae.toolbox.priors.prior import Prior, PriorCard, check_target
 
 Kind = Literal["gaussian", "mixture", "diffusion"]
 
@@ -34,7 +35,9 @@ def verbs() -> None:
 
 
 @prior.command()
+@takes(..., "model", "device", "json")
 def fit(
+    session: Session,
     store: Annotated[
         Path, typer.Argument(help="Store that `encode` wrote, or a folder of images.", show_default=False)
     ],
@@ -64,9 +67,6 @@ def fit(
     size: Annotated[
         int | None, typer.Option(min=8, help="Pixels of the middle crop of a folder's images.")
     ] = None,
-    model: Model = None,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Learn a prior from the latents of a store: writes a folder that `sample` and diffusers read.
 
@@ -74,9 +74,9 @@ def fit(
     A folder of images is encoded first, by --model at --size.
     """
     settings = DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
-    place = usable_device(device)
-    check(kind, settings, folder)
-    latents = read(store, size, model, device)
+    place = usable_device(session.device)
+    _check(kind, settings, folder)
+    latents = _read(session, store, size)
     made: Prior
     if kind == "diffusion":
         made = fit_diffusion(latents, settings, device=place)
@@ -84,15 +84,15 @@ def fit(
         made = fit_mixture(latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed)
     stopped = made.card.fit.get("steps_done", steps) < steps
     if stopped:
-        folder = free_place(folder)
+        folder = _free_place(folder)
     made.save(folder)
-    tell(made, folder, json)
+    tell({"prior": str(folder), **asdict(made.card)}, _lines(made.card, folder), session.json)
     if stopped:
         typer.echo("stopped: the prior holds what was learned by then.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def check(kind: Kind, settings: DiffusionSettings, folder: Path) -> None:
+def _check(kind: Kind, settings: DiffusionSettings, folder: Path) -> None:
     """Refuse, before minutes of training, what could not be trained or saved.
 
     Raises:
@@ -108,7 +108,7 @@ def check(kind: Kind, settings: DiffusionSettings, folder: Path) -> None:
     make_folder(folder.resolve().parent)
 
 
-def free_place(folder: Path) -> Path:
+def _free_place(folder: Path) -> Path:
     """The folder, or FOLDER.stopped where an earlier prior is: it may have taken hours.
 
     Raises:
@@ -119,7 +119,7 @@ def free_place(folder: Path) -> Path:
     return place
 
 
-def read(store: Path, size: int | None, model: str | None, device: str | None) -> LatentSet:
+def _read(session: Session, store: Path, size: int | None) -> LatentSet:
     """The latents of a store; of a folder of images after encoding it to a store that is then thrown away.
 
     Raises:
@@ -129,14 +129,14 @@ def read(store: Path, size: int | None, model: str | None, device: str | None) -
         if not store.exists():
             raise LatentVAEError(f"{store} does not exist; wanted a latent store, or a folder of images.")
         latents = LatentSet(store, progress=True)
-        if model is not None:
-            load_same_model(LatentDataset(store), model, device, "fp32")
+        if session.model is not None:  # a check: the latents alone are learned from
+            load_same_model(session, LatentDataset(store))
         return latents
     find_images(store)  # its error says what was wanted
     if size is None:
         raise LatentVAEError(f"{store} is a folder of images: say at what --size to crop and encode them.")
     with tempfile.TemporaryDirectory() as scratch:
-        vae = load_model(model, device, "fp32")
+        vae = session.load()
         report = encode_folder(
             vae, store, Path(scratch) / "store", size=size, crop=True, workload=Workload(progress=True)
         )
@@ -145,28 +145,24 @@ def read(store: Path, size: int | None, model: str | None, device: str | None) -
         return LatentSet(Path(scratch) / "store")
 
 
-def tell(made: Prior, folder: Path, as_json: bool) -> None:
-    """Print what was learned."""
-    card = made.card
-    if as_json:
-        print_json({"prior": str(folder), **asdict(card)})
-        return
-    shape = "x".join(map(str, card.latent_shape))
-    typer.echo(f"{card.kind} prior of {card.images} images, latents {shape}, VAE {card.weights_sha256[:12]}.")
-    if card.images < card.fit["store_images"]:
-        typer.echo(f"Note: {card.fit['store_images']} images are in the store; memory holds {card.images}.")
+def _lines(card: PriorCard, folder: Path) -> list[str]:
+    """What was learned, for people."""
+    shape, learned = "x".join(map(str, card.latent_shape)), card.fit
+    lines = [f"{card.kind} prior of {card.images} images, latents {shape}, VAE {card.weights_sha256[:12]}."]
+    if card.images < learned["store_images"]:
+        lines.append(f"Note: {learned['store_images']} images are in the store; memory holds {card.images}.")
     if card.kind == "diffusion":
-        typer.echo(
-            f"{card.fit['parameters'] / 1e6:.1f} M parameters, {card.fit['steps_done']} of "
-            f"{card.fit['steps']} steps, loss of the last 100: {card.fit['loss']:.4f}."
+        lines.append(
+            f"{learned['parameters'] / 1e6:.1f} M parameters, {learned['steps_done']} of "
+            f"{learned['steps']} steps, loss of the last 100: {learned['loss']:.4f}."
         )
     else:
-        fit = card.fit
-        parts = (
-            f", {fit['components']} parts that differ in {fit['mixed_rank']}" if fit["components"] > 1 else ""
+        parts = ""
+        if learned["components"] > 1:
+            parts = f", {learned['components']} parts that differ in {learned['mixed_rank']}"
+        lines.append(
+            f"{learned['rank']} of {learned['dimensions']} principal components{parts}; they hold "
+            f"{100 * learned['variance_in_rank']:.1f} % of the variance, the rest is drawn as independent "
+            "noise."
         )
-        typer.echo(
-            f"{fit['rank']} of {fit['dimensions']} principal components{parts}; they hold "
-            f"{100 * fit['variance_in_rank']:.1f} % of the variance, the rest is drawn as independent noise."
-        )
-    typer.echo(f"Written: {folder}. Next: latentvae sample {folder} --model THE_SAME -o samples")
+    return [*lines, f"Written: {folder}. Next: latentvae sample {folder} --model THE_SAME -o samples"]

@@ -1,7 +1,6 @@
 """`latentvae project`: a map of images by their latents, clusters, and how both agree with labels."""
 
 import csv
-import json as json_module
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,16 +9,16 @@ import numpy as np
 import typer
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.base.files import write_whole
+from latentvae.base.files import make_folder, whole_file
 from latentvae.base.optional import need
 from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sources, gather
-from latentvae.cli.options import Device, Json, Model
-from latentvae.cli.session import check_output, finish, make_folder, print_json
+from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.places import check_output, write_json
+from latentvae.cli.session import Session, takes
+from latentvae.toolbox.atlas import projection
 from latentvae.toolbox.atlas.clusters import Clustering, cluster, few_label_accuracy, nmi
 from latentvae.toolbox.atlas.gallery import Gallery, known
 from latentvae.toolbox.atlas.page import Card, write_page
-from latentvae.toolbox.atlas.projection import Projection, neighbours
-from latentvae.toolbox.atlas.projection import project as run
 from latentvae.toolbox.atlas.scatter import draw_pictures, draw_scatter
 
 NEAR = 8  # neighbours of each image that the page shows
@@ -29,12 +28,11 @@ SOURCES = {"table": "the table", "captions": "their captions", "folders": "their
 Measured = dict[str, dict[str, Any]]
 
 
+@takes("output", "model", ..., "device", "json")
 def project(
+    session: Session,
     sources: Sources,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for page, pictures and tables.")
-    ] = Path("latentvae-output"),
-    model: Model = None,
+    output: Annotated[Path, output_folder("Folder for page, pictures and tables.")] = OUTPUT,
     method: Annotated[
         Literal["pca", "umap"], typer.Option(help="Of the map. umap: extra package umap-learn.")
     ] = "pca",
@@ -46,8 +44,6 @@ def project(
     size: Size = 256,
     title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the folder's name")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of UMAP, k-means and the labels drawn.")] = 0,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Map images by their latents: writes projection.html to hover over, .png, .json, and clusters.csv.
 
@@ -58,26 +54,26 @@ def project(
     for package in ("sklearn", "matplotlib", *["umap"] * (method == "umap")):
         need(package)  # before minutes of encoding
     make_folder(output)
-    found = gather(Request(sources, model, device, grid, labels, size, with_pictures=True))
+    found = gather(session, Request(sources, grid, labels, size, with_pictures=True))
     gallery = found.gallery
     if not gallery.keys:
-        finish(found.skipped, 0)
-    values = gallery.features.values
+        session.finish(0)
+    values = gallery.features.values  # (N, features)
     if len(values) < 2:
         raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
-    mapped = run(values, method, seed)
+    mapped = projection.project(values, method, seed)
     grouped = cluster(values, clusters, seed, progress=len(values) >= MANY)
-    result = summarise(found, mapped, grouped, seed)
-    cards = make_cards(gallery, mapped, grouped)
-    files = write_all(output, title or sources[0].resolve().name, cards, mapped, result)
-    if json:
-        print_json({**result, "files": [str(file) for file in files]})
-    else:
-        typer.echo("\n".join([*report(found, mapped, grouped, result), f"\nOpen {files[0]} in a browser."]))
-    finish(found.skipped, len(gallery))
+    result = _summarise(found, mapped, grouped, seed) | {"skipped": session.skipped}
+    cards = _make_cards(gallery, mapped, grouped)
+    files = _write_all(output, title or sources[0].resolve().name, cards, mapped, result)
+    lines = [*_lines(found, mapped, grouped, result), f"\nOpen {files[0]} in a browser."]
+    tell({**result, "files": [str(file) for file in files]}, lines, session.json)
+    session.finish(len(gallery))
 
 
-def summarise(found: Gathering, mapped: Projection, grouped: Clustering, seed: int) -> dict[str, Any]:
+def _summarise(
+    found: Gathering, mapped: projection.Projection, grouped: Clustering, seed: int
+) -> dict[str, Any]:
     """What projection.json holds."""
     gallery = found.gallery
     return {
@@ -88,13 +84,12 @@ def summarise(found: Gathering, mapped: Projection, grouped: Clustering, seed: i
         "seed": seed,
         "clusters": {"count": grouped.count, "silhouettes": grouped.silhouettes},
         "labels_from": gallery.labels_from,
-        **measure(gallery, grouped, seed, found.notes),
+        **_measure(gallery, grouped, seed, found.notes),
         "notes": found.notes,
-        "skipped": found.skipped,
     }
 
 
-def measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) -> Measured:
+def _measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) -> Measured:
     """NMI of clusters, and accuracy from few labels, of latents and of pixels; what cannot be is left out."""
     if gallery.labels_from is None:
         return {}
@@ -106,7 +101,7 @@ def measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) 
     )
     agreement = {"latents": nmi(grouped.numbers, gallery.labels)}
     if raw is not None:
-        same = min(grouped.count, distinct(raw))
+        same = min(grouped.count, _distinct(raw))
         agreement["pixels"] = nmi(cluster(raw, same, seed).numbers, gallery.labels)
     try:
         few = {
@@ -119,14 +114,14 @@ def measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str]) 
     return {"nmi": agreement, "few_labels": few}
 
 
-def distinct(rows: np.ndarray) -> int:
+def _distinct(rows: np.ndarray) -> int:
     """How many rows differ."""
     return len(np.unique(rows, axis=0))
 
 
-def make_cards(gallery: Gallery, mapped: Projection, grouped: Clustering) -> list[Card]:
+def _make_cards(gallery: Gallery, mapped: projection.Projection, grouped: Clustering) -> list[Card]:
     """What the page shows of each image."""
-    near = neighbours(gallery.features.values, NEAR).tolist()
+    near = projection.neighbours(gallery.features.values, NEAR).tolist()
     points = mapped.points.tolist()
     rows = zip(
         gallery.keys, gallery.labels, grouped.numbers.tolist(), points, gallery.pictures, near, strict=True
@@ -137,28 +132,30 @@ def make_cards(gallery: Gallery, mapped: Projection, grouped: Clustering) -> lis
     ]
 
 
-def write_all(
-    output: Path, name: str, cards: list[Card], mapped: Projection, result: dict[str, Any]
+def _write_all(
+    output: Path, name: str, cards: list[Card], mapped: projection.Projection, result: dict[str, Any]
 ) -> list[Path]:
     """Write page, pictures, figures and table; the page first in what is returned."""
-    about = f"{len(cards):,} images, {axes_text(mapped)}, {result['clusters']['count']} clusters"
-    page = write_page(cards, name, about, figure_rows(result))
-    text = json_module.dumps(result, ensure_ascii=True, indent=1)
-    scatter = draw_scatter(cards, f"{name}: {about}", axis_names(mapped))
-    files = [
-        write_whole(output / "projection.html", lambda path: path.write_text(page, encoding="utf-8")),
-        write_whole(output / "projection.png", lambda path: scatter.save(path, "PNG")),
-        write_whole(output / "projection.json", lambda path: path.write_text(text + "\n", encoding="ascii")),
-        write_whole(output / "clusters.csv", lambda path: write_table(path, cards)),
-    ]
+    about = f"{len(cards):,} images, {_axes_text(mapped)}, {result['clusters']['count']} clusters"
+    page = output / "projection.html"
+    with whole_file(page) as partial:
+        partial.write_text(write_page(cards, name, about, _figure_rows(result)), encoding="utf-8")
+    pictures = {"projection.png": draw_scatter(cards, f"{name}: {about}", _axis_names(mapped))}
     drawn = draw_pictures(cards)
     if drawn is not None:
-        place = output / "projection-pictures.png"
-        files.append(write_whole(place, lambda path: drawn.save(path, "PNG")))
-    return files
+        pictures["projection-pictures.png"] = drawn
+    for each, picture in pictures.items():
+        with whole_file(output / each) as partial:
+            picture.save(partial, "PNG")
+    write_json(result, output / "projection.json")
+    table = output / "clusters.csv"
+    with whole_file(table) as partial:
+        _write_table(partial, cards)
+    first, *others = (output / each for each in pictures)
+    return [page, first, output / "projection.json", table, *others]
 
 
-def write_table(path: Path, cards: list[Card]) -> None:
+def _write_table(path: Path, cards: list[Card]) -> None:
     """key, label, cluster, x, y of each image; names keep their bytes."""
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
@@ -166,14 +163,14 @@ def write_table(path: Path, cards: list[Card]) -> None:
         writer.writerows([card.key, card.label, card.cluster, *card.point] for card in cards)
 
 
-def axes_text(mapped: Projection) -> str:
+def _axes_text(mapped: projection.Projection) -> str:
     """What the map is, in words."""
     if mapped.explained is None:
         return "UMAP"
     return f"PCA ({100 * sum(mapped.explained):.0f} % of the variance)"
 
 
-def axis_names(mapped: Projection) -> tuple[str, str]:
+def _axis_names(mapped: projection.Projection) -> tuple[str, str]:
     """What to write along the axes."""
     if mapped.explained is None:
         return "UMAP 1", "UMAP 2"
@@ -184,35 +181,37 @@ def axis_names(mapped: Projection) -> tuple[str, str]:
     return first, second
 
 
-def figure_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _figure_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What was measured, as rows: what, of latents, of pixels."""
     nmi, few = result.get("nmi"), result.get("few_labels")
     rows = []
     if nmi:
-        rows.append(("Clusters against labels (NMI)", figure(nmi["latents"]), figure(nmi.get("pixels"))))
+        rows.append(("Clusters against labels (NMI)", _figure(nmi["latents"]), _figure(nmi.get("pixels"))))
     if few:
         what = f"Accuracy from {PER_CLASS} labels a class"
-        rows.append((what, share(few["latents"]), share(few.get("pixels"))))
+        rows.append((what, _share(few["latents"]), _share(few.get("pixels"))))
     return rows
 
 
-def share(found: dict[str, Any] | None) -> str:
+def _share(found: dict[str, Any] | None) -> str:
     """An accuracy and its spread over draws, in per cent."""
     if found is None:
         return "-"
     return f"{100 * found['accuracy']:.1f} \N{PLUS-MINUS SIGN} {100 * found['spread']:.1f} %"
 
 
-def figure(value: float | None) -> str:
+def _figure(value: float | None) -> str:
     """Three digits, or a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def report(found: Gathering, mapped: Projection, grouped: Clustering, result: dict[str, Any]) -> list[str]:
+def _lines(
+    found: Gathering, mapped: projection.Projection, grouped: Clustering, result: dict[str, Any]
+) -> list[str]:
     """The figures for people."""
     gallery = found.gallery
     lines = [
-        f"{len(gallery)} images, {gallery.features.values.shape[1]} features each; map: {axes_text(mapped)}."
+        f"{len(gallery)} images, {gallery.features.values.shape[1]} features each; map: {_axes_text(mapped)}."
     ]
     sizes = ", ".join(map(str, np.bincount(grouped.numbers)))
     chosen = (
@@ -226,7 +225,7 @@ def report(found: Gathering, mapped: Projection, grouped: Clustering, result: di
         lines.append(
             f"{names} labels of {known(gallery.labels)} images, from {SOURCES[gallery.labels_from]}."
         )
-    if rows := figure_rows(result):
+    if rows := _figure_rows(result):
         lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
         lines += [f"{what:34}{latents:>16}{pixels:>16}" for what, latents, pixels in rows]
     return [*lines, *(f"Note: {note}" for note in found.notes)]

@@ -10,48 +10,27 @@ import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.options import (
-    Device,
-    Json,
-    LPIPSNet,
-    LPIPSWeights,
-    Model,
-    Precision,
-    Seed,
-    Store,
-    TileSize,
-)
-from latentvae.cli.session import (
-    check_output,
-    find_lpips,
-    finish,
-    load_model,
-    make_folder,
-    print_json,
-    read_images,
-    short_names,
-    shrink,
-    skip,
-    with_ending,
-)
-from latentvae.images import captions
-from latentvae.images.drawing import grid
+from latentvae.base.files import make_folder
+from latentvae.cli.options import OUTPUT, Photos, Seed, output_folder, tell
+from latentvae.cli.places import check_output, root_of, short_names, with_ending, write_json
+from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
+from latentvae.images import captions, drawing
 from latentvae.images.reading import find_images
+from latentvae.images.resizing import thumbnail
 from latentvae.images.saving import save_image
 from latentvae.measure.lpips import LPIPS
 from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
 
 COPIES = "copies"  # folder below the output that holds nothing but copies, to train from
 ALIKE, VISIBLE = 0.02, 0.1  # of the latents' own standard deviation: noise that nobody sees, and a little
-SHEET_ROWS, SHEET_COLUMNS, SHEET_CELL = 6, 6, 384
+SHEET_ROWS, SHEET_COLUMNS, SHEET_CELL = 6, 6, 384  # the last in pixels
 
 
+@takes("model", ..., "seed", *LPIPS_OPTIONS, *IMAGE_OPTIONS)
 def vary(
-    paths: Annotated[list[Path], typer.Argument(help="Images or folders.")],
-    model: Model = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder; the copies go below its folder 'copies'.")
-    ] = Path("latentvae-output"),
+    session: Session,
+    paths: Photos,
+    output: Annotated[Path, output_folder("Folder; the copies go below its folder 'copies'.")] = OUTPUT,
     copies: Annotated[int, typer.Option("--copies", "-n", min=1, help="Of each image.")] = 4,
     temperature: Annotated[
         list[float] | None,
@@ -64,13 +43,6 @@ def vary(
         ),
     ] = None,
     seed: Seed = 0,
-    lpips_net: LPIPSNet = "alex",
-    lpips_weights: LPIPSWeights = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    tile_size: TileSize = None,
-    store: Store = None,
-    json: Json = False,
 ) -> None:
     """Vary images: writes copies (their captions too) and a contact sheet, and prints how far they are.
 
@@ -79,27 +51,32 @@ def vary(
     check_output(output, paths)
     files = find_images(paths)
     names = short_names(files, paths)
-    vae = load_model(model, device, precision)
+    vae = session.load()
     make_folder(output / COPIES)
-    lpips, reason = find_lpips(lpips_net, lpips_weights, vae.device)
-    study = Study(sorted(set(temperature or [1.0])), copies, lpips, reason)
-    captions.forget()
-    skipped: list[dict[str, str]] = []
-    for path, image, _ in read_images(files, vae, skipped, tile_size, store):
+    study = _Study(sorted(set(temperature or [1.0])), copies, *session.find_lpips())
+    captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
+    for path, image, _ in session.read_images(files):
         caption, notes = captions.read_caption(path, root_of(path, paths))
         try:
             study.add(path, image, Variations(vae, image, seed), output / COPIES / names[path], caption)
         except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
-            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            session.skip(path, LatentVAEError(f"{path}: {error}"))
             continue
         study.notes += [f"{names[path].as_posix()}: {note}" for note in notes]
     if study.images:
-        report(study, {"seed": seed, "skipped": skipped}, output, json)
-    finish(skipped, len(study.images))
+        sheet = output / "contact-sheet.png"
+        study.sheet().save(sheet)
+        result = {**study.result(), "seed": seed, "skipped": session.skipped}
+        write_json(result, output / "variations.json")
+        written = sum(len(each["copies"]) for each in study.images)
+        made = "1 copy" if written == 1 else f"{written} copies"
+        where = f"\nLook at {sheet}; {made} in {output / COPIES}."
+        tell(result, [*lines_of_variations(result), where], session.json)
+    session.finish(len(study.images))
 
 
 @dataclass
-class Study:
+class _Study:
     """Writes the copies of one image after the other, and gathers figures and pictures of them."""
 
     temperatures: list[float]
@@ -126,32 +103,53 @@ class Study:
                 if temperature > 0:  # whose figures are there already
                     self._measure(temperature, varied, references)
                 file = place.with_name(with_ending(place.name, f".t{temperature:g}.{copy}.png"))
-                save(varied, file)
+                save_image(varied, file)
                 written.append(str(file))
                 if caption is not None:
                     text = json.dumps(caption, ensure_ascii=False)
                     file.with_suffix(".json").write_text(text, encoding="utf-8")
-                if (temperature, copy) in self.shown():
+                if (temperature, copy) in self._shown():
                     row.append(varied)
         self.images.append({"path": str(path), "copies": written})
         self.spreads.append(variations.spread)
         if len(self.rows) < SHEET_ROWS:
-            self.rows.append([shrink(each, SHEET_CELL) for each in row])
+            self.rows.append([thumbnail(each, SHEET_CELL) for each in row])
 
-    def shown(self) -> list[tuple[float, int]]:
+    def _shown(self) -> list[tuple[float, int]]:
         """Temperature and copy of the contact sheet's columns: a copy each, or several of the only one."""
         if len(self.temperatures) == 1:
             return [(self.temperatures[0], copy) for copy in range(min(self.copies, SHEET_COLUMNS))]
         return [(temperature, 0) for temperature in self.temperatures]
 
-    def table(self) -> list[dict[str, float | None]]:
+    def sheet(self) -> Any:
+        """The contact sheet, as a picture."""
+        titles = ["Original", "Temperature 0", *(f"Temperature {t:g}, copy {c}" for t, c in self._shown())]
+        return drawing.grid(self.rows, titles)
+
+    def result(self) -> dict[str, Any]:
+        """All that was found, as JSON values."""
+        spread = {
+            name: _mean([getattr(each, name) for each in self.spreads])
+            for name in ("posterior_std", "latents_std", "ratio")
+        }
+        return {
+            "temperature_unit": "standard deviations of the posterior",
+            "spread": spread,
+            "temperatures": self._table(),
+            "lpips_net": self.lpips.net if self.lpips else None,
+            "lpips_missing_reason": None if self.lpips else self.reason,
+            "images": self.images,
+            "notes": self.notes,
+        }
+
+    def _table(self) -> list[dict[str, float | None]]:
         """Mean figures per temperature, beginning with 0, the reconstruction; None where there are none."""
         rows = []
         for temperature, pairs in self.found.items():
             row: dict[str, float | None] = {"temperature": temperature}
             for other, name in enumerate(("original", "reconstruction")):
-                row[f"psnr_to_{name}"] = mean([pair[other].psnr for pair in pairs])
-                row[f"lpips_to_{name}"] = mean([pair[other].lpips for pair in pairs])
+                row[f"psnr_to_{name}"] = _mean([pair[other].psnr for pair in pairs])
+                row[f"lpips_to_{name}"] = _mean([pair[other].lpips for pair in pairs])
             rows.append(row)
         return rows
 
@@ -160,54 +158,14 @@ class Study:
         self.found.setdefault(temperature, []).append((original, reconstruction))
 
 
-def mean(figures: list[float | None]) -> float | None:
+def _mean(figures: list[float | None]) -> float | None:
     """Of what was measured; None where nothing was, or where identical images make it infinite."""
     measured = [figure for figure in figures if figure is not None]
     average = math.fsum(measured) / len(measured) if measured else math.inf
     return average if math.isfinite(average) else None
 
 
-def save(image: torch.Tensor, file: Path) -> None:
-    """Write a copy."""
-    save_image(image, file)
-
-
-def root_of(path: Path, sources: list[Path]) -> Path:
-    """The folder up to which captions of an image are looked for."""
-    return next((each for each in sources if each.is_dir() and path.is_relative_to(each)), path.parent)
-
-
-def report(study: Study, extra: dict[str, Any], output: Path, as_json: bool) -> None:
-    """Write the contact sheet and the figures, and print them."""
-    titles = ["Original", "Temperature 0", *(f"Temperature {t:g}, copy {c}" for t, c in study.shown())]
-    sheet = output / "contact-sheet.png"
-    grid(study.rows, titles).save(sheet)
-    spread = {
-        name: mean([getattr(each, name) for each in study.spreads])
-        for name in ("posterior_std", "latents_std", "ratio")
-    }
-    result = {
-        "temperature_unit": "standard deviations of the posterior",
-        "spread": spread,
-        "temperatures": study.table(),
-        "lpips_net": study.lpips.net if study.lpips else None,
-        "lpips_missing_reason": None if study.lpips else study.reason,
-        "images": study.images,
-        "notes": study.notes,
-        **extra,
-    }
-    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
-    (output / "variations.json").write_text(text, encoding="ascii")
-    if as_json:
-        print_json(result)
-        return
-    typer.echo("\n".join(lines(result)))
-    written = sum(len(each["copies"]) for each in study.images)
-    copies = "1 copy" if written == 1 else f"{written} copies"
-    typer.echo(f"\nLook at {sheet}; {copies} in {output / COPIES}.")
-
-
-def lines(result: dict[str, Any]) -> list[str]:
+def lines_of_variations(result: dict[str, Any]) -> list[str]:
     """The figures for people."""
     spread = result["spread"]
     header = ("temperature", "PSNR dB", "LPIPS", "PSNR dB to t=0", "LPIPS to t=0")

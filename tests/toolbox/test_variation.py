@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.cli.vary import lines
+from latentvae.cli.vary import lines_of_variations
 from latentvae.cli.vary import vary as verb
 from latentvae.images.reading import load_image
 from latentvae.images.saving import save_image
@@ -241,6 +241,6 @@ def test_people_are_told_that_copies_are_alike_and_what_would_show():
         "lpips_missing_reason": None,
         "notes": [],
     }
-    assert "all but alike; try --temperature 90." in "\n".join(lines(result))
+    assert "all but alike; try --temperature 90." in "\n".join(lines_of_variations(result))
     result["temperatures"][1]["temperature"] = 90.0
-    assert "alike" not in "\n".join(lines(result))
+    assert "alike" not in "\n".join(lines_of_variations(result))
