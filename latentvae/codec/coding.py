@@ -9,13 +9,17 @@ import numpy as np
 
 from latentvae.base.errors import CodecError
 from latentvae.codec.context import LIMIT, Context, Front
-from latentvae.codec.tables import FRACTIONS, REACH, TOTAL, tables
+from latentvae.codec.probabilities import FRACTIONS, REACH, TOTAL, tables
 
 MAX_BITS = 16  # of what lies beyond REACH: distances are below 2 * LIMIT
+TOTAL_BITS = math.log2(TOTAL)
+SHORTEST = TOTAL_BITS - math.log2(tables().max())  # bits of the likeliest value there is
+# Said, because constriction's default changes in 0.5, and a file is read only with what it was written with.
+FAMILY = constriction.stream.model.Categorical(perfect=False)
 Exchange = Callable[[int, Front, np.ndarray, np.ndarray], np.ndarray]
 
 
-def encode(targets: np.ndarray, rate_weight: float = 0.0) -> tuple[np.ndarray, bytes]:
+def entropy_encode(targets: np.ndarray, rate_weight: float = 0.0) -> tuple[np.ndarray, bytes]:
     """Quantise and code latents in units of their steps.
 
     Args:
@@ -24,7 +28,7 @@ def encode(targets: np.ndarray, rate_weight: float = 0.0) -> tuple[np.ndarray, b
             weighs against squared error in steps.
 
     Returns:
-        Whole numbers (C, h, w), as `decode` gives them, and the payload.
+        Whole numbers (C, h, w), as `entropy_decode` gives them, and the payload.
 
     Raises:
         CodecError: values of LIMIT steps or more, or not finite.
@@ -35,7 +39,6 @@ def encode(targets: np.ndarray, rate_weight: float = 0.0) -> tuple[np.ndarray, b
             "choose a lower quality, or a model whose scaling_factor fits its latents."
         )
     encoder = constriction.stream.queue.RangeEncoder()
-    family = constriction.stream.model.Categorical(perfect=False)
     bits = TOTAL_BITS - np.log2(tables())
 
     def exchange(channel: int, front: Front, bases: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -47,7 +50,7 @@ def encode(targets: np.ndarray, rate_weight: float = 0.0) -> tuple[np.ndarray, b
             places = (choices - bases).clip(-REACH, REACH) + REACH
             costs = (choices - wanted) ** 2 + rate_weight * bits[rows, places]
             values = choices[costs.argmin(0), np.arange(front.length)]
-        _put(encoder, family, values - bases, rows)
+        _put(encoder, values - bases, rows)
         return values
 
     context = Context(*targets.shape)
@@ -55,21 +58,21 @@ def encode(targets: np.ndarray, rate_weight: float = 0.0) -> tuple[np.ndarray, b
     return context.coded(), encoder.get_compressed().astype("<u4").tobytes()
 
 
-def decode(payload: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """The whole numbers (C, h, w) that `encode` coded.
+def entropy_decode(payload: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """The whole numbers (C, h, w) that `entropy_encode` coded.
 
     Raises:
         CodecError: the payload is no code of this many values.
     """
+    # before memory is taken for it: half the shortest code there could be, so rounding refuses no good file
     if math.prod(shape) * SHORTEST / 2 > 8 * len(payload) + 64:
         raise CodecError(
             f"a payload of {len(payload)} bytes is too short for {shape} latents: it is damaged."
         )
     decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(payload, dtype="<u4").astype(np.uint32))
-    family = constriction.stream.model.Categorical(perfect=False)
     context = Context(*shape)
     try:
-        _walk(context, lambda channel, front, bases, rows: bases + _get(decoder, family, rows))
+        _walk(context, lambda channel, front, bases, rows: bases + _get(decoder, rows))
     except AssertionError as error:  # the coder's word for bytes that no encoder wrote
         raise CodecError(f"the payload is damaged: {error}.") from error
     if not decoder.maybe_exhausted():
@@ -90,9 +93,10 @@ def _walk(context: Context, exchange: Exchange) -> None:
             context.learn(channel, front, values)
 
 
-def _put(encoder: Any, family: Any, distances: np.ndarray, rows: np.ndarray) -> None:
+def _put(encoder: Any, distances: np.ndarray, rows: np.ndarray) -> None:
+    """Code distances (n,): a symbol each, and behind the outermost ones how far beyond REACH, Elias gamma."""
     symbols = distances.clip(-REACH, REACH) + REACH
-    encoder.encode(symbols.astype(np.int32), family, tables()[rows])
+    encoder.encode(symbols.astype(np.int32), FAMILY, tables()[rows])
     for beyond in np.abs(distances[np.abs(distances) >= REACH]) - REACH:
         length = int(beyond + 1).bit_length()
         encoder.encode(length - 1, constriction.stream.model.Uniform(MAX_BITS))
@@ -101,8 +105,9 @@ def _put(encoder: Any, family: Any, distances: np.ndarray, rows: np.ndarray) -> 
             encoder.encode(low, constriction.stream.model.Uniform(1 << (length - 1)))
 
 
-def _get(decoder: Any, family: Any, rows: np.ndarray) -> np.ndarray:
-    distances = decoder.decode(family, tables()[rows]).astype(np.int64) - REACH
+def _get(decoder: Any, rows: np.ndarray) -> np.ndarray:
+    """The inverse of `_put`."""
+    distances = decoder.decode(FAMILY, tables()[rows]).astype(np.int64) - REACH
     for i in np.flatnonzero(np.abs(distances) == REACH):
         length = decoder.decode(constriction.stream.model.Uniform(MAX_BITS)) + 1
         beyond = (1 << (length - 1)) - 1
@@ -110,7 +115,3 @@ def _get(decoder: Any, family: Any, rows: np.ndarray) -> np.ndarray:
             beyond += decoder.decode(constriction.stream.model.Uniform(1 << (length - 1)))
         distances[i] += beyond if distances[i] > 0 else -beyond
     return distances
-
-
-TOTAL_BITS = math.log2(TOTAL)
-SHORTEST = TOTAL_BITS - math.log2(tables().max())  # bits of the likeliest value there is

@@ -4,15 +4,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import CodecError
-from latentvae.codec.coding import decode as decode_values
-from latentvae.codec.coding import encode as encode_values
-from latentvae.codec.container import HASH_BYTES, Header, pack, read, unpack
+from latentvae.codec.coding import entropy_decode, entropy_encode
+from latentvae.codec.container import HASH_BYTES, Header, pack, read_lvae, unpack
 from latentvae.codec.quantisation import dequantise, in_steps, steps
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import decode, encode
 from latentvae.models.loading import bundled, load, spatial_compression_ratio
 
-__all__ = ["check_model", "compress", "decode_payload", "decompress", "read", "unpack"]
+__all__ = ["check_model", "compress", "decode_payload", "decompress", "read_lvae", "unpack"]
 
 DEFAULT_QUALITY = 50
 RATE_WEIGHT = 0.05  # measured: more saves bits at equal PSNR, and costs some at equal LPIPS
@@ -34,9 +33,10 @@ def compress(vae: AutoencoderKL, images: torch.Tensor, *, quality: int = DEFAULT
         raise CodecError(
             f"images of shape {tuple(images.shape)} came; one at a time is compressed, (1, C, H, W)."
         )
-    posterior, padding = encode(vae, images)
+    posterior, padding = encode(vae, images)  # (1, C, h, w)
+    # the mode: a sample would spend bits on noise that the decoder does not miss
     chosen = steps(vae, posterior, quality)
-    _, payload = encode_values(in_steps(posterior.mode(), chosen), RATE_WEIGHT)
+    _, payload = entropy_encode(in_steps(posterior.mode(), chosen), RATE_WEIGHT)
     header = Header(
         weights=_short_hash(vae),
         width=padding.width,
@@ -70,7 +70,8 @@ def decompress(vae: AutoencoderKL, data: bytes, *, max_pixels: int = 1 << 24) ->
 def decode_payload(vae: AutoencoderKL, header: Header, payload: bytes) -> torch.Tensor:
     """Images of a file that was read and whose model was checked; see `decompress`."""
     height, width = (side // spatial_compression_ratio(vae) for side in header.padded)
-    values = decode_values(payload, (len(header.steps), height, width))
+    # whole numbers (C, h, w): the same on every machine, as only integers decided how they were coded
+    values = entropy_decode(payload, (len(header.steps), height, width))
     return decode(vae, dequantise(values, header.steps), header.padding)
 
 
@@ -100,5 +101,6 @@ def _short_hash(vae: AutoencoderKL) -> bytes:
 
 
 def _bundled_name(weights: bytes) -> str:
+    # hashed only now that something is wrong: each takes a load of its weights
     names = [name for name in bundled() if _short_hash(load(name)) == weights]
     return f" (the bundled {names[0]})" if names else ""

@@ -52,7 +52,7 @@ class Header:
 
     @property
     def padding(self) -> Padding:
-        """What `decode` crops off."""
+        """What decoding crops off."""
         return Padding(0, 0, self.right, self.bottom, self.height, self.width)
 
     @property
@@ -81,11 +81,11 @@ def pack(header: Header, payload: bytes) -> bytes:
 
 
 def unpack(data: bytes, *, name: str = "these bytes", max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
-    """Header and payload of a file's bytes, which messages call `name`; see `read`."""
+    """Header and payload of a file's bytes, which messages call `name`; see `read_lvae`."""
     return _read(io.BytesIO(data), len(data), name, max_pixels)
 
 
-def read(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
+def read_lvae(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[Header, bytes]:
     """Header and payload of a file, of which no more is read than its header admits.
 
     Raises:

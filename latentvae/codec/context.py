@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentvae.codec.tables import FRACTIONS, SCALE_COUNT, UNIT, scales
+from latentvae.codec.probabilities import FRACTIONS, SCALE_COUNT, UNIT, scales
 
 LIMIT = 1 << 14  # of values; sums below stay under 2^63 with it
 FEATURE_LIMIT = 1 << 10
