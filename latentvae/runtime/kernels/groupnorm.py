@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentvae.runtime.kernels import blocks
-from latentvae.runtime.kernels.blocks import new_map, share_out
 
 BLOCK = 2**17  # values in a block, that they stay in a core's cache
 _Rows = tuple[int, slice]  # an image's number, and some rows of it
@@ -51,7 +50,7 @@ def affine(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
 
         return measure
 
-    share_out(enumerate(jobs), worker)
+    blocks.share_out(enumerate(jobs), worker)
     return _combine(norm, means, variances, counts.double())
 
 
@@ -75,7 +74,7 @@ def _combine(
 def apply(x: torch.Tensor, normalise: Affine, *, silu: bool) -> torch.Tensor:
     """x (B, C, H, W) normalised, and activated if asked for, as a new channels_last map."""
     source = x.detach().permute(0, 2, 3, 1)
-    output = new_map(source, *source.shape)
+    output = blocks.new_map(source, *source.shape)
 
     def worker() -> Callable[[_Rows], None]:
         def write(job: _Rows) -> None:
@@ -87,7 +86,7 @@ def apply(x: torch.Tensor, normalise: Affine, *, silu: bool) -> torch.Tensor:
 
         return write
 
-    share_out(_jobs(source), worker)
+    blocks.share_out(_jobs(source), worker)
     return output.permute(0, 3, 1, 2)
 
 

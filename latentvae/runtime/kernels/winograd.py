@@ -17,15 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from latentvae.runtime.kernels import blocks
-from latentvae.runtime.kernels.blocks import Buffers, ThreadBuffers, new_map, share_out
 from latentvae.runtime.kernels.groupnorm import Affine
 
 MIN_CHANNELS = 128  # below, transforms cost more than products save
 MIN_PIXELS = 1024  # of output; below, transforming the weights costs more than it saves
 BLOCK = 36 * 64  # products of each channel in a block
 
-_of_threads = ThreadBuffers()
-_of_all, _all_in_use = Buffers(), threading.Lock()
+_of_threads = blocks.ThreadBuffers()
+_of_all, _all_in_use = blocks.Buffers(), threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def convolve(
     batch, _, height, width = x.shape
     source = x.detach().permute(0, 2, 3, 1)  # (B, H, W, C)
     size, step = scheme.outputs, scheme.step
-    output = new_map(x, batch, height * size // step, width * size // step, conv.out_channels)
+    output = blocks.new_map(x, batch, height * size // step, width * size // step, conv.out_channels)
     sums = None if plus is None else plus.detach().permute(0, 2, 3, 1)
     bias = x.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     rows, columns = _block_of_tiles(-(-height // step), -(-width // step), BLOCK // scheme.points)
@@ -138,7 +137,7 @@ def convolve(
     # an edge block's tiles may stick out of the image: `read` pads them, `write` crops them
     corners = product(range(batch), range(0, height, rows * step), range(0, width, columns * step))
     with _factors(conv.weight.detach(), scheme) as factors:  # made anew in every call: never stale
-        share_out(corners, worker)
+        blocks.share_out(corners, worker)
     return output.permute(0, 3, 1, 2)
 
 
@@ -149,7 +148,7 @@ def _factors(weight: torch.Tensor, scheme: Scheme) -> Iterator[torch.Tensor]:
     shape = (scheme.points, channels * outputs)
     kept = _all_in_use.acquire(blocking=False)  # else another thread computes, and we take a buffer anew
     try:
-        result = _of_all.take("factors", weight, *shape) if kept else new_map(weight, *shape)
+        result = _of_all.take("factors", weight, *shape) if kept else blocks.new_map(weight, *shape)
         taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
         torch.mm(scheme.square("g", weight.dtype), taps, out=result)
         yield result.view(-1, channels, outputs)

@@ -12,16 +12,9 @@ from tqdm import tqdm
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.runtime.patches import check_autoencoder, on_restore, patch, underlying
+from latentvae.runtime.tiling import planning
 from latentvae.runtime.tiling.layers import Stored
 from latentvae.runtime.tiling.maps import Scratch, check_scratch_folder
-from latentvae.runtime.tiling.planning import (
-    DEFAULT_MEMORY,
-    DEFAULT_TILE,
-    SETTINGS,
-    Settings,
-    input_map,
-    plan_walk,
-)
 from latentvae.runtime.tiling.stages import TiledRun, decoder_stages, encoder_stages
 from latentvae.runtime.tiling.structure import check_structure
 
@@ -32,10 +25,10 @@ MIN_TILE = 16  # pixels; a read reaches 2 px beyond a tile on each side
 
 def enable_exact_tiling(
     vae: AutoencoderKL,
-    tile_size: int = DEFAULT_TILE,
+    tile_size: int = planning.DEFAULT_TILE,
     store: str | Path | torch.device | None = None,
     progress: bool = False,
-    memory: float = DEFAULT_MEMORY,
+    memory: float = planning.DEFAULT_MEMORY,
 ) -> AutoencoderKL:
     """Have a VAE encode and decode large images tile by tile, with the numbers it gives without tiles.
 
@@ -60,9 +53,9 @@ def enable_exact_tiling(
     """
     check_autoencoder(vae)
     check_structure(vae)
-    settings = Settings(_checked(tile_size), _scratch_place(store), progress, memory)
+    settings = planning.Settings(_checked(tile_size), _scratch_place(store), progress, memory)
     for model, forward in ((vae.encoder, _encoder_forward), (vae.decoder, _decoder_forward)):
-        setattr(model, SETTINGS, settings)
+        setattr(model, planning.SETTINGS, settings)
         patch(model, forward, "tiling")
         on_restore(model, _forget, "tiling")
     # named as what diffusers calls where its own tiling is on: so that does not cut what we get whole
@@ -76,7 +69,7 @@ def _checked(tile_size: int) -> int:
     if not isinstance(tile_size, int) or tile_size < MIN_TILE:
         raise LatentVAEError(
             f"tile_size={tile_size!r} came; wanted a whole number of pixels from {MIN_TILE}: around "
-            f"a smaller tile the halo is larger than the tile. {DEFAULT_TILE} is the default."
+            f"a smaller tile the halo is larger than the tile. {planning.DEFAULT_TILE} is the default."
         )
     return tile_size
 
@@ -91,7 +84,7 @@ def _scratch_place(store: str | Path | torch.device | None) -> Path | torch.devi
 
 
 def _forget(model: torch.nn.Module) -> None:
-    model.__dict__.pop(SETTINGS, None)
+    model.__dict__.pop(planning.SETTINGS, None)
 
 
 def _restore_methods(vae: torch.nn.Module) -> None:
@@ -134,7 +127,7 @@ def _decoder_forward(
 
 
 def _goes_ordinary_way(model: torch.nn.Module, sample: torch.Tensor, side: int, what: str) -> bool:
-    tile_size = getattr(model, SETTINGS).tile_size
+    tile_size = getattr(model, planning.SETTINGS).tile_size
     if torch.is_grad_enabled() and any(t.requires_grad for t in (sample, *model.parameters())):
         if side > tile_size:
             logger.warning("not tiled, because gradients are wanted: use torch.no_grad() where they are not.")
@@ -150,19 +143,19 @@ def _goes_ordinary_way(model: torch.nn.Module, sample: torch.Tensor, side: int, 
 @torch.no_grad()
 def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """Encode or decode a batch, one sample after the other: the statistics are each sample's own."""
-    settings: Settings = getattr(model, SETTINGS)
+    settings: planning.Settings = getattr(model, planning.SETTINGS)
     decodes, kind = hasattr(model, "up_blocks"), batch.device.type
     run_stages = decoder_stages if decodes else encoder_stages
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.dtype
     scratch = Scratch(settings.scratch or batch.device, dtype, _layout(model, batch))
-    steps = plan_walk(model, batch.shape[1:], dtype.itemsize, settings)
+    steps = planning.plan_walk(model, batch.shape[1:], dtype.itemsize, settings)
     scratch.check_room(steps.store_bytes)
     result = torch.empty(len(batch), *shape, dtype=dtype, device=batch.device)
     tflop = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
     with _progress_bar("decode" if decodes else "encode", tflop, settings.progress) as bar:
         for sample, target in zip(batch.split(1), result.split(1), strict=True):
             run = TiledRun(steps, scratch, batch.device, bar)
-            source = input_map(sample.shape[1:], sample.contiguous(memory_format=scratch.layout))
+            source = planning.input_map(sample.shape[1:], sample.contiguous(memory_format=scratch.layout))
             run_stages(run, model, source, Stored("result", shape, target))
     return result
 
