@@ -11,6 +11,7 @@ from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.session import Session, image_channels, takes, usable_device
 from latentvae.images import drawing
 from latentvae.images.reading import find_images
+from latentvae.models.latents import Scaling
 from latentvae.models.spaces import load_autoencoder
 from latentvae.pipelines import agree as agreement
 
@@ -41,7 +42,7 @@ def agree(
         images = [image for _, image in session.read_centres(find_images(photos), channels, size)]
     else:
         images = agreement.probe_images(channels)
-    scalings = (agreement.own_scaling(vaes[0]), agreement.own_scaling(vaes[1]))
+    scalings = (Scaling.of(vaes[0].config), Scaling.of(vaes[1].config))
     # speed-ups round differently, which is not what is asked about
     copies = tuple(agreement.plain_copy(vae) for vae in vaes)
     pairs = [agreement.both_ways(copies, scalings, image.to(vaes[0].device)) for image in images]
@@ -73,8 +74,14 @@ def _lines(found: agreement.Agreement) -> list[str]:
         ("PSNR of B", f"{found.psnr_b:.2f} dB"),
         ("B decodes A's latents", f"{found.psnr_b_decodes_a:.2f} dB"),
         ("A decodes B's latents", f"{found.psnr_a_decodes_b:.2f} dB"),
-        ("B's pictures of A's latents", f"{found.decode_score:.3f} of 1 (wanted: {agreement.MIN_PICTURE_SCORE})"),
-        ("A's pictures of B's latents", f"{found.encode_score:.3f} of 1 (wanted: {agreement.MIN_PICTURE_SCORE})"),
+        (
+            "B's pictures of A's latents",
+            f"{found.decode_score:.3f} of 1 (wanted: {agreement.MIN_PICTURE_SCORE})",
+        ),
+        (
+            "A's pictures of B's latents",
+            f"{found.encode_score:.3f} of 1 (wanted: {agreement.MIN_PICTURE_SCORE})",
+        ),
         ("lost by that, at most", f"{found.loss:.2f} dB (wanted: {agreement.MAX_LOSS:g} or less)"),
         ("images", f"{found.image_count}"),
     ]
@@ -82,7 +89,9 @@ def _lines(found: agreement.Agreement) -> list[str]:
     if found.same:
         verdict = "The same latent space: what was trained on A's latents can use B."
     elif found.fits("both"):
-        verdict = "Nearly the same latent space: good for text to image and image to image, not for a latent cache."
+        verdict = (
+            "Nearly the same latent space: good for text to image and image to image, not for a latent cache."
+        )
     elif found.decodes:
         verdict = "B decodes A's latents: good for text to image; its own latents are not A's."
     else:

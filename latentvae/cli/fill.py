@@ -1,6 +1,5 @@
 """`latentvae fill`: missing pixels from the known ones."""
 
-import json as json_module
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,29 +10,29 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from latentvae.base.errors import ImageError
-from latentvae.cli.options import Device, Json, Model, Seed
-from latentvae.cli.session import image_channels, load_model, make_folder, print_json, with_ending
+from latentvae.base.files import make_folder
+from latentvae.cli.options import OUTPUT, Seed, output_folder, tell
+from latentvae.cli.places import with_ending, write_json
+from latentvae.cli.session import Session, image_channels, takes
 from latentvae.images.drawing import grid
 from latentvae.images.reading import load_image
 from latentvae.images.saving import save_image
 from latentvae.runtime.memory import free_memory, ordinary_peak
-from latentvae.runtime.tiling.fitting import TILE_SIZES, tile_to_fit
-from latentvae.toolbox.editing.fill import Filling, fill_in_windows, hole_psnr
-from latentvae.toolbox.editing.fill import fill as run
+from latentvae.runtime.tiling.fitting import TILE_SIZES
+from latentvae.toolbox.editing import fill as filling
 
 GRADIENTS = 4  # times the memory of a decoding that its gradients take: up to 3.6, measured on f8c4-small
 
 
+@takes("output", "model", ..., "device", "json")
 def fill(
+    session: Session,
     image: Annotated[Path, typer.Argument(help="The image.", show_default=False)],
     mask: Annotated[
         Path,
         typer.Argument(help="Of the same size: white where a pixel is missing.", show_default=False),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
-        "latentvae-output"
-    ),
-    model: Model = None,
+    output: Annotated[Path, output_folder("Folder for the pictures.")] = OUTPUT,
     method: Annotated[
         Literal["optimise", "project", "one_pass"],
         typer.Option(
@@ -61,32 +60,27 @@ def fill(
             "optimise, where the gradients of the whole image would not fit into memory.",
         ),
     ] = None,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Fill in the missing pixels of an image: writes NAME.filled.png, NAME.comparison.png and NAME.fill.json.
 
     Known pixels are kept exactly, as 8 bits.
     """
-    vae = load_model(model, device, "fp32")
-    images, missing, complete = read_inputs(image_channels(vae), image, mask, original)
-    side = tile_size or fitting_side(vae, image, images.shape[-2], images.shape[-1], method)
+    vae = session.load()
+    images, missing, complete = _read_inputs(image_channels(vae), image, mask, original)
+    height, width = images.shape[-2:]
+    side = tile_size or _fitting_side(session, image, height, width, method)
     make_folder(output)
     options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
-    result = complete_image(vae, images, missing, side, **options)
-    tiles = side if side is not None and side < max(images.shape[-2:]) else None
-    entry = {"image": str(image), "mask": str(mask), **options, "tile_size": tiles}
-    figures = {**entry, **measure(result, missing, complete)}
-    figures |= write_pictures(output / image.name, images, missing, result, complete)
-    text = json_module.dumps(figures, indent=1)  # in ASCII: names need not be UTF-8
-    (output / with_ending(image.name, ".fill.json")).write_text(text + "\n", encoding="ascii")
-    if json:
-        print_json(figures)
-    else:
-        typer.echo("\n".join(report(figures)))
+    result = _complete_image(vae, images, missing, side, **options)
+    about = {"image": str(image), "mask": str(mask), **options}
+    tiles = side if side < max(height, width) else None
+    figures = {**about, "tile_size": tiles, **_measure(result, missing, complete)}
+    figures |= _write_pictures(output / image.name, images, missing, result, complete)
+    write_json(figures, output / with_ending(image.name, ".fill.json"))
+    tell(figures, _lines(figures), session.json)
 
 
-def read_inputs(
+def _read_inputs(
     channels: int, image: Path, mask: Path, original: Path | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The image (1, C, H, W), which pixels are missing (H, W), and the complete image where there is one.
@@ -94,30 +88,30 @@ def read_inputs(
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.
     """
-    images, missing = load_image(image, channels=channels)[None], load_mask(mask)
-    check_size(image, images, mask, missing)
+    images, missing = load_image(image, channels=channels)[None], _load_mask(mask)
+    _check_size(image, images, mask, missing)
     complete = None if original is None else load_image(original, channels=channels)[None]
     if complete is not None:
-        check_size(image, images, original, complete[0, 0])
+        _check_size(image, images, original, complete[0, 0])
     return images, missing, complete
 
 
-def complete_image(
-    vae: AutoencoderKL, images: torch.Tensor, missing: torch.Tensor, side: int | None, **options: Any
-) -> Filling:
+def _complete_image(
+    vae: AutoencoderKL, images: torch.Tensor, missing: torch.Tensor, side: int, **options: Any
+) -> filling.Filling:
     """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
     with tqdm(unit=" steps") as bar:
-        if side is None or side >= max(images.shape[-2:]):
-            return run(vae, images, missing, progress=bar.update, **options)
-        return fill_in_windows(vae, images, missing, side, progress=bar.update, **options)
+        if side >= max(images.shape[-2:]):
+            return filling.fill(vae, images, missing, progress=bar.update, **options)
+        return filling.fill_in_windows(vae, images, missing, side, progress=bar.update, **options)
 
 
-def load_mask(mask: Path) -> torch.Tensor:
+def _load_mask(mask: Path) -> torch.Tensor:
     """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
     return load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
 
 
-def check_size(image: Path, images: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
+def _check_size(image: Path, images: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
     """Raises ImageError where a mask, or the original, is of another size than the image."""
     if plane.shape != images.shape[-2:]:
         (height, width), (wanted_height, wanted_width) = plane.shape, images.shape[-2:]
@@ -127,7 +121,7 @@ def check_size(image: Path, images: torch.Tensor, other: Path | None, plane: tor
         )
 
 
-def fitting_side(vae: AutoencoderKL, image: Path, height: int, width: int, method: str) -> int:
+def _fitting_side(session: Session, image: Path, height: int, width: int, method: str) -> int:
     """The longer side of the image, or else the largest window whose gradients fit into memory.
 
     A method without gradients tiles exactly, and needs no windows.
@@ -135,8 +129,9 @@ def fitting_side(vae: AutoencoderKL, image: Path, height: int, width: int, metho
     Raises:
         ImageError: not even the smallest does.
     """
+    vae = session.vae
     if method != "optimise":
-        tile_to_fit(vae, image, height, width, None, None)
+        session.fit(image, height, width)
         return max(height, width)
     free = free_memory(vae.device)
     if GRADIENTS * ordinary_peak(vae, height, width) <= free:
@@ -152,7 +147,7 @@ def fitting_side(vae: AutoencoderKL, image: Path, height: int, width: int, metho
     )
 
 
-def measure(result: Filling, missing: torch.Tensor, complete: torch.Tensor | None) -> dict[str, Any]:
+def _measure(result: filling.Filling, missing: torch.Tensor, complete: torch.Tensor | None) -> dict[str, Any]:
     """The weights of the blend, the share that was missing and, with an original, PSNR in the hole."""
     figures: dict[str, Any] = {
         "missing_share": float(missing.float().mean()),
@@ -162,16 +157,16 @@ def measure(result: Filling, missing: torch.Tensor, complete: torch.Tensor | Non
     }
     if complete is not None and missing.any():
         parts = {"filled": result.images, "smooth": result.smooth, "decoded": result.decoded}
-        found = {name: hole_psnr(part, complete, missing) for name, part in parts.items()}
+        found = {name: filling.hole_psnr(part, complete, missing) for name, part in parts.items()}
         figures["psnr_in_hole"] = {name: value if isfinite(value) else None for name, value in found.items()}
     return figures
 
 
-def write_pictures(
+def _write_pictures(
     place: Path,
     images: torch.Tensor,
     missing: torch.Tensor,
-    result: Filling,
+    result: filling.Filling,
     complete: torch.Tensor | None,
 ) -> dict[str, str]:
     """Save the filled image and a comparison; return their paths."""
@@ -184,7 +179,7 @@ def write_pictures(
     return {"filled": str(filled), "comparison": str(compared)}
 
 
-def report(figures: dict[str, Any]) -> list[str]:
+def _lines(figures: dict[str, Any]) -> list[str]:
     """What was done, in words."""
     if figures["missing_share"] == 0:
         lines = ["The mask has no white pixel: nothing is missing, and the image is written as it is."]

@@ -1,6 +1,5 @@
 """`latentvae sample`: new images from a prior."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,15 +7,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.options import Device, Json, Model
-from latentvae.cli.session import image_channels, load_model, make_folder, print_json
+from latentvae.base.files import make_folder
+from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.places import write_json
+from latentvae.cli.session import Session, image_channels, takes
 from latentvae.images.drawing import grid
 from latentvae.images.saving import save_image
 from latentvae.toolbox.priors.loading import load_prior
-from latentvae.toolbox.priors.prior import Prior, StandardNormal
+from latentvae.toolbox.priors.prior import StandardNormal
 from latentvae.toolbox.priors.sampling import check_request, sample_batches, sample_labels
 
 GRID = 64  # images at most that the grid shows
@@ -26,15 +26,14 @@ HONEST = (
 )
 
 
+@takes("model", ..., "device", "json")
 def sample(
+    session: Session,
     folder: Annotated[
         Path | None,
         typer.Argument(metavar="[PRIOR]", help="Folder that `prior fit` wrote. Default: standard normal."),
     ] = None,
-    model: Model = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path(
-        "latentvae-output"
-    ),
+    output: Annotated[Path, output_folder("Folder for the images.")] = OUTPUT,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Of images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds, other images.")] = 0,
     label: Annotated[
@@ -43,8 +42,6 @@ def sample(
     size: Annotated[
         int | None, typer.Option(min=8, help="Pixels of each side, without a prior.", show_default="256")
     ] = None,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.
 
@@ -53,9 +50,9 @@ def sample(
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
     made = load_prior(folder) if folder is not None else None
-    vae = load_model(model, device, "fp32")
+    vae = session.load()
     image_channels(vae)
-    chosen = made or standard(vae, size or 256)
+    chosen = made or StandardNormal(vae, size or 256, size or 256)
     chosen.check(vae)
     labels = [label] * count if label is not None else None
     check_request(chosen, count, seed, 0, labels)
@@ -68,23 +65,15 @@ def sample(
         "note": None if folder is not None else HONEST,
     }
     batches = sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
-    write(batches, labels or sample_labels(chosen, count, seed), output, result)
-    if json:
-        print_json(result)
-        return
+    _write(batches, labels or sample_labels(chosen, count, seed), output, result)
     height, width = result["size"]
-    typer.echo(f"{count} images of {width}x{height} px, {chosen.card.kind} prior.")
+    lines = [f"{count} images of {width}x{height} px, {chosen.card.kind} prior."]
     if result["note"]:
-        typer.echo(f"Note: {HONEST}")
-    typer.echo(f"Look at {output / 'samples.png'}.")
+        lines.append(f"Note: {HONEST}")
+    tell(result, [*lines, f"Look at {output / 'samples.png'}."], session.json)
 
 
-def standard(vae: AutoencoderKL, size: int) -> Prior:
-    """What is drawn from without a prior."""
-    return StandardNormal(vae, size, size)
-
-
-def write(
+def _write(
     batches: Iterable[torch.Tensor], labels: list[int] | None, output: Path, result: dict[str, Any]
 ) -> None:
     """Write each image as it comes, then the grid of the first ones and the JSON, which names them all."""
@@ -94,16 +83,15 @@ def write(
         paths.append(output / f"samples/seed{result['seed']}-{len(paths):05d}.png")
         save_image(image, paths[-1])
         shown += [image] * (len(shown) < GRID)
-    sheet(torch.stack(shown)).save(output / "samples.png")
+    _sheet(torch.stack(shown)).save(output / "samples.png")
     result["size"] = list(shown[0].shape[-2:])
     result["images"] = [
         {"path": str(path), **({"label": labels[n]} if labels else {})} for n, path in enumerate(paths)
     ]
-    text = json.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
-    (output / "samples.json").write_text(text + "\n", encoding="ascii")
+    write_json(result, output / "samples.json")
 
 
-def sheet(images: torch.Tensor) -> Any:
+def _sheet(images: torch.Tensor) -> Any:
     """Images (N, C, H, W) in [-1, 1] in a grid that is about as wide as high."""
     columns = math.ceil(math.sqrt(len(images)))
     missing = -len(images) % columns

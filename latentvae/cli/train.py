@@ -30,7 +30,7 @@ def train(
     reasons: latentvae/training/config.py.
     """
     # Here, so that `train --help` and a mistyped option are answered before torch has been loaded.
-    from latentvae.training import batch_size, loop, recipes, setup
+    from latentvae.training import batch_size, loop, machine, recipes
 
     checked = recipes.load_config(config, settings)
     if find_batch_size:
@@ -41,9 +41,9 @@ def train(
         exported = loop.train(checked, resume)
     except loop.TrainingInterrupted as stop:
         typer.echo(str(stop), err=True)
-        if json and setup.is_first_process():
+        if json and machine.is_first_process():
             print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
         raise typer.Exit(EXIT_SAVED) from stop
-    if setup.is_first_process():  # of several that all come here one speaks
+    if machine.is_first_process():  # of several that all come here one speaks
         result = {"export": str(exported), "output": checked.output}
         tell(result, [f"Exported {exported}. Try: latentvae reconstruct --model {exported}"], json)

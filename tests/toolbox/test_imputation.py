@@ -345,7 +345,7 @@ def test_a_hole_that_is_filled_exactly_and_a_method_without_gradients_that_must_
     flat = Image.new("RGB", (45, 37), (128, 128, 128))
     flat.save(files["image"])
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("latentvae.cli.fill.tile_to_fit", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr("latentvae.cli.session.tile_to_fit", lambda *arguments: asked.append(arguments))
     common = ("-m", files["model"], "-o", files["out"], "--original", files["image"], "--method", "project")
     result = run(files["image"], files["mask"], *common)
     assert result.exit_code == 0, result.output
