@@ -31,9 +31,9 @@ from latentvae.models.latents import Posterior
 from latentvae.models.presets import build
 from latentvae.training.config import LossConfig, OptimConfig
 from latentvae.training.losses import VAELoss
+from latentvae.training.machine import has_fast_bfloat16, keep_freed_memory
 from latentvae.training.module import TrainableVAE
 from latentvae.training.optim import build_optimizer
-from latentvae.training.setup import has_fast_bfloat16, keep_freed_memory
 
 Step = Callable[[], None]
 

@@ -3,13 +3,12 @@
 import tempfile
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.training.config import Config
 from latentvae.training.data.crops import CropBatch
-from latentvae.training.record import peak_memory
+from latentvae.training.machine import peak_memory, total_memory
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
@@ -73,10 +72,3 @@ def _peak(run: Run, size: int) -> int:
         images = torch.rand(size, channels, side, side) * 2 - 1  # (B, C, H, W); what they show costs nothing
         optimizer_step(run, [CropBatch(images, torch.arange(size) + step * size, [])])
     return peak_memory()
-
-
-def total_memory() -> int:
-    """Bytes of the GPU, or of the machine where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return psutil.virtual_memory().total

@@ -21,7 +21,8 @@ from latentvae.base.errors import ConfigError, LatentVAEError
 from latentvae.base.files import let_others_read
 from latentvae.models.loading import check_keys
 from latentvae.training.adversary import Adversary
-from latentvae.training.optim import EMA
+from latentvae.training.config import Config
+from latentvae.training.optim import EMA, build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,21 @@ class TrainingState:
         self.step += 1
         self.skipped_steps += not finite
         self.bad_steps = 0 if finite else self.bad_steps + 1
+
+
+def restored_state(
+    config: Config, vae: AutoencoderKL, start: Path | None, accelerator: Accelerator
+) -> TrainingState:
+    """What training changes: fresh, or as the checkpoint `start` has it."""
+    state = TrainingState(
+        vae=vae,
+        ema=EMA(vae, config.train.ema_decay),
+        optimizer=build_optimizer(vae, config.optim),
+        adversary=Adversary.build(config, vae.config["in_channels"], accelerator.device),
+    )
+    if start is not None:
+        restore(state, start, accelerator)
+    return state
 
 
 def write_whole(

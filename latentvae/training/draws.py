@@ -5,11 +5,15 @@ No process has a random state of its own, so the number of processes and resumes
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
-from torch.nn.functional import interpolate
 
+from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.config import EquivarianceConfig, MaskConfig
+from latentvae.training.data.crops import CropBatch
+from latentvae.training.module import Transform
+from latentvae.training.setup import Run
 
 
 class Stream(IntEnum):
@@ -21,43 +25,39 @@ class Stream(IntEnum):
     EQUIVARIANCE = 3
 
 
-def generator(seed: int, stream: Stream, index: int) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone."""
-    # consecutive seeds start Mersenne Twister in well mixed states; the odd multiplier keeps runs apart
-    key = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + index) % 2**63
-    return torch.Generator().manual_seed(key)
+@dataclass
+class Inputs:
+    """One forward pass's tensors on the device, every random choice made."""
+
+    target: torch.Tensor  # images to compare with, (B, C, H, W)
+    arguments: tuple[Any, ...]  # of TrainableVAE.forward
 
 
-def sample_noise(
-    seed: int, positions: torch.Tensor, shape: tuple[int, int, int], stream: Stream = Stream.POSTERIOR
-) -> torch.Tensor:
-    """Standard normal noise (B, *shape), one draw for each global sample index in `positions` (B,)."""
-    # on the CPU and row by row: a GPU's generator, or one draw for the batch, would depend on who draws what
-    noise = torch.empty(len(positions), *shape)  # (B, c, h, w)
-    for row, position in zip(noise, positions.tolist(), strict=True):
-        row.normal_(generator=generator(seed, stream, position))
-    return noise
+def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
+    """Move a batch to the device, and make its random choices."""
+    config, seed = run.config.regularise, run.config.seed
+    images = batch.pixel_values.to(
+        run.accelerator.device,
+        run.config.train.dtype,
+        memory_format=run.config.train.memory_format,
+        non_blocking=True,
+    )
+    # (B, C, H, W) to latents (B, c, h, w) with h = H / ratio
+    ratio = spatial_compression_ratio(run.state.vae)
+    side = images.shape[-1] // ratio
+    shape = (run.state.vae.config["latent_channels"], side, side)
 
+    def noise(stream: Stream) -> torch.Tensor:
+        return sample_noise(seed, batch.positions, shape, stream).to(images, non_blocking=True)
 
-@dataclass(frozen=True)
-class Transform:
-    """Resizing and rotation by quarter turns, of latents and images alike (EQ-VAE, Kouzelis et al. 2025)."""
-
-    side: int  # of the transformed latents
-    quarter_turns: int
-
-    def latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Transform latents (B, c, h, h) to (B, c, side, side)."""
-        return self._apply(latents, self.side)
-
-    def images(self, images: torch.Tensor, ratio: int) -> torch.Tensor:
-        """Transform the target images (B, C, H, H) to the size that the latents now stand for."""
-        return self._apply(images, self.side * ratio)
-
-    def _apply(self, maps: torch.Tensor, side: int) -> torch.Tensor:
-        if side != maps.shape[-1]:
-            maps = interpolate(maps, (side, side), mode="bicubic", antialias=True, align_corners=False)
-        return torch.rot90(maps, self.quarter_turns, (-2, -1))
+    latent_noise = config.latent_noise * noise(Stream.LATENT_NOISE) if config.latent_noise else None
+    # a smaller picture would have no patch for the discriminator, or nothing left to pool in LPIPS
+    least = -(-run.smallest_side // ratio)
+    transform = draw_transform(config.equivariance, seed, run.state.step, side, least)
+    target = images if transform is None else transform.images(images, ratio)
+    # only the input is hidden: the target has all pixels
+    seen = mask(images, config.mask, seed, batch.positions)
+    return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform))
 
 
 def draw_transform(
@@ -110,3 +110,21 @@ def _hidden(size: torch.Size, config: MaskConfig, random: torch.Generator) -> to
     )
     hidden[top : top + sides[0], left : left + sides[1]] = True
     return hidden
+
+
+def sample_noise(
+    seed: int, positions: torch.Tensor, shape: tuple[int, int, int], stream: Stream = Stream.POSTERIOR
+) -> torch.Tensor:
+    """Standard normal noise (B, *shape), one draw for each global sample index in `positions` (B,)."""
+    # on the CPU and row by row: a GPU's generator, or one draw for the batch, would depend on who draws what
+    noise = torch.empty(len(positions), *shape)  # (B, c, h, w)
+    for row, position in zip(noise, positions.tolist(), strict=True):
+        row.normal_(generator=generator(seed, stream, position))
+    return noise
+
+
+def generator(seed: int, stream: Stream, index: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone."""
+    # consecutive seeds start Mersenne Twister in well mixed states; the odd multiplier keeps runs apart
+    key = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + index) % 2**63
+    return torch.Generator().manual_seed(key)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from latentvae.base.errors import LatentVAEError
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
-from latentvae.training.data.crops import CropBatch, training_batches
-from latentvae.training.record import draw_curves, peak_memory
+from latentvae.training.data.crops import CropBatch
+from latentvae.training.machine import peak_memory
+from latentvae.training.record import draw_curves
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
@@ -51,12 +52,9 @@ def train(config: Config, resume: str | None = None) -> Path:
     # 1. Set up; the clock counts this too, as a machine that is lent is.
     clock = Clock(config.train.max_minutes)
     run = set_up(config, resume)
-    batches = training_batches(
-        config, run.sequence, run.state.step, run.accelerator.process_index, run.accelerator.num_processes
-    )
     with status(run), stop_on_signal(run.stop), advice_on_memory(run):
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
-        loop(run, batches, clock)
+        loop(run, run.batches, clock)
         # 3. Export the averaged weights, by one process for all.
         if run.is_main:
             run.validation.export(run.state, run.folder, run.record.seconds)

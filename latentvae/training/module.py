@@ -1,18 +1,19 @@
 """What is trained, and what Accelerate wraps: the VAE with its teacher, from images to reconstructions."""
 
 import fnmatch
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.nn.functional import interpolate
 
 from latentvae.base.errors import ConfigError
 from latentvae.models.latents import Posterior
 from latentvae.models.loading import cast, load, spatial_compression_ratio
 from latentvae.models.presets import build, nearest
 from latentvae.training.config import Config
-from latentvae.training.draws import Transform
 
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a latent space
 
@@ -93,6 +94,27 @@ def freeze(vae: AutoencoderKL, patterns: list[str]) -> None:
         raise ConfigError(f"model.freeze={patterns} leaves nothing to train. Remove a pattern.")
 
 
+@dataclass(frozen=True)
+class Transform:
+    """Resizing and rotation by quarter turns, of latents and images alike (EQ-VAE, Kouzelis et al. 2025)."""
+
+    side: int  # of the transformed latents
+    quarter_turns: int
+
+    def latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Transform latents (B, c, h, h) to (B, c, side, side)."""
+        return self._apply(latents, self.side)
+
+    def images(self, images: torch.Tensor, ratio: int) -> torch.Tensor:
+        """Transform the target images (B, C, H, H) to the size that the latents now stand for."""
+        return self._apply(images, self.side * ratio)
+
+    def _apply(self, maps: torch.Tensor, side: int) -> torch.Tensor:
+        if side != maps.shape[-1]:
+            maps = interpolate(maps, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        return torch.rot90(maps, self.quarter_turns, (-2, -1))
+
+
 class TrainingOutputs(NamedTuple):
     """Of a training forward pass; the teacher's moments where there is a teacher."""
 
@@ -141,3 +163,9 @@ class TrainableVAE(nn.Module):
         if transform is not None:
             latents = transform.latents(latents)
         return TrainingOutputs(moments, self.vae.decode(latents).sample, teacher_moments)
+
+    def compile_blocks(self) -> None:
+        """Compile in place; the layers at both ends stay, as the adaptive weight looks at the last."""
+        encoder, decoder = self.vae.encoder, self.vae.decoder
+        for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):
+            block.compile()

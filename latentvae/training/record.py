@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from PIL import Image
 
 from latentvae.measure.metrics import MetricsSummary
 from latentvae.training.checkpoint import TrainingState
+from latentvae.training.machine import peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -127,29 +125,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, less one that a kill has cut."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def peak_memory() -> int:
-    """The most bytes in use so far: of the GPU if there is one, else of this process; 0 if nobody tells."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    # bytes on macOS, kilobytes elsewhere
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def installed_tracker(name: str) -> str | None:
-    """The tracker that Accelerate is to start, or None; says so where its package is missing."""
-    if name == "none":
-        return None
-    if LoggerType(name) not in get_available_trackers():
-        logger.warning("tracker %s is not installed: figures go to metrics.jsonl only. Extra: [train].", name)
-        return None
-    return name
 
 
 # panel title, and the figures of metrics.jsonl that it shows

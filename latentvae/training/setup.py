@@ -1,28 +1,24 @@
 """How one process's part of a run is set up, and what it then holds."""
 
-import ctypes
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.training import checkpoint
-from latentvae.training.adversary import Adversary
-from latentvae.training.checkpoint import TrainingState
-from latentvae.training.checks import check_compiler, check_start
+from latentvae.training.checkpoint import TrainingState, restored_state
+from latentvae.training.checks import check_start
 from latentvae.training.config import Config
-from latentvae.training.data.crops import CropSequence, split_sources
+from latentvae.training.data.crops import BatchLoader, CropSequence, split_sources, training_batches
 from latentvae.training.losses import VAELoss
+from latentvae.training.machine import start_processes
 from latentvae.training.module import TrainableVAE, models
-from latentvae.training.optim import EMA, build_optimizer
-from latentvae.training.record import Record, installed_tracker
+from latentvae.training.record import Record
 from latentvae.training.validation import Validation
 
 logger = get_logger(__name__)  # Accelerate's: the main process speaks for all
@@ -39,6 +35,7 @@ class Run:
     model: nn.Module  # TrainableVAE as Accelerate wrapped it
     loss: VAELoss
     sequence: CropSequence
+    batches: BatchLoader  # from the step that the run continues from
     validation: Validation
     record: Record
     stop: threading.Event = field(default_factory=threading.Event)
@@ -74,126 +71,42 @@ def set_up(config: Config, resume: str | None) -> Run:
     # 1. Check whatever needs no weights: nothing is loaded or written for a run that cannot be.
     start = check_start(config, resume)
 
-    # 2. The machine: its memory, precision and processes.
-    keep_freed_memory()
-    config = with_precision(config)
-    folder = Path(config.output)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
-        cpu=not torch.accelerator.is_available(),  # else torchrun on a CPU starts without gloo
-        log_with=installed_tracker(config.train.tracker),
-        project_dir=folder,
-    )
-    device = accelerator.device
-    if config.train.compile:
-        check_compiler(device)
+    # 2. The machine: processes, device and precision.
+    config, accelerator = start_processes(config)
+    device, folder = accelerator.device, Path(config.output)
 
-    # 3. The images. Opened before any network: a wrong path is the most frequent mistake.
+    # 3. The images, before any network: a wrong path shows at once.
     train_images, val_images = split_sources(config.data)
 
-    # 4. The networks: LPIPS first, whose weights are missing more often than a model's.
+    # 4. The networks: LPIPS, then the VAE and its teacher.
     loss = VAELoss.build(config.loss).to(device, config.train.dtype)
     loss.to(memory_format=config.train.memory_format)
-    vae, teacher = models(config, device)
-    channels = vae.config["in_channels"]
+    module = TrainableVAE(*models(config, device))
 
-    # 5. What training changes, fresh or as the checkpoint has it.
-    state = TrainingState(
-        vae=vae,
-        ema=EMA(vae, config.train.ema_decay),
-        optimizer=build_optimizer(vae, config.optim),
-        adversary=Adversary.build(config, channels, device),
-    )
-    if start is not None:
-        checkpoint.restore(state, start, accelerator)
-        logger.info("continuing from %s", start)
+    # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
+    state = restored_state(config, module.vae, start, accelerator)
 
-    # 6. What processes share: gradients, through what Accelerate wraps.
-    model = wrap(config, TrainableVAE(vae, teacher), accelerator)
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        state=state,
-        model=model,
-        loss=loss,
-        sequence=CropSequence(train_images, config.data, channels, config.seed),
-        validation=Validation(config, train_images, val_images, channels),
-        record=Record(folder, accelerator, state.step),
-    )
+    # 6. Batches, validation and records.
+    channels = module.vae.config["in_channels"]
+    sequence = CropSequence(train_images, config.data, channels, config.seed)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = training_batches(config, sequence, state.step, rank, world)
+    validation = Validation(config, train_images, val_images, channels)
+    record = Record(folder, accelerator, state.step)
+
+    # 7. Wrap what processes share; from here on gradients are averaged in its backward.
+    if config.train.compile:
+        module.compile_blocks()
+    model = accelerator.prepare_model(module)
     if state.adversary is not None:
         state.adversary.prepare(accelerator)
-    if start is not None and accelerator.num_processes > 1:
+    if start is not None and world > 1:
         settle_buckets(config, state, model, accelerator)
 
-    # 7. Say what is about to happen.
-    announce(run)
+    # 8. Say what is about to happen.
+    run = Run(config, accelerator, folder, state, model, loss, sequence, batches, validation, record)
+    announce(run, start)
     return run
-
-
-# --- the parts of `set_up`, in its order -------------------------------------------------------------------
-
-
-# mallopt's parameters (malloc.h of glibc)
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_LARGE = 2**31 - 1  # an int's largest: never
-_PAD = 512 * 2**20
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to reuse large blocks; returns whether it could be told.
-
-    A training step on a CPU frees and allocates the same large maps again and again. By default glibc maps
-    and unmaps each of them, and the page faults cost up to half of a step. Elsewhere this does nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl
-        return False
-    settings = ((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, _LARGE), (_M_TOP_PAD, _PAD))
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
-
-
-def with_precision(config: Config) -> Config:
-    """The configuration with precision "auto" decided for this machine: bf16 where it is fast, else fp32."""
-    if config.train.precision != "auto":
-        return config
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    precision = "bf16" if has_fast_bfloat16(device) else "fp32"
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-
-
-# of torch.cpu.get_capabilities(): x86 with AVX-512 or AMX, Arm with its own
-_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 pays on a device: CPUs without instructions for it are slower than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return any(_cpu_capabilities().get(name) for name in _CPU_INSTRUCTIONS)
-    return False
-
-
-def _cpu_capabilities() -> dict[str, object]:
-    """What torch knows of this CPU; older versions know only two things."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
-    return {name: getattr(torch.cpu, test, bool)() for name, test in known.items()}
-
-
-def wrap(config: Config, module: TrainableVAE, accelerator: Accelerator) -> nn.Module:
-    """The module as processes share it, its blocks compiled if asked."""
-    if config.train.compile:
-        encoder, decoder = module.vae.encoder, module.vae.decoder
-        # in place; the layers at both ends stay as they are: the adaptive weight looks at the last
-        for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):
-            block.compile()
-    return accelerator.prepare_model(module)
 
 
 def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accelerator: Accelerator) -> None:
@@ -219,7 +132,7 @@ def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accel
         optimizer.zero_grad(set_to_none=True)
 
 
-def announce(run: Run) -> None:
+def announce(run: Run, start: Path | None) -> None:
     """Write the resolved configuration, and say what is about to happen."""
     if not run.is_main:
         return
@@ -227,14 +140,11 @@ def announce(run: Run) -> None:
     resolved = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
     (run.folder / "config.yaml").write_text(resolved, encoding="utf-8")
     trained = sum(p.numel() for p in run.state.vae.parameters() if p.requires_grad) / 1e6
+    if start is not None:
+        logger.info("continuing from %s", start)
     logger.info(
         "%.1f M parameters to train; %d images; %d per pass x %d passes x %d processes = %d per step; %s, %s",
         *(trained, len(run.sequence), run.config.train.batch_size, run.config.train.accumulation),
         *(run.accelerator.num_processes, run.global_batch, run.accelerator.device),
         run.config.train.precision,
     )
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that speaks for all."""
-    return bool(PartialState().is_main_process)

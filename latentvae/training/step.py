@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch.nn.grad import conv2d_weight
+from torch.nn.utils import clip_grad_norm_
 
 from latentvae.models.latents import Posterior
-from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.adversary import Adversary
 from latentvae.training.data.crops import CropBatch
-from latentvae.training.draws import Stream, draw_transform, mask, sample_noise
+from latentvae.training.draws import Inputs, draw_inputs
 from latentvae.training.losses import Terms, adaptive_weight
 from latentvae.training.module import TrainingOutputs
 from latentvae.training.optim import set_learning_rate
@@ -36,10 +36,12 @@ def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
     terms = plain_pass(run, inputs) if adversary is None else adversarial_pass(run, inputs, adversary)
 
     # 3. Clip, and ask all processes whether anything is NaN or inf.
-    terms["grad_norm"] = clip(run, state.vae)
+    terms["grad_norm"] = clip_grad_norm_(state.vae.parameters(), run.config.optim.max_grad_norm)
     finite = torch.isfinite(terms["grad_norm"]) & torch.isfinite(terms["total"])
     if adversary is not None:
-        terms["d_grad_norm"] = clip(run, adversary.discriminator)
+        terms["d_grad_norm"] = clip_grad_norm_(
+            adversary.discriminator.parameters(), run.config.optim.max_grad_norm
+        )
         finite = finite & torch.isfinite(terms["d_grad_norm"])
     state.count_step(bool(run.accelerator.reduce(finite.float(), "mean") == 1))
 
@@ -54,41 +56,6 @@ def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return terms
-
-
-@dataclass
-class Inputs:
-    """One forward pass's tensors on the device, every random choice made."""
-
-    target: torch.Tensor  # images to compare with, (B, C, H, W)
-    arguments: tuple[Any, ...]  # of TrainableVAE.forward
-
-
-def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
-    """Move a batch to the device, and make its random choices."""
-    config, seed = run.config.regularise, run.config.seed
-    images = batch.pixel_values.to(
-        run.accelerator.device,
-        run.config.train.dtype,
-        memory_format=run.config.train.memory_format,
-        non_blocking=True,
-    )
-    # (B, C, H, W) to latents (B, c, h, w) with h = H / ratio
-    ratio = spatial_compression_ratio(run.state.vae)
-    side = images.shape[-1] // ratio
-    shape = (run.state.vae.config["latent_channels"], side, side)
-
-    def noise(stream: Stream) -> torch.Tensor:
-        return sample_noise(seed, batch.positions, shape, stream).to(images, non_blocking=True)
-
-    latent_noise = config.latent_noise * noise(Stream.LATENT_NOISE) if config.latent_noise else None
-    # a smaller picture would have no patch for the discriminator, or nothing left to pool in LPIPS
-    least = -(-run.smallest_side // ratio)
-    transform = draw_transform(config.equivariance, seed, run.state.step, side, least)
-    target = images if transform is None else transform.images(images, ratio)
-    # only the input is hidden: the target has all pixels
-    seen = mask(images, config.mask, seed, batch.positions)
-    return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform))
 
 
 def plain_pass(run: Run, inputs: list[Inputs]) -> Terms:
@@ -200,8 +167,3 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
         for name, gradient in (("nll", nll_gradient), ("g", g_gradient))
     }
     return Judgement(outputs, nll_gradient, g_gradient, {**terms, "nll": nll, "g_loss": g_loss}), at_last
-
-
-def clip(run: Run, module: torch.nn.Module) -> torch.Tensor:
-    """Clip a module's gradients to max_grad_norm; returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(module.parameters(), run.config.optim.max_grad_norm)

@@ -18,11 +18,13 @@ from latentvae.models.loading import load
 from latentvae.models.presets import build
 from latentvae.training import checkpoint
 from latentvae.training.data.crops import CropBatch, training_batches
+from latentvae.training.draws import draw_inputs
 from latentvae.training.loop import Clock, loop, save_checkpoint, train
 from latentvae.training.losses import adaptive_weight, d_loss, g_loss, latent_cosine
+from latentvae.training.machine import with_precision
 from latentvae.training.recipes import load_config
-from latentvae.training.setup import Run, set_up, with_precision
-from latentvae.training.step import draw_inputs, latent_terms, optimizer_step
+from latentvae.training.setup import Run, set_up
+from latentvae.training.step import latent_terms, optimizer_step
 
 SETTINGS = [
     "data.val_images=2",
@@ -282,7 +284,7 @@ def test_automatic_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatc
     config = load_config("tiny", ["data.train=photos"])
     assert config.train.precision == "auto"
     for fast, wanted in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("latentvae.training.setup.has_fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("latentvae.training.machine.has_fast_bfloat16", lambda device, fast=fast: fast)
         assert with_precision(config).train.precision == wanted
     exact = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp64"})})
     assert with_precision(exact).train.precision == "fp64"

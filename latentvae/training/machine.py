@@ -1,0 +1,123 @@
+"""The machine that a run finds: its processes, its precision and its memory."""
+
+import ctypes
+import logging
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from latentvae.training.checks import check_compiler
+from latentvae.training.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def start_processes(config: Config) -> tuple[Config, Accelerator]:
+    """Join the run's processes; return the configuration with its precision decided, and the accelerator.
+
+    Raises:
+        ConfigError: train.compile where nothing can be compiled.
+    """
+    keep_freed_memory()
+    config = with_precision(config)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        cpu=not torch.accelerator.is_available(),  # else torchrun on a CPU starts without gloo
+        log_with=installed_tracker(config.train.tracker),
+        project_dir=Path(config.output),
+    )
+    if config.train.compile:  # on this process's own device, which is known only now
+        check_compiler(accelerator.device)
+    return config, accelerator
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return bool(PartialState().is_main_process)
+
+
+# mallopt's parameters (malloc.h of glibc)
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_LARGE = 2**31 - 1  # an int's largest: never
+_PAD = 512 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to reuse large blocks; returns whether it could be told.
+
+    A training step on a CPU frees and allocates the same large maps again and again. By default glibc maps
+    and unmaps each of them, and the page faults cost up to half of a step. Elsewhere this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    settings = ((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, _LARGE), (_M_TOP_PAD, _PAD))
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+def with_precision(config: Config) -> Config:
+    """The configuration with precision "auto" decided for this machine: bf16 where it is fast, else fp32."""
+    if config.train.precision != "auto":
+        return config
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    precision = "bf16" if has_fast_bfloat16(device) else "fp32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+# of torch.cpu.get_capabilities(): x86 with AVX-512 or AMX, Arm with its own
+_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 pays on a device: CPUs without instructions for it are slower than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return any(_cpu_capabilities().get(name) for name in _CPU_INSTRUCTIONS)
+    return False
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    """What torch knows of this CPU; older versions know only two things."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {name: getattr(torch.cpu, test, bool)() for name, test in known.items()}
+
+
+def installed_tracker(name: str) -> str | None:
+    """The tracker that Accelerate is to start, or None; says so where its package is missing."""
+    if name == "none":
+        return None
+    if LoggerType(name) not in get_available_trackers():
+        logger.warning("tracker %s is not installed: figures go to metrics.jsonl only. Extra: [train].", name)
+        return None
+    return name
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: of the GPU if there is one, else of this process; 0 if nobody tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # bytes on macOS, kilobytes elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory() -> int:
+    """Bytes of the GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return psutil.virtual_memory().total
