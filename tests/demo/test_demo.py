@@ -235,6 +235,17 @@ def test_page_needs_no_other_server(page: Any) -> None:
     assert page.analytics_enabled is False
 
 
+def test_sliders_say_what_each_side_is(page: Any) -> None:
+    from latentvae.demo.widgets import static
+
+    style = static("page.css")
+    sliders = [each["props"] for each in page.config["components"] if each["type"] == "imageslider"]
+    assert len(sliders) == 3
+    for slider in sliders:
+        name, (left, right) = slider["elem_id"], slider["label"].split(" and ")
+        assert f'#{name}::before {{ content: "{left}"; }} #{name}::after {{ content: "{right}"; }}' in style
+
+
 def test_port_in_use_is_said_with_a_way_out(page: Any) -> None:
     from latentvae.demo.server import check_port
 
