@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import textured
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from stores import write_shard
 
@@ -612,3 +613,59 @@ def test_without_images_nothing_is_made(tiny_vae: Any, tmp_path: Path, place: st
     with pytest.raises(ImageError):
         encode(tiny_vae, tmp_path / place, tmp_path / "new" / "store")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty"]
+
+
+@pytest.fixture
+def older(tiny_vae: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store whose shards were written before keys stood in their metadata."""
+    with monkeypatch.context() as before:
+        before.setattr(shard_module, "keys_metadata", lambda entries: None)
+        encode(tiny_vae, photos, tmp_path / "older")
+    return tmp_path / "older"
+
+
+def test_keys_stand_in_the_metadata_row_by_row(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+    encode(tiny_vae, photos, tmp_path / "store", flips=True)
+    for record in read_manifest(tmp_path / "store").shards:
+        with safe_open(tensors_path(tmp_path / "store", record.name), framework="pt") as tensors:
+            rows = json.loads(tensors.metadata()["keys"])
+        entries = read_entries(tmp_path / "store", record.name)
+        assert {key: (name, at) for name, keys in rows.items() for at, key in enumerate(keys)} == {
+            entry.key: (entry.tensor, entry.offset) for entry in entries
+        }
+        assert shard_module.read_keys(tmp_path / "store", record) == {entry.key for entry in entries}
+
+
+def test_an_older_store_is_as_good_and_stays_as_it_is(tiny_vae: Any, photos: Path, older: Path) -> None:
+    before = content(older)
+    assert [shard_module.read_keys(older, shard) for shard in read_manifest(older).shards] == [None] * 3
+    assert encode(tiny_vae, photos, older).encoded == 0
+    assert content(older) == before
+    assert verify(older) == []
+    assert len(latentvae.LatentDataset(older)) == 10
+    save(photos / "9.png", seed=9)
+    assert encode(tiny_vae, photos, older).encoded == 1
+    assert all(content(older)[name] == data for name, data in before.items() if name != "store.json")
+    assert verify(older) == []
+
+
+def test_a_damaged_index_of_an_older_store_is_given_up_when_asked(
+    tiny_vae: Any, photos: Path, older: Path
+) -> None:
+    flip(older / "latents-00001.jsonl")
+    damaged = content(older)
+    words = r"latents-00001\.jsonl does not match its sha256: nothing else says which 4 images .*--prune"
+    with pytest.raises(StoreError, match=words):
+        encode(tiny_vae, photos, older)
+    assert content(older) == damaged
+    report = encode(tiny_vae, photos, older, prune=True)
+    assert (report.encoded, report.images, report.dropped) == (4, 10, [])
+    assert any("nothing else says" in problem for problem in report.repaired)
+    assert verify(older) == []
+
+
+def test_keys_that_fit_no_header_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "MAX_KEYS", 10)
+    entry = Entry("a.png", "a.png", "0" * 64, 9, 9, 16, 16, None, None, (0, 0, 0, 0), "moments.2x2", 0)
+    record = write_shard(tmp_path, "latents-00000", {"moments.2x2": torch.zeros(1, 8, 2, 2)}, [entry])
+    assert shard_module.read_keys(tmp_path, record) is None
