@@ -40,7 +40,7 @@ class Interpolate(Tab):
             other = self.desk.read(second, chosen.channels)  # whole: it is cropped before it is shrunk
             end = match_size(other.image, *one.image.shape[-2:])
             progress(0.1, "Encoding both")
-            count = max(2, min(int(frames), 17))  # plain requests pass the slider's ends by
+            count = max(2, min(int(frames), 17))  # not left to gradio's check of the slider
             found = interpolate(chosen.swift, [one.image, end], count, route, progress=True)
             steps = step_sizes(found.frames, self.desk.models.lpips)
         # there and back, the ends once: the animation has no end

@@ -52,7 +52,7 @@ class Sample(Tab):
         """
         if prior not in ("gaussian", "standard") or side not in get_args(Side):
             raise LatentVAEError(f"prior {prior!r} and side {side} came; choose from those that are offered.")
-        wanted = max(1, min(int(count), MOST))  # plain requests pass the slider's ends by
+        wanted = max(1, min(int(count), MOST))  # not left to gradio's check of the slider
         with self.desk.models.use(model) as chosen:
             if prior == "standard":
                 drawn_from: Prior = StandardNormal(chosen.exact, int(side), int(side))

@@ -38,7 +38,7 @@ class Vary(Tab):
         Returns:
             The copies; the same as an animated WebP; figures as HTML; the same as JSON.
         """
-        count = max(1, min(int(copies), MOST))  # plain requests pass the slider's ends by
+        count = max(1, min(int(copies), MOST))  # not left to gradio's check of the slider
         with self.desk.models.use(model) as chosen:
             read = self.desk.read_small(photo, chosen.channels)
             found = Variations(chosen.swift, read.image, seed=int(seed or 0))
