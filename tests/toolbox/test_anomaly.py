@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,12 @@ def test_roc_curve_takes_equal_scores_together_and_is_drawn() -> None:
     for labels in ([True] * 4, [False] * 4, [True, False]):
         with pytest.raises(LatentVAEError):
             roc_curve([2, 1, 1, 0], labels)
+
+
+def test_without_scikit_learn_a_roc_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(LatentVAEError, match=r"needs scikit-learn.*pip install 'latentvae\[explore\]'"):
+        auroc([1, 2], [False, True])
 
 
 @pytest.fixture

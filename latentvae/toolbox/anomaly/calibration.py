@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch.nn.functional import interpolate
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_file, whole_file
@@ -157,7 +156,8 @@ class Calibration:
         usual = min(float(one.lonely.nanmedian()), self.quantiles["alone"][MIDDLE])
         unit = max(self.quantiles["alone"][HIGH] - usual, 1e-12)
         above = ((one.lonely - usual) / unit).clamp(min=0).nan_to_num()  # NaN: not known
-        return interpolate(above[None, None], tuple(one.error.shape), mode="bilinear")[0, 0]
+        size = tuple(one.error.shape)  # (H, W), from (h, w)
+        return torch.nn.functional.interpolate(above[None, None], size, mode="bilinear")[0, 0]
 
     @cached_property
     def counted(self) -> list[str]:

@@ -1,6 +1,5 @@
 """What a model says of one image, before any comparison: the terms of a search for odd ones."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +74,7 @@ def look(vae: AutoencoderKL, images: torch.Tensor, lpips: LPIPS | None = None) -
         lonely = lonely_places(seen)
         terms["alone"] = loneliness(lonely)
     terms["kl"] = float(posterior.kl()) / squares.numel()  # per pixel, so that images of all sizes compare
-    if not all(math.isfinite(value) for value in terms.values()):
+    if not all(np.isfinite(value) for value in terms.values()):
         raise LatentVAEError(f"the model gave {terms}: compute in float32 (half precision overflows).")
     row, statistics = pool_latents(latents, GRID)[0], 2 * latents.shape[1]
     return Look(terms, row[:statistics], row[statistics:], error, lonely)

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.images.resizing import Geometry, thumbnail
-from latentvae.images.saving import to_pil
+from latentvae.images import resizing, saving
 from latentvae.models.latents import Posterior, pool_latents
 from latentvae.store.dataset import StoreReader
 from latentvae.toolbox.atlas.features import Features
@@ -65,8 +64,8 @@ class Gallery:
         row = pool_latents(latents, self.grid)[0]  # before anything is kept: it may refuse them
         kept = image if self.picture_side else None
         # the picture and raw pixels alone are kept: thousands of whole images would fill the memory
-        small = None if kept is None else thumbnail(kept, self.picture_side)
-        self.pictures.append(None if small is None else to_pil(small).convert("RGB"))
+        small = None if kept is None else resizing.thumbnail(kept, self.picture_side)
+        self.pictures.append(None if small is None else saving.to_pil(small).convert("RGB"))
         self.pixels.append(None if kept is None or decoded else raw_pixels(kept))
         self.rows.append(row)
         self.keys.append(key)
@@ -125,7 +124,7 @@ def stored_images(reader: StoreReader, numbers: range | None = None) -> Iterator
 
 def raw_pixels(image: torch.Tensor) -> np.ndarray:
     """An image (C, H, W) scaled to 32 x 32 pixels, as one row, float32 in [-1, 1]."""
-    row: np.ndarray = Geometry((SIDE, SIDE)).apply(image.float().cpu()).flatten().numpy()
+    row: np.ndarray = resizing.Geometry((SIDE, SIDE)).apply(image.float().cpu()).flatten().numpy()
     return row
 
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.images.drawing import WHITE, grid
-from latentvae.images.resizing import Geometry, thumbnail
-from latentvae.images.saving import save_picture, to_pil
+from latentvae.images import drawing, resizing, saving
 from latentvae.images.tensors import to_uint8
 from latentvae.measure.lpips import LPIPS
 from latentvae.models.latents import decode, encode
@@ -176,9 +174,10 @@ def match_size(image: Tensor, height: int, width: int) -> Tensor:
             f"an image of {old_width}x{old_height} px would be scaled to {resized[0]}x{resized[1]} px to cut "
             f"{width}x{height} px out of it: crop it first, or leave it out."
         )
-    # None where nothing is to be resized: resampling to the same size would still change pixels
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
-    geometry = Geometry(None if resized == (old_width, old_height) else resized, (left, top, width, height))
+    # None where nothing is to be resized: resampling to the same size would still change pixels
+    target = None if resized == (old_width, old_height) else resized
+    geometry = resizing.Geometry(target, (left, top, width, height))
     return geometry.apply(image)
 
 
@@ -188,10 +187,11 @@ def strip(interpolation: Interpolation, steps: Sequence[Step]) -> Image.Image:
     for position, step in zip(interpolation.positions[1:], steps, strict=True):
         size = f"rms +{step.rms:.1f}" if step.lpips is None else f"LPIPS +{step.lpips:.3f}"
         titles.append(f"{position:.2f}  {size}")
-    cells = [thumbnail(frame, STRIP_CELL) for frame in interpolation.frames]
+    cells = [resizing.thumbnail(frame, STRIP_CELL) for frame in interpolation.frames]
     rows = [slice(first, first + STRIP_COLUMNS) for first in range(0, len(cells), STRIP_COLUMNS)]
-    drawn = [grid([cells[row]], titles[row]) for row in rows]
-    canvas = Image.new("RGB", (max(row.width for row in drawn), sum(row.height for row in drawn)), WHITE)
+    drawn = [drawing.grid([cells[row]], titles[row]) for row in rows]
+    area = max(row.width for row in drawn), sum(row.height for row in drawn)
+    canvas = Image.new("RGB", area, drawing.WHITE)
     for number, row in enumerate(drawn):
         canvas.paste(row, (0, sum(each.height for each in drawn[:number])))
     return canvas
@@ -206,10 +206,10 @@ def save_animation(frames: Tensor, path: str | Path, fps: float = 10.0) -> None:
     path = Path(path)
     if path.suffix.lower() not in ANIMATIONS:
         raise ImageError(f"{path} ends in '{path.suffix}': animations are saved as {', '.join(ANIMATIONS)}")
-    options = ANIMATIONS[path.suffix.lower()]
-    first, *others = [to_pil(frame).convert("RGB") for frame in frames]
+    first, *others = [saving.to_pil(frame).convert("RGB") for frame in frames]
     duration = round(1000 / fps)  # of a frame, in ms
-    save_picture(first, path, save_all=True, append_images=others, duration=duration, loop=0, **options)
+    options = {**ANIMATIONS[path.suffix.lower()], "duration": duration, "loop": 0}  # 0: for ever
+    saving.save_picture(first, path, save_all=True, append_images=others, **options)
 
 
 def _check(images: Sequence[Tensor], frames: int, route: str) -> None:

@@ -11,7 +11,6 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
@@ -187,7 +186,7 @@ def _loss(
     x, noise, t, numbers = _batch(latents, step, settings, unet.device)
     labels = places[numbers].to(unet.device) if places is not None else None
     predicted = unet(scheduler.add_noise(x, noise, t), t, class_labels=labels).sample
-    return mse_loss(predicted.float(), scheduler.get_velocity(x, noise, t))
+    return torch.nn.functional.mse_loss(predicted.float(), scheduler.get_velocity(x, noise, t))
 
 
 def _batch(

@@ -11,7 +11,6 @@ from latentvae.base.errors import StoreError
 from latentvae.models.latents import Posterior, Scaling
 from latentvae.store.buckets import BucketBatchSampler
 from latentvae.store.dataset import NO_LABEL, LatentDataset
-from latentvae.store.format import Manifest
 
 LEAST = 2  # images: one has no spread
 MEMORY = 2e9  # bytes kept of a store; of larger ones an even selection
@@ -42,7 +41,7 @@ class LatentSet:
             raise StoreError(f"{store} holds {self.total} image; a prior learns from {LEAST} or more.")
         channels = dataset.manifest.config["latent_channels"]
         self.shape = (channels, *_one_size(store, dataset))
-        self.manifest: Manifest = dataset.manifest
+        self.manifest = dataset.manifest
         chosen = _selection(self.total, KEPT * int(np.prod(self.shape)))
         scaling = Scaling.of(self.manifest)
         moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])  # filled in place

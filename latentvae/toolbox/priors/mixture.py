@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,29 +99,35 @@ def fit_mixture(
     Raises:
         LatentVAEError: components or rank out of range, or scikit-learn is not installed.
     """
-    decomposition, mixture = need("sklearn.decomposition"), need("sklearn.mixture")
     # samples and not means: what is drawn should vary as what the decoder has learned from does
     noise = torch.stack([seeded_noise(latents.shape, seed, "fit", i) for i in range(len(latents))])
-    flat = latents.draw(range(len(latents)), noise).flatten(1).double().numpy()
-    rank = _check_rank(flat.shape, components, rank)
+    flat = latents.draw(range(len(latents)), noise).flatten(1).double().numpy()  # (N, D)
+    tensors, fit = _learn(flat, components, _check_rank(flat.shape, components, rank), seed)
+    learned = {name: torch.from_numpy(value).float().contiguous() for name, value in tensors.items()}
+    return MixturePrior(card_of(latents, "gaussian" if components == 1 else "mixture", fit), learned)
+
+
+def _learn(
+    flat: np.ndarray, components: int, rank: int, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a `MixturePrior` of latents (N, D), and how they were learned, for people."""
+    decomposition, mixture = need("sklearn.decomposition"), need("sklearn.mixture")
     pca = decomposition.PCA(rank, random_state=seed).fit(flat)
-    scores = pca.transform(flat)
+    scores = pca.transform(flat)  # (N, R)
     # one Gaussian takes all components; of several, each has to see PER_COMPONENT images for every one
     mixed = rank if components == 1 else max(1, min(rank, len(flat) // (PER_COMPONENT * components)))
     model = mixture.GaussianMixture(components, random_state=seed, reg_covar=REGULARISATION)
     model.fit(scores[:, :mixed])
     # the variance beyond the rank, spread evenly over the D - R directions there; rounding can go below 0
     left_out = max(0.0, float(flat.var(0).sum() - scores.var(0).sum()))
-    residual = np.sqrt([left_out / max(1, flat.shape[1] - rank)])
     tensors = {
         "weights": model.weights_,
-        "means": np.pad(model.means_, ((0, 0), (0, rank - mixed))),
+        "means": np.pad(model.means_, ((0, 0), (0, rank - mixed))),  # 0: where PCA's centre is
         "factors": _with_gaussian_rest(np.linalg.cholesky(model.covariances_), scores[:, mixed:].std(0)),
         "basis": pca.components_,
         "centre": pca.mean_,
-        "residual": residual,
+        "residual": np.sqrt([left_out / max(1, flat.shape[1] - rank)]),
     }
-    kind = "gaussian" if components == 1 else "mixture"
     fit = {
         "components": components,
         "rank": rank,
@@ -129,8 +136,7 @@ def fit_mixture(
         "variance_in_rank": float(pca.explained_variance_ratio_.sum()),
         "seed": seed,
     }
-    learned = {name: torch.from_numpy(value).float().contiguous() for name, value in tensors.items()}
-    return MixturePrior(card_of(latents, kind, fit), learned)
+    return tensors, fit
 
 
 def _with_gaussian_rest(factors: np.ndarray, stds: np.ndarray) -> np.ndarray:

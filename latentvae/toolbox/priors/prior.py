@@ -18,7 +18,7 @@ from latentvae.models.loading import spatial_compression_ratio
 from latentvae.toolbox.priors.latent_set import LatentSet
 
 FORMAT = 1  # of prior.json
-SIDECAR = "prior.json"
+SIDECAR = "prior.json"  # of every kind: by it a folder is known as a prior
 WRITTEN = {SIDECAR, "mixture.safetensors", "model_index.json", "unet", "scheduler"}  # by any kind
 
 
@@ -109,7 +109,7 @@ class Prior(ABC):
             LatentVAEError: the folder holds something else, or cannot be written.
         """
         final = Path(folder).resolve()
-        check_target(final)
+        check_target(final)  # again: minutes of training ago it may have been empty
         with whole_folder(
             final, message="{path} cannot be written ({reason}): choose another folder."
         ) as partial:

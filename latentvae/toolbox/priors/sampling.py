@@ -68,7 +68,7 @@ def sample_batches(
     """
     check_request(prior, count, seed, first, labels)
     prior.check(vae)
-    prior.to(vae.device)
+    prior.to(vae.device)  # after the checks, which may refuse it
     size = batch_size(prior.card.latent_shape)
     wanted = dict(zip(range(first, first + count), labels, strict=True)) if labels is not None else None
     # batches begin at multiples of their size, whatever was asked for; what is too much is cut off
