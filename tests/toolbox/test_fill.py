@@ -17,7 +17,7 @@ from latentvae.cli.fill import fill as verb
 from latentvae.images.tensors import from_uint8
 from latentvae.models.exporting import export
 from latentvae.models.latents import decode, encode
-from latentvae.toolbox.editing import fill as imputation
+from latentvae.toolbox.editing import fill as filling
 from latentvae.toolbox.editing.fill import (
     Layers,
     elsewhere,
@@ -77,7 +77,7 @@ def test_without_blend_the_hole_holds_what_the_latents_decode_to(tiny_vae: Any) 
 
 def test_blended_hole_is_the_smooth_part_plus_the_detail(tiny_vae: Any, monkeypatch: Any) -> None:
     images, missing = picture(), box()
-    monkeypatch.setattr(imputation, "fit_weights", lambda *_: (0.25, 0.5))
+    monkeypatch.setattr(filling, "fit_weights", lambda *_: (0.25, 0.5))
     result = fill(tiny_vae, images, missing, method="project", steps=1)
     membrane, plate = (extend(images, missing, order=order) for order in (1, 2))
     smooth = membrane + 0.25 * (plate - membrane)
@@ -102,9 +102,7 @@ def test_optimised_latents_agree_with_known_pixels_better_than_the_encoders(tiny
 def test_what_is_hidden_for_the_weights_is_not_seen_by_the_model(tiny_vae: Any, monkeypatch: Any) -> None:
     images, missing = picture(), box()
     hidden, seen = elsewhere(missing), []
-    monkeypatch.setattr(
-        imputation, "fit_weights", lambda layers, *_: seen.append(layers.membrane) or (0.0, 0.0)
-    )
+    monkeypatch.setattr(filling, "fit_weights", lambda layers, *_: seen.append(layers.membrane) or (0.0, 0.0))
     fill(tiny_vae, images, missing, method="one_pass")
     assert torch.equal(seen[0], extend(images.masked_fill(hidden, torch.nan), missing | hidden))
 
@@ -316,9 +314,9 @@ def test_the_final_run_goes_on_from_the_trials_latents(tiny_vae: Any, monkeypatc
     steps.clear()
     fill(tiny_vae, images, missing, steps=6, blend=False, progress=lambda: steps.append(1))
     assert len(steps) == 6
-    run = imputation._Run(tiny_vae, "optimise", 6, None)
+    run = filling._Run(tiny_vae, "optimise", 6, None)
     trial = run.layers(images, missing)
-    monkeypatch.setattr(imputation, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(filling, "LEARNING_RATE", 0.0)
     assert torch.equal(run.layers(images, missing, trial).latents, trial.latents)
     assert not torch.equal(run.layers(images, missing).latents, trial.latents)
 
