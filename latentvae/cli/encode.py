@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,15 +12,14 @@ import typer
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.cli.options import Device, Json, Model
-from latentvae.cli.session import EXIT_INTERRUPTED, EXIT_SKIPPED, best_device, load_model, print_json
+from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, tell
+from latentvae.cli.session import DTYPES, Session, best_device, load_model, takes
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import cast
 from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
 from latentvae.runtime.tiling.planning import plan
 from latentvae.runtime.tiling.switch import enable_exact_tiling
 from latentvae.store.encoding import EncodeReport, Room, Workload, encode_folder
-from latentvae.store.format import DTYPES
 from latentvae.store.verification import PREVIEW, contact_sheet
 
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
@@ -27,65 +27,49 @@ TILE = 1024
 TILED_MEMORY = 1e9
 SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
 
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
-Photos = Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)]
-StoreFolder = Annotated[
-    Path, typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE")
-]
-Stored = Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")]
-Size = Annotated[
-    int | None,
-    typer.Option(
-        help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
-    ),
-]
-Crop = Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")]
-Flips = Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
-]
-ShardSize = Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")]
-Prune = Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")]
-RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
-]
-Preview = Annotated[
-    bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows."),
-]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads that load images.")]
 
-
+@takes("model", ..., "device", "precision", "json")
 def encode(
-    photos: Photos,
-    store: StoreFolder,
-    model: Model = None,
-    dtype: Stored = "bf16",
-    size: Size = None,
-    crop: Crop = False,
-    flips: Flips = False,
-    batch_size: BatchSize = None,
-    shard_size: ShardSize = None,
-    prune: Prune = False,
-    retry_failed: RetryFailed = False,
-    preview: Preview = False,
-    threads: Threads = None,
-    workers: Workers = None,
-    device: Device = None,
-    precision: Precision = "fp32",
-    json: Json = False,
+    session: Session,
+    photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
+    store: Annotated[
+        Path,
+        typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE"),
+    ],
+    dtype: Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")] = "bf16",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
+        ),
+    ] = None,
+    crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
+    flips: Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
+    ] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
+    ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that load images.")] = None,
 ) -> None:
     """Encode images to a store of latents to train from; run again, it only does what has changed.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
     A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
     """
-    vae, weights = prepare(model, device, precision)
-    threads = threads or cores(vae, batch_size or 8)
+    vae, weights = _prepare(session)
+    threads = threads or _cores(vae, batch_size or 8)
     try:
         report = encode_folder(
             vae,
@@ -100,7 +84,7 @@ def encode(
             prune=prune,
             retry_failed=retry_failed,
             weights_sha256=weights,
-            workload=Workload(threads, workers, room_for(vae, threads), progress=True),
+            workload=Workload(threads, workers, _room_for(vae, threads), progress=True),
         )
     except KeyboardInterrupt:
         typer.echo("stopped: finished shards are kept, and the same command goes on after them.", err=True)
@@ -109,31 +93,26 @@ def encode(
         return  # the first process speaks for all
     if preview and report.images:
         contact_sheet(store, vae).save(store / PREVIEW)
-    tell(report, store, json)
+    _tell(report, store, session.json)
 
 
-def prepare(model: str | None, device: str | None, precision: str) -> tuple[AutoencoderKL, str]:
+def _prepare(session: Session) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
-    vae = load_model(model, own_device(device), "fp32")
-    weights = weight_hash(vae)
-    if vae.dtype != dtypes()[precision]:
-        cast(vae, dtypes()[precision])
+    vae = load_model(session.model, _own_device(session.device), "fp32")
+    weights = weight_hash(vae)  # rounded weights have another hash, and `decode` loads those that are not
+    if vae.dtype != DTYPES[session.precision]:
+        cast(vae, DTYPES[session.precision])
     tile_large(vae)
     return vae, weights
 
 
-def dtypes() -> dict[str, torch.dtype]:
-    """By their names on the command line."""
-    return {str(name): dtype for name, dtype in DTYPES.items()}
-
-
-def own_device(device: str | None) -> str:
+def _own_device(device: str | None) -> str:
     """Of this process: each process of a machine gets a GPU of its own."""
     device = device or best_device()
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
-def cores(vae: AutoencoderKL, batch_size: int) -> int:
+def _cores(vae: AutoencoderKL, batch_size: int) -> int:
     """How many batches a CPU can work on at once: one per core, as far as memory goes."""
     free = SHARE * free_memory(vae.device)
     each = ordinary_peak(vae, 512, 512 * batch_size)
@@ -145,7 +124,7 @@ def tile_large(vae: AutoencoderKL) -> None:
     enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
 
 
-def room_for(vae: AutoencoderKL, threads: int) -> Room:
+def _room_for(vae: AutoencoderKL, threads: int) -> Room:
     """Have large images encoded alone, where several at once would not fit into memory."""
 
     def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
@@ -166,35 +145,36 @@ def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     return plan(vae, height, width).encode.peak_bytes
 
 
-def tell(report: EncodeReport, store: Path, as_json: bool) -> None:
+def _tell(report: EncodeReport, store: Path, as_json: bool) -> None:
     """Print what was done, and end with exit code 3 where images failed.
 
     Raises:
         LatentVAEError: all images failed.
     """
-    for failure in report.failures:
-        typer.echo(f"failed: {failure.reason}", err=True)
-    for what, names in (
-        ("gone, still in the store (--prune takes them out)", report.vanished),
-        ("gone, taken out", report.dropped),
-        ("was damaged and has been encoded again", report.repaired),
-    ):
-        for name in names[:SHOWN]:
-            typer.echo(f"{what}: {name}", err=True)
-        if len(names) > SHOWN:
-            typer.echo(f"{what}: {len(names) - SHOWN} more", err=True)
+    for line in [*(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
+        typer.echo(line, err=True)
     if report.failures and not report.images:
         raise LatentVAEError(
             f"none of the {len(report.failures)} images could be encoded; the first: "
             f"{report.failures[0].reason}"
         )
-    if as_json:
-        print_json({"store": str(store), **report.as_dict()})
-    else:
-        rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
-        waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
-        typer.echo(f"{report.images} images in {store}; {report.encoded} files done now{rate}{waited}.")
+    rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
+    waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
+    line = f"{report.images} images in {store}; {report.encoded} files done now{rate}{waited}."
+    tell({"store": str(store), **report.as_dict()}, [line], as_json)
     if report.failures:
         typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
         sys.stdout.flush()
         raise typer.Exit(EXIT_SKIPPED)
+
+
+def _changes(report: EncodeReport) -> Iterator[str]:
+    """What became of images that were in the store; many are counted."""
+    for what, names in (
+        ("gone, still in the store (--prune takes them out)", report.vanished),
+        ("gone, taken out", report.dropped),
+        ("was damaged and has been encoded again", report.repaired),
+    ):
+        yield from (f"{what}: {name}" for name in names[:SHOWN])
+        if len(names) > SHOWN:
+            yield f"{what}: {len(names) - SHOWN} more"

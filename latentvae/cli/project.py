@@ -17,7 +17,8 @@ from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import Session, takes
 from latentvae.toolbox.atlas import projection
 from latentvae.toolbox.atlas.clusters import Clustering, cluster, few_label_accuracy, nmi
-from latentvae.toolbox.atlas.gallery import Gallery, known
+from latentvae.toolbox.atlas.gallery import Gallery
+from latentvae.toolbox.atlas.labels import count_labelled
 from latentvae.toolbox.atlas.page import Card, write_page
 from latentvae.toolbox.atlas.scatter import draw_pictures, draw_scatter
 
@@ -223,7 +224,7 @@ def _lines(
     else:
         names = len(set(gallery.labels) - {""})
         lines.append(
-            f"{names} labels of {known(gallery.labels)} images, from {SOURCES[gallery.labels_from]}."
+            f"{names} labels of {count_labelled(gallery.labels)} images, from {SOURCES[gallery.labels_from]}."
         )
     if rows := _figure_rows(result):
         lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
