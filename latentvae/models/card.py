@@ -40,6 +40,7 @@ def without_paths(provenance: Provenance) -> Provenance:
             return {key: cut(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [cut(item) for item in value]
+        # wholly a path, spaces and all; in a sentence only what the pattern finds
         if isinstance(value, str | Path) and Path(value).is_absolute():
             return Path(value).name
         if isinstance(value, str):

@@ -38,11 +38,13 @@ def fold_latent_mean(vae: AutoencoderKL, mean: list[float]) -> AutoencoderKL:
         raise ModelError(
             "the latent mean cannot be folded into a model without quant_conv and post_quant_conv."
         )
-    quant, post = folded.quant_conv, folded.post_quant_conv
+    quant, post = folded.quant_conv, folded.post_quant_conv  # (2c, 2c, 1, 1) and (c, c, 1, 1)
     assert quant.bias is not None
     assert post.bias is not None
+    # in float64: exact to 1e-15, so that nothing but the biases' own rounding is left
     shift = torch.tensor(mean, dtype=torch.float64, device=quant.bias.device)
     with torch.no_grad():
+        # the moments' first half are means, the second log-variances, which a shift leaves alone
         quant.bias[: len(mean)] = (quant.bias[: len(mean)].double() - shift).to(quant.bias.dtype)
         through = post.weight.double()[:, :, 0, 0] @ shift
         post.bias.copy_((post.bias.double() + through).to(post.bias.dtype))
@@ -99,20 +101,21 @@ def export(
     check_folder(folder, "export", SIDECAR, overwrite=overwrite, instead="Choose another --output")
     if max_shard_size and not SHARD_SIZE.fullmatch(max_shard_size):
         raise LatentVAEError(f"max_shard_size {max_shard_size!r} is no size; wanted one such as 300MB.")
-    prepared = prepare(vae, statistics)
+    prepared = prepare_export(vae, statistics)
     if half:
         prepared = prepared.half().float()  # what a reload in fp32 gives
     with whole_folder(folder, message="cannot write {path}: {reason}. Choose another --output.") as partial:
         _write(prepared, partial, statistics, without_paths(provenance or Provenance()), half, max_shard_size)
-        verify(prepared, partial)
+        verify_export(prepared, partial)
     return folder
 
 
-def prepare(vae: AutoencoderKL, statistics: LatentStatistics | None) -> AutoencoderKL:
+def prepare_export(vae: AutoencoderKL, statistics: LatentStatistics | None) -> AutoencoderKL:
     """The copy that `export` writes: fp32, on the CPU, factors set, no path in it.
 
     `sample_size` is a multiple of the spatial compression ratio, 256 or more.
     """
+    # contiguous: a speed-up may have put weights in another memory format, which safetensors does not store
     prepared = copy.deepcopy(vae).float().cpu().to(memory_format=torch.contiguous_format)
     prepared = prepared.eval().requires_grad_(False)
     if statistics is not None:  # in fp32: biases rounded to half precision would not cancel
@@ -127,7 +130,7 @@ def prepare(vae: AutoencoderKL, statistics: LatentStatistics | None) -> Autoenco
     return prepared
 
 
-def verify(vae: AutoencoderKL, folder: Path) -> None:
+def verify_export(vae: AutoencoderKL, folder: Path) -> None:
     """Load an export with stock diffusers and compare it with `vae`, weight by weight and on an image.
 
     Raises:
@@ -142,6 +145,7 @@ def verify(vae: AutoencoderKL, folder: Path) -> None:
     for key, tensor in vae.state_dict().items():
         if not torch.equal(tensor, loaded.state_dict()[key]):
             raise LatentVAEError(f"the export in {folder} reloads with another {key!r} than was written.")
+    # on noise of 8 x 8 latents: small for any model, and no layer is left out
     size = 8 * spatial_compression_ratio(vae)
     channels = vae.config["in_channels"]
     probe = torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -150,7 +154,7 @@ def verify(vae: AutoencoderKL, folder: Path) -> None:
         .abs()
         .max()
     )
-    if error != 0:
+    if error != 0:  # the same weights in the same code: any difference is a fault
         raise LatentVAEError(
             f"the export in {folder} reconstructs a probe image with an error of {error:.3g}."
         )
@@ -179,6 +183,7 @@ def _write(
     half: bool,
     max_shard_size: str | None,
 ) -> None:
+    # None would not be diffusers' default
     options = {"max_shard_size": max_shard_size} if max_shard_size else {}
     in_half = copy.deepcopy(vae).half()
     if half:

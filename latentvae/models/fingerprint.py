@@ -13,8 +13,10 @@ def weight_hash(vae: AutoencoderKL) -> str:
     every memory layout, optimized and tiled or not. Weights rounded to a lower precision are others.
     """
     digest = hashlib.sha256()
+    # names and shapes too: the same numbers in another place are other weights
     for name, tensor in sorted(vae.state_dict().items()):
         values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        # little-endian whatever the machine is
         digest.update(values.numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()

@@ -28,7 +28,7 @@ class Posterior:
     """
 
     def __init__(self, moments: torch.Tensor) -> None:
-        if moments.dtype != torch.float64:
+        if moments.dtype != torch.float64:  # in half precision exp and squares overflow at 65504
             moments = moments.float()
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
@@ -44,6 +44,7 @@ class Posterior:
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Latents drawn from the posterior, (B, C, h, w); the draw is the generator's, on its own device."""
+        # a CPU generator gives the same draw on every GPU; torch asks for noise on the generator's device
         device = generator.device if generator is not None else self.mean.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.at(noise.to(self.mean.device))
@@ -97,6 +98,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor, padding: Padding | None = 
 
     float32 whatever the model's dtype (float64 stays), and not clamped: rounding is the caller's matter.
     """
+    # (B, C, H, W) of padded size
     images = vae.decode(latents.to(vae.device, vae.dtype)).sample
     if images.dtype != torch.float64:
         images = images.float()
@@ -197,7 +199,7 @@ def compute_latent_statistics(vae: AutoencoderKL, images: Iterable[torch.Tensor]
     Raises:
         ValueError: no images.
     """
-    count = image_count = 0
+    count = image_count = 0  # latent pixels, images
     total = square = torch.zeros(1, dtype=torch.float64)
     for batch in images:
         posterior, _ = encode(vae, batch)

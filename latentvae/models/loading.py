@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ModelError
 from latentvae.models.formats.deriving import derive_config
-from latentvae.models.formats.files import StoredVAE, config_in_metadata, read, read_shards
 from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
+from latentvae.models.formats.stored import StoredVAE, config_in_metadata, read_shards, read_stored
 from latentvae.models.presets import PRESETS, nearest
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ SAMPLE_PICTURE = Path(__file__).parent / "assets" / "chelsea.png"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DEFAULT_MODEL = "f8c4-small"
 
+# unpickling runs whatever code the file names, so these are refused with the way out, never read
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 BELONGS = "Use the config.json that belongs to these weights."
 DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
@@ -79,7 +80,7 @@ def _load(source: str | Path, dtype: torch.dtype | None) -> AutoencoderKL:
 
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
+        folder = folder / "vae"  # of a whole pipeline
     config = _read_config(folder)
     files = _weight_files(folder)
     if not files:
@@ -95,11 +96,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
     indexes = sorted(folder.glob(f"{WEIGHTS_NAME}.index*.json"), key=lambda path: len(path.name))
-    if indexes:
+    if indexes:  # the shortest name is that of the full weights: variants add theirs to it
         try:
             shards = set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{indexes[0]} is no index of shards: {error!r}. Download it again.") from error
+        # names alone: an index from elsewhere must not lead out of its folder
         return [folder / Path(name).name for name in sorted(shards)]
     return sorted(folder.glob(f"{WEIGHTS_NAME.removesuffix('.safetensors')}.*.safetensors"))[:1]
 
@@ -107,7 +109,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     if not path.is_file():
         raise ModelError(f"no such file: {path}.")
-    stored = read(path)
+    stored = read_stored(path)
     config = _own_config(stored)
     if config is not None:
         return _assemble(config, stored, dtype)
@@ -144,6 +146,7 @@ def _load_hub(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
         )
     try:
         subfolder = _hub_subfolder(name)
+        # by its config, so that another class is refused before its weights are downloaded
         _check_class(AutoencoderKL.load_config(name, subfolder=subfolder), Path(name))
         return _from_pretrained(name, dtype, subfolder)
     except (OSError, ValueError) as error:
@@ -179,12 +182,13 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> Au
     try:
         vae, report = AutoencoderKL.from_pretrained(name, **options)
     except OSError as error:
+        # first without a variant: full precision where a repository has both
         try:  # some repositories have no other than half-precision weights
             vae, report = AutoencoderKL.from_pretrained(name, variant="fp16", **options)
         except OSError:
             raise error from None
     broken = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
-    if broken:
+    if broken:  # diffusers fills what is missing with random weights, and only logs it
         raise ModelError(
             f"{name} is no complete AutoencoderKL: {len(broken)} keys do not fit, first {broken[0]!r}."
         )
@@ -230,9 +234,11 @@ def _assemble(
         raise ModelError(f"the config of {stored.path} makes no AutoencoderKL: {error}.") from error
     state, tensors = vae.state_dict(), dict(stored.tensors)
     levels = len(vae.config["block_out_channels"])
+    # compared under the file's names, so that messages name what a person finds in the file
     names = file_names(state, stored.layout, stored.prefix, levels, tensors)
     wanted = {names[key]: tensor for key, tensor in state.items()}
     if stored.layout == "ldm":
+        # LDM keeps the matrices of attention as 1x1 convolutions, some files as kernels of one dimension
         for key in filter(is_attention_weight, names):
             wanted[names[key]] = to_convolution(state[key])
             if names[key] in tensors:
@@ -240,7 +246,7 @@ def _assemble(
     check_keys(tensors, wanted, stored.path, hint)
     dtype = dtype or stored.dtype
     weights = {key: tensors[name].reshape(state[key].shape).to(dtype) for key, name in names.items()}
-    vae.load_state_dict(weights, assign=True)
+    vae.load_state_dict(weights, assign=True)  # the tensors themselves: copied, there would be two of each
     return vae.requires_grad_(True)
 
 
@@ -260,7 +266,7 @@ def check_keys(
         for key in tensors.keys() & wanted.keys()
         if tensors[key].shape != wanted[key].shape
     ]
-    if problems:
+    if problems:  # the least, not the first: sets have another order in every process
         raise ModelError(
             f"{path} does not fit its config: it {min(problems)} ({len(problems)} of {len(wanted)} keys). "
             f"{hint}"
@@ -276,7 +282,7 @@ def cast(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
 
 def spatial_compression_ratio(vae: AutoencoderKL) -> int:
     """How many image pixels one latent pixel spans along each side."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)  # every level but the last halves the sides
 
 
 def describe(vae: AutoencoderKL) -> dict[str, Any]:
@@ -288,6 +294,7 @@ def describe(vae: AutoencoderKL) -> dict[str, Any]:
         "encoder_parameters": counts["encoder"] + counts.get("quant_conv", 0),
         "decoder_parameters": counts["decoder"] + counts.get("post_quant_conv", 0),
         "spatial_compression_ratio": ratio,
+        # numbers of an image to one number of its latents
         "values_ratio": ratio**2 * vae.config["in_channels"] / vae.config["latent_channels"],
         "config": dict(vae.config),
     }

@@ -43,6 +43,7 @@ def publish(folder: Path, repository: str, *, subfolder: str = "", private: bool
     """
     from huggingface_hub import HfApi
 
+    # the card's example says how to load from where it is now, which only the upload knows
     place = repr(repository) + (f", subfolder={subfolder!r}" if subfolder else "")
     card = (folder / CARD).read_text(encoding="utf-8").replace(PLACE, place.replace("'", '"'))
     try:
@@ -51,6 +52,7 @@ def publish(folder: Path, repository: str, *, subfolder: str = "", private: bool
         hub.upload_folder(
             repo_id=repository, folder_path=folder, path_in_repo=subfolder or None, ignore_patterns=[CARD]
         )
+        # the card goes last, and to the top: the hub shows only a README.md there
         hub.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo=CARD)
     except Exception as error:  # what is raised without a connection depends on the hub's HTTP library
         raise LatentVAEError(

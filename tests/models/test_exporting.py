@@ -20,7 +20,7 @@ from latentvae.base.errors import LatentVAEError, ModelError
 from latentvae.images.reading import load_image
 from latentvae.models import exporting as export_module
 from latentvae.models.card import Provenance
-from latentvae.models.exporting import SIDECAR, export, fold_latent_mean, prepare
+from latentvae.models.exporting import SIDECAR, export, fold_latent_mean, prepare_export
 from latentvae.models.latents import compute_latent_statistics, encode, reconstruct, scale
 from latentvae.models.loading import WEIGHTS_NAME
 
@@ -97,7 +97,7 @@ def test_a_mean_cannot_be_folded_without_both_convolutions(lacking):
 def test_a_half_precision_model_is_folded_in_full_precision(photos):
     vae = trained_like().bfloat16()
     statistics = compute_latent_statistics(vae, photos)
-    plain, folded = prepare(vae, None), prepare(vae, statistics)
+    plain, folded = prepare_export(vae, None), prepare_export(vae, statistics)
     difference = (
         reconstruct(plain, picture()).reconstructions - reconstruct(folded, picture()).reconstructions
     )
@@ -180,7 +180,7 @@ def test_scaled_latents_have_zero_mean_per_channel_and_unit_deviation(stock, pho
 def test_a_small_sample_size_is_raised_and_a_large_one_kept(given, written):
     vae = trained_like()
     vae.register_to_config(sample_size=given)
-    assert prepare(vae, None).config["sample_size"] == written
+    assert prepare_export(vae, None).config["sample_size"] == written
     assert vae.config["sample_size"] == given
 
 
@@ -403,8 +403,8 @@ def interrupt(*_: object) -> None:
     ("what", "failure", "raised"),
     [
         ("_write", fail_to_write, LatentVAEError),
-        ("verify", fail_to_verify, LatentVAEError),
-        ("verify", interrupt, KeyboardInterrupt),
+        ("verify_export", fail_to_verify, LatentVAEError),
+        ("verify_export", interrupt, KeyboardInterrupt),
     ],
 )
 def test_a_failed_export_leaves_the_earlier_one_whole_and_nothing_beside_it(
@@ -452,11 +452,11 @@ def test_a_link_and_the_current_folder_are_replaced_by_what_they_name(tmp_path, 
 
 def test_an_export_that_reloads_with_another_weight_is_refused(tmp_path):
     vae = trained_like()
-    prepare(vae, None).save_pretrained(tmp_path)
+    prepare_export(vae, None).save_pretrained(tmp_path)
     with torch.no_grad():
         vae.decoder.conv_out.bias[1] += 1e-7
     with pytest.raises(LatentVAEError, match=r"another 'decoder\.conv_out\.bias'"):
-        export_module.verify(vae, tmp_path)
+        export_module.verify_export(vae, tmp_path)
 
 
 def test_a_weight_that_half_precision_cannot_hold_is_named_and_nothing_written(tmp_path):

@@ -23,11 +23,11 @@ import latentvae
 from latentvae.base.errors import LatentVAEError, ModelError
 from latentvae.cli.convert import convert
 from latentvae.cli.export import export as export_command
-from latentvae.models.formats import files, writing
+from latentvae.models.formats import stored, writing
 from latentvae.models.formats.deriving import derive_config
-from latentvae.models.formats.files import StoredVAE
 from latentvae.models.formats.layout import is_attention_weight, ldm_name
 from latentvae.models.formats.programs import program_notes, why_not_a1111, why_not_comfyui
+from latentvae.models.formats.stored import StoredVAE
 from latentvae.models.formats.writing import save
 from latentvae.models.latents import compute_latent_statistics
 from latentvae.models.presets import PRESETS, preset_config
@@ -241,7 +241,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             taken.append(key)
             return self.opened.get_tensor(key)
 
-    monkeypatch.setattr(files, "safe_open", Spy)
+    monkeypatch.setattr(stored, "safe_open", Spy)
     return taken
 
 

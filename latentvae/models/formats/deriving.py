@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from latentvae.base.errors import ModelError
-from latentvae.models.formats.files import StoredVAE
+from latentvae.models.formats.stored import StoredVAE
 from latentvae.models.presets import block_types, nearest
 
 SD_WIDTHS = (128, 256, 512, 512)
@@ -80,6 +80,7 @@ def _shape(stored: StoredVAE, name: str) -> tuple[int, ...]:
 
 def _check_groups(stored: StoredVAE, widths: tuple[int, ...]) -> None:
     """Refuse widths that LDM's groups do not divide, or divide into single channels: those had others."""
+    # a group of one channel would erase its mean, so whoever trained that had fewer groups
     odd = [width for width in widths if width % LDM_GROUPS or width < 2 * LDM_GROUPS]
     if odd:
         raise ModelError(
@@ -94,6 +95,7 @@ def _factors(stored: StoredVAE, config: dict[str, Any]) -> tuple[float, float, s
     start = f"{stored.path} has no config; it was derived from the tensors' shapes. "
     end = " Put a config.json beside it to say otherwise."
     for part, (name, channels, scaling, shift) in FAMILIES.items():
+        # both: a merged file may carry keys of one family and the VAE of another
         fits = is_sd_shaped(config) and config["latent_channels"] == channels
         if fits and any(part in key for key in stored.others):
             factors = (

@@ -11,6 +11,7 @@ Layout = Literal["diffusers", "ldm"]
 # The last matches every file, so it comes last. Text encoders have "encoder." too, but never at the start.
 PREFIXES = ("first_stage_model.", "vae.", "")
 
+# diffusers' name today: its name before, and LDM's (ldm/modules/diffusionmodules/model.py)
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _ATTENTION = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)")
@@ -33,6 +34,7 @@ def ldm_name(key: str, levels: int) -> str:
         return f"{part}.mid.block_{int(number) + 1}.{_shortcut(rest)}"
     if match := _LEVEL.fullmatch(key):
         part, level, kind, number, rest = match.groups()
+        # diffusers counts the decoder's levels as they run, from the smallest
         place = int(level) if part == "encoder.down" else levels - 1 - int(level)
         if kind == "resnets":
             return f"{part}.{place}.block.{number}.{_shortcut(rest)}"
@@ -61,6 +63,7 @@ def file_names(
     def name(key: str) -> str:
         if layout == "ldm":
             return prefix + ldm_name(key, levels)
+        # files have the one or the other, or both for different layers: which one is asked of the file
         old = prefix + old_name(key)
         return old if old in present else prefix + key
 

@@ -51,7 +51,7 @@ def save(
     if prefix and to != "ldm":
         raise LatentVAEError(f"a prefix {prefix!r} goes with LDM's names only, not with {to}. Leave it out.")
     targets = check_targets(path, to, overwrite)
-    plain = plain_copy(vae, dtype)
+    plain = cast_copy(vae, dtype)
     message = "cannot write {path}: {reason}. Choose another path."
     if to == "diffusers":
         with files.whole_folder(path, message=message) as partial:
@@ -74,14 +74,14 @@ def _write_verified(plain: AutoencoderKL, folder: Path, to: Format, prefix: str)
     verify_file(plain, file)
 
 
-def plain_copy(vae: AutoencoderKL, dtype: torch.dtype | None) -> AutoencoderKL:
+def cast_copy(vae: AutoencoderKL, dtype: torch.dtype | None) -> AutoencoderKL:
     """A stock copy on the CPU, whatever has been patched into `vae`, in eval mode and without a path in it.
 
     Raises:
         LatentVAEError: a weight overflows in that dtype.
     """
     config = {key: value for key, value in vae.config.items() if key != "_name_or_path"}
-    with torch.device("meta"):
+    with torch.device("meta"):  # no random initialisation of weights that are replaced at once
         plain = AutoencoderKL.from_config(config)
     state = {}
     for key, tensor in vae.state_dict().items():
@@ -93,7 +93,7 @@ def plain_copy(vae: AutoencoderKL, dtype: torch.dtype | None) -> AutoencoderKL:
 
 
 def _tensors(vae: AutoencoderKL, to: Format, prefix: str) -> dict[str, torch.Tensor]:
-    state = vae.state_dict()
+    state = vae.state_dict()  # under diffusers' names, which both its own formats have
     if to != "ldm":
         return state
     levels = len(vae.config["block_out_channels"])

@@ -36,7 +36,7 @@ class StoredVAE:
         return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(KEPT_DTYPES) else torch.float32
 
 
-def read(path: Path) -> StoredVAE:
+def read_stored(path: Path) -> StoredVAE:
     """Read the VAE that a safetensors file holds, alone or within a whole checkpoint.
 
     Raises:
@@ -49,6 +49,7 @@ def read(path: Path) -> StoredVAE:
             if prefix is None:
                 raise ModelError(_no_vae(path, keys))
             layout = find_layout(keys, prefix)
+            # these alone: a whole checkpoint is gigabytes, of which the VAE is a small part
             own = [key for key in keys if _is_own(key, prefix, layout)]
             tensors = {key: file.get_tensor(key) for key in own}
     except (SafetensorError, OSError) as error:
