@@ -1,6 +1,6 @@
 """A set of images that is looked at as a whole: pooled latents, labels, and pictures to show."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,8 +126,3 @@ def raw_pixels(image: torch.Tensor) -> np.ndarray:
     """An image (C, H, W) scaled to 32 x 32 pixels, as one row, float32 in [-1, 1]."""
     row: np.ndarray = resizing.Geometry((SIDE, SIDE)).apply(image.float().cpu()).flatten().numpy()
     return row
-
-
-def known(labels: Sequence[str]) -> int:
-    """How many images have a label."""
-    return sum(label != "" for label in labels)

@@ -75,3 +75,8 @@ def match_labels(path: Path, labels: Mapping[str, str], names: Collection[str], 
         f"{path} does not label these images: images without a label: {len(missing)}, labels without an "
         f"image: {len(extra)}; {first}. Names are paths below the folder that was named, with suffixes."
     )
+
+
+def count_labelled(labels: Sequence[str]) -> int:
+    """How many images have a label."""
+    return sum(label != "" for label in labels)
