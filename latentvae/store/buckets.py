@@ -53,7 +53,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
         self.rank, self.world, self.epoch = rank, world, 0
-        self._buckets: np.ndarray | None = None
+        self._buckets: np.ndarray | None = None  # (images,), found when they are first wanted
         self._sizes: list[tuple[int, int]] = []
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,6 +71,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         whole, rest = counts // self.batch_size, counts % self.batch_size
         if self.drop_last:
             return int(whole.sum()) // self.world
+        # counted without planning: as many as `_plan` makes, and those of two images or more can be halved
         batches = int(whole.sum() + (rest > 0).sum())
         divisible = int((rest > 1).sum()) + (int(whole.sum()) if self.batch_size > 1 else 0)
         return batches // self.world + (0 < -batches % self.world <= divisible)
@@ -78,11 +79,11 @@ class BucketBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         batches = self._plan()
         for number in range(len(self)):
-            yield batches[number * self.world + self.rank].tolist()
+            yield batches[number * self.world + self.rank].tolist()  # every rank plans all, and takes its own
 
     def _plan(self) -> list[np.ndarray]:
         """The batches of this epoch for all ranks, the same on each."""
-        random = np.random.default_rng((self.seed, self.epoch))
+        random = np.random.default_rng((self.seed, self.epoch))  # no rank's own: they must agree
         buckets, batches = self._bucket_of_each(), []
         for bucket in range(len(self._sizes)):
             images = np.flatnonzero(buckets == bucket)
@@ -114,7 +115,7 @@ def _divide(batches: list[np.ndarray], count: int) -> list[np.ndarray]:
     able = [at for at, batch in enumerate(batches) if len(batch) > 1][-count:] if count else []
     if len(able) < count:
         return batches
-    for at in reversed(able):
+    for at in reversed(able):  # from the end: halving one moves those after it
         middle = len(batches[at]) // 2
         batches[at : at + 1] = [batches[at][:middle], batches[at][middle:]]
     return batches

@@ -174,7 +174,7 @@ def _crop_top_left(entry: Entry, flipped: bool) -> tuple[int, int]:
     if entry.cropped is None:
         return 0, 0
     left, top, width, _ = entry.cropped
-    whole = entry.resized[0] if entry.resized else entry.width
+    whole = entry.resized[0] if entry.resized else entry.width  # what was right of the crop is left of it
     return top, whole - left - width if flipped else left
 
 
@@ -204,7 +204,7 @@ class StoreReader:
     """
 
     def __init__(self, store: str | Path) -> None:
-        self.store = Path(store).absolute()
+        self.store = Path(store).absolute()  # files are opened again and again, wherever the process then is
         self.manifest = layout.read_manifest(self.store)
         if not self.manifest.count:
             raise StoreError(
@@ -214,6 +214,7 @@ class StoreReader:
             raise StoreError(
                 f"store.json of {store} does not say how many latent_channels its VAE has: encode again."
             )
+        # a number for each shard: nothing here grows with the images
         self._ends = list(accumulate(shard.count for shard in self.manifest.shards))
         self._remember()
 
@@ -236,7 +237,7 @@ class StoreReader:
 
     def locate(self, index: int) -> tuple[ShardRecord, int]:
         """The shard of an image and its line there; IndexError where there is no such image."""
-        position = range(len(self))[index]
+        position = range(len(self))[index]  # negative ones count from the end, as in a list
         number = bisect_right(self._ends, position)
         shard = self.manifest.shards[number]
         return shard, position - (self._ends[number] - shard.count)
@@ -253,6 +254,7 @@ class StoreReader:
             with layout.index_path(self.store, shard.name).open("rb") as file:
                 file.seek(start)
                 text = file.read(end - start)
+        # offsets of an index that was replaced meanwhile cut lines in two
         if not text.startswith(b"{") or text.find(b"\n") != len(text) - 1:
             raise self._unusable(shard, "its index has changed since the store was opened")
         try:
@@ -287,7 +289,7 @@ class StoreReader:
             return []
         stored: list[str] = self._tensors(shard).keys()
         names = [name for name in stored if name.startswith("moments.")]
-        if len(names) == 1:
+        if len(names) == 1:  # the rule, with --size and --crop
             return names * shard.count
         with self._using(shard), layout.index_path(self.store, shard.name).open("rb") as file:
             found = [_tensor_of(line) for line in file]

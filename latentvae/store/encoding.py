@@ -147,7 +147,7 @@ def encode_folder(
             _begin(journal, settings, processes, held)
             worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
             return _run(worker, prune, retry_failed, held)
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C too: the others would wait for this process
         processes.fail(error)
         raise
 
@@ -157,7 +157,7 @@ def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Proces
     if processes.is_main:
         held.enter_context(locked(journal.store))
         journal.begin(settings())
-    processes.share("begun", None)
+    processes.share("begun", None)  # the others need the lock to be held, and the journal to be there
     if not processes.is_main:
         held.enter_context(joined(journal.store))
 
@@ -199,7 +199,7 @@ def _leave(processes: Processes, held: ExitStack) -> None:
 
 def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> EncodeReport:
     """Put together what all processes did."""
-    records = journal.records()
+    records = journal.records()  # what all processes wrote, not this one alone
     done = [records[shard.name] for shard in plan.shards]
     failed = [record.name for record in done if record.failed]
     unread = [str(Loss(loss.problem, (), loss.unread)) for loss in plan.losses if loss.unread]
@@ -238,7 +238,7 @@ class Worker:
             gone = set(shard.vanished)
             entries = layout.read_entries(self.journal.store, shard.name)
             keys = [entry.key for entry in entries if entry.key in gone]
-            if keys:
+            if keys:  # their moments stood in this shard alone
                 losses.append(Loss(problem, keys))
         return losses
 
@@ -296,6 +296,7 @@ class Worker:
                 if batch.last:
                     writing.append(disk.submit(self._write, current))
                     current = None
+                # results of what is done are asked for at once, because a full disk shows there
                 while len(writing) > UNWRITTEN or (writing and writing[0].done()):
                     writing.popleft().result()
             for each in writing:
@@ -351,7 +352,7 @@ class Pending:
     def collect(self) -> None:
         """Wait for the moments; images whose moments are not finite have failed."""
         for images, future in self.computing:
-            moments = future.result()
+            moments = future.result()  # (B, 2C, h, w)
             flipped = [None] * len(images) if moments.flipped is None else list(moments.flipped)
             for one, plain, mirrored in zip(images, moments.plain, flipped, strict=True):
                 row = Row(one.entry, plain, mirrored)

@@ -137,7 +137,16 @@ def model_config(vae: AutoencoderKL) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class _Line:
+    """One image in a shard's lists."""
+
+    def line(self) -> bytes:
+        """It as JSON, ASCII, with its end: file names need not be valid Unicode."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+@dataclass(frozen=True)
+class Entry(_Line):
     """One image of a store.
 
     Its moments are row `offset` of the tensor `tensor` in the shard's safetensors file (and of
@@ -174,10 +183,6 @@ class Entry:
         """What `latents.decode` takes to give an image of encoded_height x encoded_width."""
         return Padding(*self.padding, height=self.encoded_height, width=self.encoded_width)
 
-    def line(self) -> bytes:
-        """The index line, ASCII, with its end: file names need not be valid Unicode."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode("ascii") + b"\n"
-
 
 _NAMES = {each.name for each in fields(Entry)}
 _TUPLES = ("resized", "cropped", "padding")
@@ -191,7 +196,7 @@ def parse_entry(line: bytes) -> Entry:
     """
     try:
         values = json.loads(line)
-        if not isinstance(values, dict) or values.keys() != _NAMES:
+        if not isinstance(values, dict) or values.keys() != _NAMES:  # a flipped bit may leave good JSON
             raise ValueError(f"keys {sorted(_NAMES)} were wanted")
         for name in _TUPLES:
             values[name] = None if values[name] is None else tuple(values[name])
@@ -204,7 +209,7 @@ def parse_entry(line: bytes) -> Entry:
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failure(_Line):
     """An image that belongs to a shard and could not be encoded."""
 
     key: str
@@ -213,10 +218,6 @@ class Failure:
     size_bytes: int
     mtime_ns: int
     reason: str
-
-    def line(self) -> bytes:
-        """One line of JSON, ASCII, with its end."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def shard_name(number: int) -> str:
@@ -264,7 +265,7 @@ def line_starts(index: Path) -> np.ndarray:
     """Where each line starts, and at last the file's size: int64 (count + 1,). No line is parsed."""
     ends, base = [np.zeros(1, np.int64)], 0
     with index.open("rb") as file:
-        while chunk := file.read(1 << 24):
+        while chunk := file.read(1 << 24):  # parsing a million lines takes 7.6 s and 1.2 GB
             ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + base + 1)
             base += len(chunk)
     return np.concatenate(ends)

@@ -181,19 +181,16 @@ def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterat
         for shard, planned, last in _planned(loader, shards, pool):
             loading = [pool.submit(loader.load, key) for key in planned.keys]
             ahead.append(_Ahead(shard, planned, loading, last))
-            while _is_enough(ahead, most):
+            # more images or pixels are waiting than the model needs
+            while len(ahead) > 1 and (
+                sum(len(one.loading) for one in ahead) > most
+                or sum(one.planned.pixels for one in ahead) > most * BATCH_PIXELS
+            ):
                 yield from _loaded(ahead.popleft(), loader.batch_size)
         while ahead:
             yield from _loaded(ahead.popleft(), loader.batch_size)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _is_enough(ahead: deque[_Ahead], most: int) -> bool:
-    """Whether more images or pixels are waiting than the model needs."""
-    images = sum(len(one.loading) for one in ahead)
-    pixels = sum(one.planned.pixels for one in ahead)
-    return len(ahead) > 1 and (images > most or pixels > most * BATCH_PIXELS)
 
 
 def _planned(
@@ -223,7 +220,7 @@ def _loaded(one: _Ahead, batch_size: int) -> Iterator[Batch]:
     for shape, images in groups.items():
         most = batch_limit(shape[1] * shape[2], batch_size)
         parts += [images[start : start + most] for start in range(0, len(images), most)]
-    for number, images in enumerate(parts or [[]], 1):
+    for number, images in enumerate(parts or [[]], 1):  # where all failed, a batch of none carries them on
         end = number == max(len(parts), 1)
         yield Batch(one.shard, images, failures if end else [], one.last and end)
 
@@ -251,8 +248,7 @@ class Computer:
         self._pool = threads.pool(self.count, "latentvae-encode")
         self._room = threading.Semaphore(self.count + 1)  # one batch waits, so that no thread does
         self.encoded = 0  # images
-        self._lock, self._start = threading.Lock(), time.perf_counter()
-        self._busy, self._since = 0.0, dict[int, float]()  # seconds done with; when each thread began
+        self._lock, self._start, self._busy = threading.Lock(), time.perf_counter(), 0.0  # seconds
 
     def __enter__(self) -> "Computer":
         return self
@@ -262,11 +258,8 @@ class Computer:
 
     @property
     def waiting(self) -> float:
-        """The share of the time in which the model had nothing to do."""
-        with self._lock:
-            now = time.perf_counter()
-            busy = self._busy + sum(now - since for since in self._since.values())
-        return max(0.0, 1 - busy / (self.count * (now - self._start)))
+        """The share of the time in which the model had nothing to do, as far as it is done with batches."""
+        return max(0.0, 1 - self._busy / (self.count * (time.perf_counter() - self._start)))
 
     def submit(self, images: list[Loaded]) -> Future[Moments]:
         """Encode a batch as soon as the model can; waits where enough batches wait already."""
@@ -277,7 +270,7 @@ class Computer:
 
     def alone(self, images: list[Loaded], within: AbstractContextManager[object]) -> Future[Moments]:
         """Encode a batch while nothing else runs, inside of a context; what comes back is done."""
-        for _ in range(self.count + 1):
+        for _ in range(self.count + 1):  # all places taken: no batch runs or waits
             self._room.acquire()
         try:
             with within:
@@ -289,9 +282,7 @@ class Computer:
 
     @torch.inference_mode()
     def _encode(self, images: list[Loaded]) -> Moments:
-        thread = threading.get_ident()
-        with self._lock:
-            self._since[thread] = time.perf_counter()
+        began = time.perf_counter()
         try:
             plain = self._moments([one.image for one in images])
             mirrored = [one.flipped for one in images if one.flipped is not None]
@@ -306,8 +297,8 @@ class Computer:
                 f"{images[0].entry.source}. Give a smaller --batch-size, and on a CPU fewer --threads."
             ) from error
         finally:
-            with self._lock:
-                self._busy += time.perf_counter() - self._since.pop(thread)
+            with self._lock:  # += of several threads loses counts
+                self._busy += time.perf_counter() - began
                 self.encoded += len(images)
 
     def _moments(self, images: list[torch.Tensor]) -> torch.Tensor:

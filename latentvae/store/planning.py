@@ -51,7 +51,7 @@ def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str,
         StoreError: two images of one key.
     """
     named = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    captions.forget()
+    captions.forget()  # what an earlier run in this process read of the folders
     found: dict[str, Source] = {}
     inside = store.resolve()
     for path in find_images(named):
@@ -59,7 +59,7 @@ def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str,
             continue
         root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)
         key = path.relative_to(root).as_posix()
-        if key in found and not found[key].path.samefile(path):
+        if key in found and not found[key].path.samefile(path):  # naming one image twice does no harm
             raise StoreError(
                 f"{found[key].path} and {path} would both have the key {key!r}: name a folder that holds "
                 "both, or encode them to two stores."
@@ -109,7 +109,7 @@ def settle(
     """
     batch_size = batch_size or (old.batch_size if old else BATCH_SIZE)
     shard_size = shard_size or (old.shard_size if old else SHARD_SIZE)
-    names = {value: name for name, value in DTYPES.items()}
+    names = {value: name for name, value in DTYPES.items()}  # float64 has none
     if dtype not in DTYPES or vae.dtype not in names:
         raise StoreError(
             f"dtype {dtype} and a model in {vae.dtype} came; wanted one of {', '.join(DTYPES)} each."
@@ -238,7 +238,7 @@ def plan_shards(
         there = tuple(key for key in members if key in present)
         if prune:
             dropped += gone
-            if not there:
+            if not there:  # its number is free for new images
                 continue
         planned.append(PlannedShard(name, there, () if prune else gone, record, prune and bool(gone)))
     losses = []
@@ -251,6 +251,7 @@ def plan_shards(
     if prune:
         dropped += [key for loss in losses for key in loss.keys]
     taken = {layout.shard_number(shard.name) for shard in planned}
+    # by number, not by rank or time: interrupted runs and any number of processes divide alike
     free = (number for number in count() if number not in taken)
     new = iter([key for key in keys if key not in known])
     while chunk := tuple(islice(new, shard_size)):
@@ -309,7 +310,7 @@ def inspect_shard(
 
 def _renewed(line: Line, source: Source | None) -> Line | None:
     """The line with the file's time and caption as they are now; None where the content is another."""
-    if source is None:
+    if source is None:  # vanished: what is stored stays
         return line
     try:
         state = source.path.stat()

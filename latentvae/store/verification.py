@@ -34,11 +34,12 @@ def verify(store: PathLike, *, progress: bool = False) -> list[str]:
     folder = Path(store)
     manifest = layout.read_manifest(folder)
     problems = [f"{FOLDER}: a run was not finished"] if (folder / FOLDER).exists() else []
-    seen: dict[str, str] = {}
+    seen: dict[str, str] = {}  # index file by key, of all shards: an image is in one
     for record in tqdm(manifest.shards, "verifying", unit="shard", disable=not progress, delay=2):
         problem = layout.damage(folder, record)
         problems += [problem] if problem else _check_content(folder, manifest, record, seen)
     names = {record.name for record in manifest.shards}
+    # shards of a killed run that no manifest names yet, or what somebody left here
     strangers = {path.name for path in folder.glob("latents-*") if path.name.split(".")[0] not in names}
     return [*problems, *(f"{name} is in no list of shards" for name in sorted(strangers))]
 

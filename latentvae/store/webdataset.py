@@ -77,6 +77,7 @@ def export_webdataset(
 
 def sample_name(key: str) -> str:
     """The WebDataset name of a key: ASCII without dots and slashes, another for every key."""
+    # file names need not be valid Unicode, and `quote` takes dots for harmless
     name = quote(key, safe=" ", errors="surrogateescape").replace(".", "%2E")
     if len(name) <= LONGEST_NAME:
         return name
@@ -92,7 +93,7 @@ def _make(folder: Path) -> None:
         raise StoreError(
             f"{folder} cannot be written to ({error.strerror}): choose another folder."
         ) from error
-    if there:
+    if there:  # readers take all tars of a folder for one dataset
         raise StoreError(
             f"{folder} holds {there[0]} already, and tars of two exports must not mix: delete them, or "
             "choose another folder."
@@ -123,7 +124,7 @@ def _members(reader: StoreReader, number: int, entry: Entry) -> dict[str, bytes]
 
 
 def _npy(moments: torch.Tensor) -> bytes:
-    values = moments.float() if moments.dtype == torch.bfloat16 else moments
+    values = moments.float() if moments.dtype == torch.bfloat16 else moments  # NumPy has no bf16
     file = io.BytesIO()
     np.save(file, values.numpy(), allow_pickle=False)
     return file.getvalue()
@@ -131,6 +132,6 @@ def _npy(moments: torch.Tensor) -> bytes:
 
 def _description(entry: Entry, manifest: Manifest) -> dict[str, Any]:
     """What a sample says of itself, without what only the store or its machine needs."""
-    own = ("source", "size_bytes", "mtime_ns", "tensor", "offset", "notes")
+    own = ("source", "size_bytes", "mtime_ns", "tensor", "offset", "notes")  # true of this machine or shard
     kept = {key: value for key, value in asdict(entry).items() if key not in own}
     return {**kept, "scaling_factor": manifest.scaling_factor, "shift_factor": manifest.shift_factor}
