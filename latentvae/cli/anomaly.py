@@ -1,7 +1,6 @@
 """`latentvae anomaly fit | score`: which images are odd, compared with normal ones."""
 
 import csv
-import json as json_module
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,20 +9,11 @@ import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import make_folder, whole_file
 from latentvae.base.optional import need
-from latentvae.cli.options import Device, Json, LPIPSNet, LPIPSWeights, Model
-from latentvae.cli.session import (
-    check_output,
-    find_lpips,
-    finish,
-    load_model,
-    make_folder,
-    print_json,
-    read_images,
-    short_names,
-    skip,
-    with_ending,
-)
+from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.places import check_output, short_names, with_ending, write_json
+from latentvae.cli.session import Session, takes
 from latentvae.images.drawing import HEAT_WHITE, colour_heat, grid
 from latentvae.images.reading import find_images
 from latentvae.images.tensors import from_uint8
@@ -50,76 +40,71 @@ CalibrationFile = Annotated[
 
 
 @anomaly.command()
+@takes("model", "lpips", "lpips_net", "lpips_weights", "device", "json")
 def fit(
+    session: Session,
     normal: Annotated[list[Path], typer.Argument(help="Normal images or folders.", show_default=False)],
     calibration: CalibrationFile,
-    model: Model = None,
     lpips: Annotated[
         bool, typer.Option("--lpips/--no-lpips", help="Use LPIPS too, where its weights are there.")
     ] = True,
-    lpips_net: LPIPSNet = "alex",
-    lpips_weights: LPIPSWeights = None,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
     check_place(calibration)
     files = find_images(normal)
     make_folder(calibration.parent)  # before minutes of looking
-    vae = load_model(model, device, "fp32")
-    network, reason = find_lpips(lpips_net, lpips_weights, vae.device) if lpips else (None, "--no-lpips")
-    skipped: list[dict[str, str]] = []
+    vae = session.load()
+    network, reason = session.find_lpips() if lpips else (None, "--no-lpips")
     looks = []
-    for path, image, _ in read_images(files, vae, skipped):
+    for path, image, _ in session.read_images(files):
         try:
             # without its map of errors, which is as large as the image
             looks.append(replace(look(vae, image[None], network), error=torch.empty(0), lonely=None))
         except LatentVAEError as error:
             small = network is not None and min(image.shape[-2:]) < network.min_size
             remedy = " --no-lpips leaves it out." if small else ""
-            skip(path, LatentVAEError(f"{path}: {error}{remedy}"), skipped)
+            session.skip(path, LatentVAEError(f"{path}: {error}{remedy}"))
     if not looks:
-        finish(skipped, 0)
-    made = calibrate(vae, looks, lpips_net if network else None)
+        session.finish(0)
+    made = calibrate(vae, looks, session.lpips_net if network else None)
     made.save(calibration)
-    if json:
-        quantiles = {
-            "images": len(looks),
-            "quantiles": made.quantiles,
-            "counted": made.counted,
-            "lpips_missing_reason": reason,
-        }
-        print_json({"calibration": str(calibration), **quantiles, "skipped": skipped})
-    else:
-        typer.echo(f"{len(looks)} normal images; median and 95 % quantile:")
-        for name, values in made.quantiles.items():
-            typer.echo(
-                f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {TERMS.get(name, 'all terms as one')}"
-            )
-        alike = "alike, so all terms count" if len(made.counted) > 1 else "not alike, so one term counts"
-        typer.echo(f"The images are {alike} in the score: {', '.join(made.counted)}.")
-        if reason:
-            typer.echo(f"Without LPIPS: {reason}")
-        typer.echo(f"Written: {calibration}")
-    finish(skipped, len(looks))
+    result = {
+        "calibration": str(calibration),
+        "images": len(looks),
+        "quantiles": made.quantiles,
+        "counted": made.counted,
+        "lpips_missing_reason": reason,
+        "skipped": session.skipped,
+    }
+    tell(result, [*_lines_of_fit(made, len(looks), reason), f"Written: {calibration}"], session.json)
+    session.finish(len(looks))
+
+
+def _lines_of_fit(made: Calibration, count: int, reason: str | None) -> list[str]:
+    """What is usual, for people."""
+    lines = [f"{count} normal images; median and 95 % quantile:"]
+    for name, values in made.quantiles.items():
+        means = TERMS.get(name, "all terms as one")
+        lines.append(f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {means}")
+    alike = "alike, so all terms count" if len(made.counted) > 1 else "not alike, so one term counts"
+    lines.append(f"The images are {alike} in the score: {', '.join(made.counted)}.")
+    if reason:
+        lines.append(f"Without LPIPS: {reason}")
+    return lines
 
 
 @anomaly.command()
+@takes(..., "model", "lpips_weights", "device", "json")
 def score(
+    session: Session,
     calibration: CalibrationFile,
     photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for table and pictures.")] = Path(
-        "latentvae-output"
-    ),
+    output: Annotated[Path, output_folder("Folder for table and pictures.")] = OUTPUT,
     labels: Annotated[
         Path | None,
         typer.Option(help="CSV of name,label (1 odd, 0 normal) for each image: adds the ROC and its area."),
     ] = None,
     by: Annotated[str, typer.Option(help="Rank by this term instead: layout, alone, pixel, ...")] = "score",
-    model: Model = None,
-    lpips_weights: LPIPSWeights = None,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Rank images from odd to usual: writes NAME.heat.png, anomalies.csv and .json, and with labels roc.png.
 
@@ -128,73 +113,73 @@ def score(
     """
     check_output(output, photos)
     usual = load_calibration(calibration)
-    check_term(by, list(usual.quantiles))
+    _check_term(by, list(usual.quantiles))
     files = find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
     if labels is not None:
         need("sklearn")  # for the ROC: said before minutes of looking
     odd = None if labels is None else read_labels(labels, set(names.values()))
-    vae = load_model(model, device, "fp32")
-    usual.check(vae)
-    network = load_network(usual, lpips_weights, vae.device)
+    usual.check(session.load())
+    network = _load_network(usual, session)
     make_folder(output)
-    skipped: list[dict[str, str]] = []
-    rows = judge_all(_Judge(vae, usual, network, output), files, names, skipped)
+    rows = _judge_all(session, _Judge(usual, network, output), names)
     if rows:
         rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))
         both = odd is not None and len({odd[row["name"]] for row in rows}) == 2
-        areas = write_roc(output, rows, odd) if odd is not None and both else None
+        areas = _write_roc(output, rows, odd) if odd is not None and both else None
         if odd is not None and not both:
             typer.echo("no ROC: all images that could be read are of one kind.", err=True)
-        result = {"calibration": str(calibration), "images": rows, "auroc": areas, "skipped": skipped}
-        write_tables(output, rows, result)
-        print_json(result) if json else typer.echo("\n".join(report(output, rows, areas)))
-    finish(skipped, len(rows))
+        result = {"calibration": str(calibration), "images": rows, "auroc": areas}
+        result["skipped"] = session.skipped
+        _write_table(output / "anomalies.csv", rows)
+        write_json(result, output / "anomalies.json")
+        tell(result, _lines_of_score(output, rows, areas), session.json)
+    session.finish(len(rows))
 
 
-def check_term(name: str, known: list[str]) -> None:
+def _check_term(name: str, known: list[str]) -> None:
     """Raises LatentVAEError where the calibration has no such term."""
     if name not in known:
         raise LatentVAEError(f"this calibration has no term {name!r}; choose one of {', '.join(known)}.")
 
 
-def load_network(usual: Calibration, weights: Path | None, device: torch.device) -> LPIPS | None:
-    """The LPIPS network of the calibration; an error where its weights are not there."""
+def _load_network(usual: Calibration, session: Session) -> LPIPS | None:
+    """The LPIPS network of the calibration; an error where its weights are not there.
+
+    Without it scores would be of fewer terms than the quantiles that they are compared with.
+    """
     if usual.lpips_net is None:
         return None
     net: Any = usual.lpips_net
-    return load_lpips(net, weights).to(device)
+    return load_lpips(net, session.lpips_weights).to(session.vae.device)
 
 
 @dataclass(frozen=True)
 class _Judge:
-    vae: Any
     usual: Calibration
     network: LPIPS | None
     output: Path
 
 
-def judge_all(
-    judge: _Judge, files: list[Path], names: dict[Path, str], skipped: list[dict[str, str]]
-) -> list[dict[str, Any]]:
+def _judge_all(session: Session, judge: _Judge, names: dict[Path, str]) -> list[dict[str, Any]]:
     """One row for each image, its heat map written."""
     rows = []
-    for path, image, _ in read_images(files, judge.vae, skipped):
+    for path, image, _ in session.read_images(list(names)):
         try:
-            verdict = judge.usual.judge(look(judge.vae, image[None], judge.network))
+            verdict = judge.usual.judge(look(session.vae, image[None], judge.network))
         except LatentVAEError as error:
-            skip(path, LatentVAEError(f"{path}: {error}"), skipped)
+            session.skip(path, LatentVAEError(f"{path}: {error}"))
             continue
         place = judge.output / names[path]
         place = place.with_name(with_ending(place.name, ".heat.png"))
         make_folder(place.parent)
-        write_heat(place, image, verdict)
+        _write_heat(place, image, verdict)
         figures = {"score": verdict.score, "quantile": verdict.quantile, "terms": verdict.terms}
         rows.append({"name": names[path], **figures, "quantiles": verdict.quantiles, "heat_map": str(place)})
     return rows
 
 
-def write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
+def _write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
     """Draw an image beside its heat map."""
     heat = from_uint8(colour_heat(verdict.heat.numpy()))
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
@@ -221,7 +206,7 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     return {name: label == "1" for name, label in table.items()}
 
 
-def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
+def _write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
     """The area under the ROC of the score and of every term alone; draws the score's."""
     labels = [odd[row["name"]] for row in rows]
     scores = [row["score"] for row in rows]
@@ -232,20 +217,21 @@ def write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) ->
     return areas
 
 
-def write_tables(output: Path, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    """Write anomalies.csv, ranked, and anomalies.json."""
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as CSV, ranked; names keep their bytes."""
     terms = list(rows[0]["terms"])
-    with (output / "anomalies.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with (
+        whole_file(path) as partial,
+        partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["rank", "name", "score", "quantile", *terms])
         for rank, row in enumerate(rows, 1):
             values = (row["terms"][term] for term in terms)
             writer.writerow([rank, row["name"], row["score"], row["quantile"], *values])
-    text = json_module.dumps(result, indent=1)  # in ASCII: names need not be UTF-8
-    (output / "anomalies.json").write_text(text + "\n", encoding="ascii")
 
 
-def report(output: Path, rows: list[dict[str, Any]], areas: dict[str, float] | None) -> list[str]:
+def _lines_of_score(output: Path, rows: list[dict[str, Any]], areas: dict[str, float] | None) -> list[str]:
     """The ranked table, each term as the share of normal images below it."""
     terms = list(rows[0]["quantiles"])
     width = max(len(row["name"]) for row in rows[:SHOWN])

@@ -1,6 +1,6 @@
 """`latentvae doctor`: whether a model survives half precision, and a rescaled copy that does."""
 
-import json as json_module
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,13 +10,13 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 
-from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.cli.options import Device, Json, ModelArgument, SameModel
-from latentvae.cli.session import finish, load_model, print_json, skip
-from latentvae.images.reading import find_images, load_image
+from latentvae.base.errors import LatentVAEError
+from latentvae.cli.options import ModelArgument, SameModel, tell
+from latentvae.cli.session import Session, read_sidecar, takes
+from latentvae.images.reading import find_images
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import SIDECAR, export
-from latentvae.models.loading import DEFAULT_MODEL, SAMPLE_PICTURE, WEIGHTS_DIR
+from latentvae.models.loading import DEFAULT_MODEL, SAMPLE_PICTURE
 from latentvae.pipelines.doctor.diagnosis import MIN_PSNR, Diagnosis, DtypeReport, diagnose, synthetic_probes
 from latentvae.pipelines.doctor.rescaling import Rescaling, UnfixableError, rescale
 
@@ -25,7 +25,9 @@ TABLE_LAYERS = 8
 THIN_HEADROOM = 2.0  # other images than the probes may well give twice their largest values
 
 
+@takes(..., "device", "json")
 def doctor(
+    session: Session,
     model: ModelArgument = None,
     same: SameModel = None,
     images: Annotated[
@@ -45,32 +47,27 @@ def doctor(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Let --fix replace an earlier export.")] = False,
-    device: Device = None,
-    json: Json = False,
 ) -> None:
     """Say whether fp16 and bf16 give what fp32 gives: each layer's largest value, overflows, error in dB.
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
-    name = model or same or DEFAULT_MODEL
-    check_output(fix, overwrite)
-    vae = load_model(name, device, "fp32")
-    skipped: list[dict[str, str]] = []
-    probes, count = read_probes(images, vae, size, skipped)
-    diagnosis, rescaling, problem = examine(vae, probes, rescaled=fix is not None)
+    session.model = name = model or same or DEFAULT_MODEL
+    _check_fix(fix, overwrite)
+    vae = session.load()
+    probes, count = _read_probes(session, images, size)
+    diagnosis, rescaling, problem = _examine(vae, probes, rescaled=fix is not None)
     if fix is not None and rescaling is not None:
-        write(rescaling, fix, name, overwrite)
-    if json:
-        fixed = fix_as_dict(rescaling, fix, problem) if fix else None
-        print_json({"model": name, **diagnosis.as_dict(), "fix": fixed, "skipped": skipped})
-    else:
-        typer.echo("\n".join([*report(name, diagnosis), *outcome(diagnosis, rescaling, fix, problem)]))
+        _write(rescaling, fix, name, overwrite)
+    fixed = _fix_as_dict(rescaling, fix, problem) if fix else None
+    result = {"model": name, **diagnosis.as_dict(), "fix": fixed, "skipped": session.skipped}
+    tell(result, [*_report(name, diagnosis), *_outcome(diagnosis, rescaling, fix, problem)], session.json)
     if rescaling is None and not diagnosis.fp16_works:
         raise typer.Exit(EXIT_OVERFLOWS)
-    finish(skipped, count)
+    session.finish(count)
 
 
-def examine(
+def _examine(
     vae: AutoencoderKL, probes: dict[str, torch.Tensor], rescaled: bool
 ) -> tuple[Diagnosis, Rescaling | None, str | None]:
     """The model's diagnosis; if asked for, the rescaled copy, or why there is none."""
@@ -83,7 +80,7 @@ def examine(
     return rescaling.before, rescaling, None
 
 
-def check_output(folder: Path | None, overwrite: bool) -> None:
+def _check_fix(folder: Path | None, overwrite: bool) -> None:
     """Refuse a folder that the export would refuse, before minutes are spent.
 
     Raises:
@@ -98,44 +95,35 @@ def check_output(folder: Path | None, overwrite: bool) -> None:
         )
 
 
-def read_probes(
-    images: list[Path] | None, vae: AutoencoderKL, size: int, skipped: list[dict[str, str]]
+def _read_probes(
+    session: Session, images: list[Path] | None, size: int
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Synthetic extremes and the centres of images, by name, and how many images there are.
 
     Raises:
         LatentVAEError: none of the images can be read, or the model takes other channels than images have.
     """
-    channels = vae.config["in_channels"]
+    channels = session.vae.config["in_channels"]
     if channels not in (1, 3) and images:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
     paths = find_images(images or [SAMPLE_PICTURE]) if channels in (1, 3) else []
-    probes = {}
-    for path in paths:
-        try:
-            image = load_image(path, channels=channels)
-        except ImageError as error:
-            skip(path, error, skipped)
-            continue
-        top, left = (max(side - size, 0) // 2 for side in image.shape[-2:])
-        probes[str(path) if images else path.name] = image[None, :, top : top + size, left : left + size]
-    if paths and not probes:
-        finish(skipped, 0)
+    centres = session.read_centres(paths, channels, size)
+    probes = {str(path) if images else path.name: image for path, image in centres}
     return {**probes, **synthetic_probes(channels, size)}, len(probes)
 
 
-def write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
+def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
     """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
     sidecar = read_sidecar(source)
-    export(rescaling.vae, folder, provenance=provenance(rescaling, source, sidecar), overwrite=overwrite)
+    export(rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite)
     if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
         path = folder / SIDECAR
-        written = json_module.loads(path.read_text(encoding="utf-8"))
+        written = json.loads(path.read_text(encoding="utf-8"))
         written["latent_statistics"] = sidecar["latent_statistics"]
-        path.write_text(json_module.dumps(written, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-def provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Provenance:
+def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Provenance:
     """The source's, and what was done to it."""
     known = {field.name: sidecar[field.name] for field in fields(Provenance) if field.name in sidecar}
     origin = Provenance(**known)
@@ -151,15 +139,7 @@ def provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Pr
     return origin
 
 
-def read_sidecar(source: str) -> dict[str, Any]:
-    """The sidecar of an export; empty for models that have none."""
-    for folder in (WEIGHTS_DIR / source, Path(source), Path(source) / "vae", Path(source).parent):
-        if (folder / SIDECAR).is_file():
-            return json_module.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-    return {}
-
-
-def fix_as_dict(rescaling: Rescaling | None, folder: Path, problem: str | None) -> dict[str, Any]:
+def _fix_as_dict(rescaling: Rescaling | None, folder: Path, problem: str | None) -> dict[str, Any]:
     """What --fix did, as JSON values."""
     if rescaling is None:
         return {"output": None, "problem": problem}
@@ -174,7 +154,7 @@ def fix_as_dict(rescaling: Rescaling | None, folder: Path, problem: str | None) 
     }
 
 
-def report(name: str, diagnosis: Diagnosis) -> list[str]:
+def _report(name: str, diagnosis: Diagnosis) -> list[str]:
     """The diagnosis for people: hottest layers, dtypes, verdict."""
     layers = diagnosis.hottest(TABLE_LAYERS)
     rows = [("layer", "kind", "largest", "headroom")]
@@ -182,14 +162,14 @@ def report(name: str, diagnosis: Diagnosis) -> list[str]:
     return [
         f"{name}: {len(diagnosis.probes)} probes ({', '.join(diagnosis.probes)})",
         "",
-        *table(rows),
+        *_table(rows),
         f"(largest absolute value in fp32, of {len(diagnosis.layers)} layers; headroom to fp16's 65504)",
         "",
-        *dtype_lines(diagnosis),
+        *_dtype_lines(diagnosis),
     ]
 
 
-def dtype_lines(diagnosis: Diagnosis) -> list[str]:
+def _dtype_lines(diagnosis: Diagnosis) -> list[str]:
     """One row for each dtype, and where it overflows."""
     reports = list(diagnosis.dtypes.values())
     rows = [("against fp32", "finite", "latents error", "images dB", "first overflow")]
@@ -199,14 +179,14 @@ def dtype_lines(diagnosis: Diagnosis) -> list[str]:
         cells = ("-" if error is None else f"{error:.2g}", "-" if psnr is None else f"{psnr:.1f}")
         rows.append((one.dtype, "no" if first else "yes", *cells, first.layer if first else "-"))
     return [
-        *table(rows),
+        *_table(rows),
         "(of the worst probe; latents: |difference| / |latents|; images decoded from fp32's latents: PSNR)",
         f"(arithmetic {reports[0].arithmetic})",
-        *(line for one in reports for line in overflow_lines(one)),
+        *(line for one in reports for line in _overflow_lines(one)),
     ]
 
 
-def overflow_lines(dtype: DtypeReport) -> list[str]:
+def _overflow_lines(dtype: DtypeReport) -> list[str]:
     """Each overflow of a dtype in a sentence."""
     return [
         f"{dtype.dtype}, {what}: {one.layer} ({one.kind}) overflows first, "
@@ -216,7 +196,7 @@ def overflow_lines(dtype: DtypeReport) -> list[str]:
     ]
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Aligned columns, the first row a heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -225,11 +205,11 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def outcome(
+def _outcome(
     diagnosis: Diagnosis, rescaling: Rescaling | None, folder: Path | None, problem: str | None
 ) -> list[str]:
     """The verdict, and what --fix did."""
-    lines = ["", f"verdict: {verdict(diagnosis)}", f"force_upcast: {upcast(diagnosis)}"]
+    lines = ["", f"verdict: {verdict(diagnosis)}", f"force_upcast: {_upcast(diagnosis)}"]
     if problem:
         return [*lines, f"--fix: {problem} Nothing was written."]
     if rescaling is None:
@@ -265,7 +245,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     return f"fp16 works: the least headroom is {top.headroom:.3g}x, at {top.name}."
 
 
-def upcast(diagnosis: Diagnosis) -> str:
+def _upcast(diagnosis: Diagnosis) -> str:
     """The config's force_upcast against what it should be."""
     current, wanted = diagnosis.force_upcast, diagnosis.wanted_force_upcast
     if current == wanted:

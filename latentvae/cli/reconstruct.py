@@ -14,8 +14,7 @@ from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
 from latentvae.images import drawing
 from latentvae.images.reading import find_images
 from latentvae.images.saving import save_image
-from latentvae.measure.metrics import Metrics
-from latentvae.models import latents
+from latentvae.measure.evaluate import Evaluator
 from latentvae.models.loading import SAMPLE_PICTURE
 
 
@@ -36,22 +35,20 @@ def reconstruct(
     vae = session.load()
     make_folder(output)
     lpips, reason = session.find_lpips()
-    metrics = Metrics(lpips=lpips, lpips_missing_reason=reason, latents="sample" if sample else "mode")
-    generator = torch.Generator().manual_seed(seed)
+    evaluator = Evaluator(vae, lpips, reason, "sample" if sample else "mode", seed)
     written: list[dict[str, Any]] = []
     for path, image, info in session.read_images(files):
-        name, original = names[path], image[None].to(vae.device)  # (1, C, H, W)
-        result = latents.reconstruct(vae, original, sample=sample, generator=generator)
+        name = names[path]
         try:
-            (row,) = metrics.add(name.as_posix(), original, result.reconstructions, result.posterior.kl())
+            rebuilt, row = evaluator.add(name.as_posix(), image)
         except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
             session.skip(path, LatentVAEError(f"{path}: {error}"))
             continue
         place = output / name
         make_folder(place.parent)
-        written.append(_write_pictures(place, image, result.reconstructions[0].cpu(), row, info.notes))
+        written.append(_write_pictures(place, image, rebuilt[0].cpu(), row, info.notes))
     if written:
-        summary = metrics.summary()
+        summary = evaluator.metrics.summary()
         figures = {**summary.as_dict(), "files": written, "skipped": session.skipped}
         tell(figures, [summary.table(), *_hints(written)], session.json)
     session.finish(len(written))

@@ -4,7 +4,14 @@ import pytest
 import typer
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.session import EXIT_SKIPPED, counted, finish
+from latentvae.cli.options import EXIT_SKIPPED
+from latentvae.cli.session import Session, counted
+
+
+def finish(skipped: list[dict[str, str]], done: int) -> None:
+    session = Session()
+    session.skipped += skipped
+    session.finish(done)
 
 
 def test_one_thing_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
