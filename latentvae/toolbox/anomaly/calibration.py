@@ -29,8 +29,8 @@ SHRINKAGE = 0.1  # of the covariance towards its diagonal, so that few images gi
 LIKENESS_SAMPLE = 2000  # images whose distances to each other are measured: they take N x N numbers
 ALIKE = 0.5  # digits have 0.3, photographs of anything 0.7
 
-# Of the score
-# Of the smooth maximum, log-mean-exp: a defect often shows in one term alone, which a mean would drown.
+# Of the score: the smooth maximum's, log-mean-exp. A defect often shows in one term alone, which a mean would
+# drown.
 SHARPNESS = 3.0
 # The term of the score, the first that was measured, where no two normal images are alike: what the whole of
 # an image is says nothing then, and `alone` finds more by itself than with `patch` (docs/toolbox.md).
@@ -151,7 +151,7 @@ class Calibration:
 
     def _heat(self, one: Look) -> torch.Tensor:
         if self.counted != ["alone"] or one.lonely is None:
-            # the root, because squares of a few bright places would leave all else black
+            # the root: heat goes with the error, not with its square
             return (one.error / max(self.quantiles["patch"][HIGH], 1e-12)).sqrt()
         usual = min(float(one.lonely.nanmedian()), self.quantiles["alone"][MIDDLE])
         unit = max(self.quantiles["alone"][HIGH] - usual, 1e-12)
@@ -228,9 +228,7 @@ def calibrate(vae: AutoencoderKL, looks: Iterable[Look], lpips_net: str | None =
     # image i against the cloud without its own fold
     rows = [{**one.terms, **others[i % FOLDS].distances(one)} for i, one in enumerate(seen)]
     quantiles = {name: quantiles_of([row[name] for row in rows]) for name in rows[0]}
-    made = Calibration(
-        weight_hash(vae), lpips_net, quantiles, cloud
-    )  # all of the cloud: new images are not in it
+    made = Calibration(weight_hash(vae), lpips_net, quantiles, cloud)  # all of it: no new image is in it
     quantiles["score"] = quantiles_of([made.score(row) for row in rows])
     return made
 

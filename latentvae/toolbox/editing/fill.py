@@ -198,7 +198,7 @@ class _Run:
         origin = posterior.mode()  # (1, c, h, w)
         spread = origin.std().clamp_min(1e-6) if origin.numel() > 1 else origin.new_ones(())  # of one: NaN
         steps = self.steps if trial is None else -(-self.steps // AGAIN)
-        first = LEARNING_RATE * steps / self.steps  # fewer steps, and each as small as at the trial's end
+        first = LEARNING_RATE * steps / self.steps  # on with the rate of the trial's last third
         latents = (origin if trial is None else trial.latents).clone().requires_grad_(True)
         adam = torch.optim.Adam([latents], lr=1.0)
         known = (~missing).to(self.vae.device)  # (H, W)
