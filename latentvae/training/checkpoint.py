@@ -47,6 +47,21 @@ class TrainingState:
     skipped_steps: int = 0  # whose loss or gradient was not finite
     bad_steps: int = 0  # of those, how many in a row just now
 
+    @classmethod
+    def build(
+        cls, config: Config, vae: AutoencoderKL, start: Path | None, accelerator: Accelerator
+    ) -> "TrainingState":
+        """What training changes: fresh, or as the checkpoint `start` has it."""
+        state = cls(
+            vae=vae,
+            ema=EMA(vae, config.train.ema_decay),
+            optimizer=build_optimizer(vae, config.optim),
+            adversary=Adversary.build(config, vae.config["in_channels"], accelerator.device),
+        )
+        if start is not None:
+            restore(state, start, accelerator)
+        return state
+
     def count_step(self, finite: bool) -> None:
         """Count a step that was done, or one that was skipped."""
         self.step += 1
@@ -54,19 +69,35 @@ class TrainingState:
         self.bad_steps = 0 if finite else self.bad_steps + 1
 
 
-def restored_state(
-    config: Config, vae: AutoencoderKL, start: Path | None, accelerator: Accelerator
-) -> TrainingState:
-    """What training changes: fresh, or as the checkpoint `start` has it."""
-    state = TrainingState(
-        vae=vae,
-        ema=EMA(vae, config.train.ema_decay),
-        optimizer=build_optimizer(vae, config.optim),
-        adversary=Adversary.build(config, vae.config["in_channels"], accelerator.device),
-    )
-    if start is not None:
-        restore(state, start, accelerator)
-    return state
+def check_agreement(state: TrainingState, accelerator: Accelerator) -> None:
+    """Refuse to save where processes hold different weights.
+
+    Raises:
+        LatentVAEError: names the processes that differ from the first.
+    """
+    if accelerator.num_processes == 1:
+        return
+    sums = accelerator.gather(checksum(state.vae).reshape(1).to(accelerator.device)).tolist()
+    apart = [rank for rank, each in enumerate(sums) if each != sums[0]]
+    if apart:
+        raise LatentVAEError(
+            f"processes {apart} hold other weights than process 0 at step {state.step}; nothing was saved. "
+            "Check that all machines run the same versions and GPUs, and continue with --resume latest."
+        )
+
+
+def checksum(module: nn.Module) -> torch.Tensor:
+    """A scalar int64 that changes with any bit of any parameter."""
+    total = torch.zeros((), dtype=torch.int64)
+    for number, parameter in enumerate(module.parameters(), 1):
+        # sums of integers do not depend on their order, as sums of floats would
+        bits = (
+            parameter.detach()
+            .contiguous()
+            .view(torch.int32 if parameter.element_size() == 4 else torch.int64)
+        )
+        total += number * bits.sum(dtype=torch.int64).cpu()
+    return total
 
 
 def write_whole(
@@ -203,37 +234,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checksum(module: nn.Module) -> torch.Tensor:
-    """A scalar int64 that changes with any bit of any parameter."""
-    total = torch.zeros((), dtype=torch.int64)
-    for number, parameter in enumerate(module.parameters(), 1):
-        # sums of integers do not depend on their order, as sums of floats would
-        bits = (
-            parameter.detach()
-            .contiguous()
-            .view(torch.int32 if parameter.element_size() == 4 else torch.int64)
-        )
-        total += number * bits.sum(dtype=torch.int64).cpu()
-    return total
-
-
-def check_agreement(state: TrainingState, accelerator: Accelerator) -> None:
-    """Refuse to save where processes hold different weights.
-
-    Raises:
-        LatentVAEError: names the processes that differ from the first.
-    """
-    if accelerator.num_processes == 1:
-        return
-    sums = accelerator.gather(checksum(state.vae).reshape(1).to(accelerator.device)).tolist()
-    apart = [rank for rank, each in enumerate(sums) if each != sums[0]]
-    if apart:
-        raise LatentVAEError(
-            f"processes {apart} hold other weights than process 0 at step {state.step}; nothing was saved. "
-            "Check that all machines run the same versions and GPUs, and continue with --resume latest."
-        )
 
 
 def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> None:

@@ -136,6 +136,11 @@ class TrainableVAE(nn.Module):
         self.vae = vae
         self.frozen = [teacher]  # in a list, so that its weights are neither synchronised nor optimised
 
+    @classmethod
+    def build(cls, config: Config, device: torch.device) -> "TrainableVAE":
+        """With the networks that a configuration names; raises what `models` does."""
+        return cls(*models(config, device))
+
     def forward(
         self,
         images: torch.Tensor,

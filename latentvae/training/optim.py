@@ -22,29 +22,41 @@ MUON_RMS = 0.2
 ADAM_EPS = 1e-8
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Nearly replace the singular values of (..., rows, columns) by one, by Newton-Schulz iteration.
+def build_optimizer(vae: nn.Module, config: OptimConfig) -> Optimizer:
+    """The configured optimizer over the trainable parameters of `vae`.
 
-    Each step multiplies by a polynomial of the Gram matrix from the left. Such polynomials commute, so they
-    are collected in the small square, and the wide matrix is multiplied once: a third of the work of
-    iterating it, which pays for float32 where others round to bfloat16. float64 input stays float64.
+    Kernels decay, biases and norms do not. Muon leaves the first and last convolutions and the 1x1 ones
+    around the latents to AdamW: their rows or columns are pixels and latents, whose scales mean something.
     """
-    a, b, c = NEWTON_SCHULZ
-    # (n, rows, columns), turned so that the Gram matrix is the smaller of the two
-    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    # the iteration converges for singular values up to 1, and the norm is at least the largest
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    gram = x @ x.mT
-    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-    product = identity
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        polynomial = a * identity + b * gram + c * gram @ gram
-        product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
-    x = product @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    named = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
+    edges = ("encoder.conv_in.", "encoder.conv_out.", "decoder.conv_in.", "decoder.conv_out.", "quant_conv.")
+    hidden = [p for name, p in named if p.ndim == 4 and not any(edge in name for edge in edges)]
+    taken = {id(p) for p in hidden}
+    kernels = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
+    vectors = [p for _, p in named if p.ndim < 2]
+    # the order is that of the slots in checkpoints
+    groups = [
+        {"params": hidden, "weight_decay": config.weight_decay, "muon": config.name == "muon"},
+        {"params": kernels, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return MuonAdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+
+
+def set_learning_rate(optimizer: Optimizer, config: OptimConfig, step: int, max_steps: int) -> None:
+    """Give every group the rate of an optimizer step. It follows from the step, so it is not saved."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * learning_rate(config, step, max_steps)
+
+
+def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Share of `lr` at an optimizer step: linear warm-up, constant, cosine decay to `final_lr`."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return warmup
+    start = config.warmup_steps if config.decay_steps is None else max_steps - config.decay_steps
+    progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
+    return warmup * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class MuonAdamW(Optimizer):
@@ -112,41 +124,29 @@ class MuonAdamW(Optimizer):
         )
 
 
-def build_optimizer(vae: nn.Module, config: OptimConfig) -> Optimizer:
-    """The configured optimizer over the trainable parameters of `vae`.
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly replace the singular values of (..., rows, columns) by one, by Newton-Schulz iteration.
 
-    Kernels decay, biases and norms do not. Muon leaves the first and last convolutions and the 1x1 ones
-    around the latents to AdamW: their rows or columns are pixels and latents, whose scales mean something.
+    Each step multiplies by a polynomial of the Gram matrix from the left. Such polynomials commute, so they
+    are collected in the small square, and the wide matrix is multiplied once: a third of the work of
+    iterating it, which pays for float32 where others round to bfloat16. float64 input stays float64.
     """
-    named = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
-    edges = ("encoder.conv_in.", "encoder.conv_out.", "decoder.conv_in.", "decoder.conv_out.", "quant_conv.")
-    hidden = [p for name, p in named if p.ndim == 4 and not any(edge in name for edge in edges)]
-    taken = {id(p) for p in hidden}
-    kernels = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
-    vectors = [p for _, p in named if p.ndim < 2]
-    # the order is that of the slots in checkpoints
-    groups = [
-        {"params": hidden, "weight_decay": config.weight_decay, "muon": config.name == "muon"},
-        {"params": kernels, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return MuonAdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
-
-
-def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
-    """Share of `lr` at an optimizer step: linear warm-up, constant, cosine decay to `final_lr`."""
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.schedule == "constant":
-        return warmup
-    start = config.warmup_steps if config.decay_steps is None else max_steps - config.decay_steps
-    progress = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
-    return warmup * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def set_learning_rate(optimizer: Optimizer, config: OptimConfig, step: int, max_steps: int) -> None:
-    """Give every group the rate of an optimizer step. It follows from the step, so it is not saved."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * learning_rate(config, step, max_steps)
+    a, b, c = NEWTON_SCHULZ
+    # (n, rows, columns), turned so that the Gram matrix is the smaller of the two
+    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    # the iteration converges for singular values up to 1, and the norm is at least the largest
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    product = identity
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        polynomial = a * identity + b * gram + c * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class EMA:

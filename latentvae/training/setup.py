@@ -11,13 +11,13 @@ from accelerate.logging import get_logger
 from torch import nn
 
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.training.checkpoint import TrainingState, restored_state
+from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
 from latentvae.training.config import Config
 from latentvae.training.data.crops import BatchLoader, CropSequence, split_sources, training_batches
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
-from latentvae.training.module import TrainableVAE, models
+from latentvae.training.module import TrainableVAE
 from latentvae.training.record import Record
 from latentvae.training.validation import Validation
 
@@ -81,10 +81,10 @@ def set_up(config: Config, resume: str | None) -> Run:
     # 4. The networks: LPIPS, then the VAE and its teacher.
     loss = VAELoss.build(config.loss).to(device, config.train.dtype)
     loss.to(memory_format=config.train.memory_format)
-    module = TrainableVAE(*models(config, device))
+    module = TrainableVAE.build(config, device)
 
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
-    state = restored_state(config, module.vae, start, accelerator)
+    state = TrainingState.build(config, module.vae, start, accelerator)
 
     # 6. Batches, validation and records.
     channels = module.vae.config["in_channels"]

@@ -11,12 +11,12 @@ from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.drawing import grid
-from latentvae.measure.evaluate import evaluate
+from latentvae.measure.evaluate import Evaluator, evaluate
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.measure.metrics import MetricsSummary
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import export
-from latentvae.models.latents import LatentStatistics, compute_latent_statistics, reconstruct
+from latentvae.models.latents import LatentStatistics, compute_latent_statistics
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data.crops import validation_images
@@ -47,16 +47,18 @@ class Validation:
     def __call__(self, vae: AutoencoderKL, step: int, folder: Path) -> tuple[MetricsSummary, Image.Image]:
         """Figures over all validation images, and a grid of some, saved as samples/step-00000500.png."""
         lpips = self.lpips.to(vae.device) if self.lpips is not None else None
-        summary = evaluate(vae, self.images, lpips, self.reason)
-        images = [image for _, image in self.images[:GRID_IMAGES]]
-        # one by one: smaller images come whole, so they do not batch
-        pairs = [[image, reconstruct(vae, image[None]).reconstructions[0].float().cpu()] for image in images]
+        evaluator = Evaluator(vae, lpips, self.reason)
+        pairs = []  # of (C, H, W) each: an image and what becomes of it
+        for name, image in self.images:
+            rebuilt, _ = evaluator.add(name, image)
+            if len(pairs) < GRID_IMAGES:
+                pairs.append([image, rebuilt[0].cpu()])
         columns = 2 if len(pairs) > 1 else 1
         rows = [[*chain(*pairs[i : i + columns])] for i in range(0, len(pairs) - columns + 1, columns)]
         picture = grid(rows, ["original", f"step {step}"] * columns)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "samples" / f"step-{step:08d}.png")
-        return summary, picture
+        return evaluator.metrics.summary(), picture
 
     def export(self, state: TrainingState, folder: Path, seconds: float) -> Path:
         """Export the averaged weights to `folder`/vae, with latent statistics unless they are a parent's."""
