@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.measure.lpips import LPIPS
-from latentvae.measure.metrics import Metrics, MetricsSummary
+from latentvae.measure.metrics import ImageMetrics, LatentsMode, Metrics, MetricsSummary
 from latentvae.measure.rfid import RFID, Inception, RFIDProtocol
 from latentvae.models.latents import reconstruct
 
@@ -46,13 +46,49 @@ class Evaluation(MetricsSummary):
         return f"{figures}\n\nrFID {self.rfid:.3f} ({count})\n{how}\n{foot}"
 
 
+class Evaluator:
+    """Reconstruct images one by one and compare them with the originals; `metrics` gathers the figures.
+
+    Args:
+        vae: any AutoencoderKL.
+        lpips: network from `load_lpips`, or None to leave LPIPS out.
+        lpips_missing_reason: why it is left out, for the report.
+        latents: decode the posterior's mode or a sample of it.
+        seed: of the samples.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        lpips: LPIPS | None = None,
+        lpips_missing_reason: str | None = None,
+        latents: LatentsMode = "mode",
+        seed: int = 0,
+    ) -> None:
+        self.vae, self.sample = vae, latents == "sample"
+        self.metrics = Metrics(lpips, lpips_missing_reason, latents)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, name: str, image: torch.Tensor) -> tuple[torch.Tensor, ImageMetrics]:
+        """The reconstruction (1, C, H, W), float32, of an image (C, H, W) in [-1, 1], and its figures.
+
+        Raises:
+            LatentVAEError: another number of channels, or values that are not finite.
+        """
+        original = image[None]  # one by one: at their own sizes images do not batch
+        result = reconstruct(self.vae, original, sample=self.sample, generator=self.generator)
+        rebuilt = result.reconstructions.float()
+        (figures,) = self.metrics.add(name, original.to(rebuilt.device), rebuilt, result.posterior.kl())
+        return rebuilt, figures
+
+
 @torch.no_grad()
 def evaluate(
     vae: AutoencoderKL,
     images: Iterable[tuple[str, torch.Tensor]],
     lpips: LPIPS | None = None,
     lpips_missing_reason: str | None = None,
-    latents: Literal["mode", "sample"] = "mode",
+    latents: LatentsMode = "mode",
     seed: int = 0,
     inception: Inception | None = None,
     rfid_missing_reason: str | None = None,
@@ -62,26 +98,20 @@ def evaluate(
     Args:
         vae: any AutoencoderKL.
         images: (name, (C, H, W) in [-1, 1]) pairs.
-        lpips: network from `load_lpips`, or None to leave LPIPS out.
-        lpips_missing_reason: why it is left out, for the report.
-        latents: decode the posterior's mode or a sample of it.
-        seed: of the samples.
+        lpips, lpips_missing_reason, latents, seed: as of `Evaluator`.
         inception: network from `load_inception`, or None to leave rFID out.
         rfid_missing_reason: why it is left out although asked for, for the report.
     """
-    metrics = Metrics(lpips=lpips, lpips_missing_reason=lpips_missing_reason, latents=latents)
+    evaluator = Evaluator(vae, lpips, lpips_missing_reason, latents, seed)
     rfid = RFID(inception) if inception else None
-    generator = torch.Generator().manual_seed(seed)
     for name, image in images:
-        result = reconstruct(vae, image[None], sample=latents == "sample", generator=generator)
-        reconstructions = result.reconstructions.float()
         try:
-            metrics.add(name, image[None].to(reconstructions.device), reconstructions, result.posterior.kl())
+            reconstructions, _ = evaluator.add(name, image)
         except LatentVAEError as error:
             raise LatentVAEError(f"{name}: {error}") from error
         if rfid is not None:
             rfid.add(image[None], reconstructions)
-    figures = vars(metrics.summary())
+    figures = vars(evaluator.metrics.summary())
     if rfid is None:
         return Evaluation(**figures, rfid_missing_reason=rfid_missing_reason)
     if rfid.count < 2:
