@@ -48,7 +48,7 @@ class Validation:
         """Figures over all validation images, and a grid of some, saved as samples/step-00000500.png."""
         lpips = self.lpips.to(vae.device) if self.lpips is not None else None
         evaluator = Evaluator(vae, lpips, self.reason)
-        pairs = []  # of (C, H, W) each: an image and what becomes of it
+        pairs: list[list[torch.Tensor]] = []  # of (C, H, W) each: an image and what becomes of it
         for name, image in self.images:
             rebuilt, _ = evaluator.add(name, image)
             if len(pairs) < GRID_IMAGES:
