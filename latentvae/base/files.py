@@ -23,7 +23,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from latentvae.base.errors import LatentVAEError, StoreError
+from latentvae.base.errors import LatentVAEError
 
 # safetensors reports a full disk as an error of its own, which is no OSError
 REFUSALS = (OSError, SafetensorError)
@@ -94,7 +94,7 @@ def partial_folder(final: Path) -> Iterator[Path]:
 def put_in_place(partial: Path, final: Path, *, durable: bool = False) -> None:
     """Rename a folder to `final`; what was there is deleted only after that, or comes back."""
     let_others_read(partial)
-    if durable:
+    if durable:  # content first, then names: a rename must never be on the disk before what it names
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
     old = final.parent / f".{final.name}.old"
@@ -196,9 +196,8 @@ def make_folder(folder: Path, error: Kind = LatentVAEError, message: str = CANNO
     """
     with explained(folder, error, message):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = (
-            folder / ".latentvae-write-test"
-        )  # permissions do not tell: disks mounted read-only, ACLs, root
+        # tried, because permission bits tell nothing of read-only disks, or of root
+        probe = folder / ".latentvae-write-test"
         probe.touch()
         probe.unlink()
     return folder
@@ -211,7 +210,7 @@ def partial_path(path: Path) -> Path:
 
 def let_others_read(folder: Path) -> None:
     """Give a folder's tensors the permissions of any new file: safetensors 0.8 lets only the owner read."""
-    probe = folder / ".permissions"
+    probe = folder / ".permissions"  # asking for the umask would set it, for all threads
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()
@@ -223,6 +222,7 @@ def fsync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows has no handle to a folder
         return
+    # Windows flushes only what is open for writing
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -254,31 +254,3 @@ def _filled(partial: Path, final: Path | None, durable: bool) -> Iterator[None]:
         with suppress(OSError):
             partial.unlink()
         raise
-
-
-# the names before, until their users have changed to those above
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """As `whole_file`."""
-    with whole_file(path, durable=True) as partial:
-        write(partial)
-    return path
-
-
-STORE = (
-    "{path} cannot be written ({reason}). Finished shards are intact: make room, or check the folder's "
-    "permissions, and run the same command again."
-)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """As `whole_file`, durable."""
-    with whole_file(path, StoreError, STORE, durable=True) as partial:
-        write(partial)
-
-
-def stage(path: Path, write: Callable[[Path], object]) -> None:
-    """As `staged_file`."""
-    with staged_file(path, StoreError, STORE) as partial:
-        write(partial)

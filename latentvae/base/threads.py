@@ -8,6 +8,7 @@ import torch
 
 def pool(count: int, name: str) -> ThreadPoolExecutor:
     """Threads in which torch uses no others."""
+    # all have begun before any work comes: a thread that started later would reset what is set at the end
     ready, before = threading.Barrier(count + 1), torch.get_num_threads()
 
     def start() -> None:
@@ -17,7 +18,7 @@ def pool(count: int, name: str) -> ThreadPoolExecutor:
 
     threads = ThreadPoolExecutor(count, name, initializer=start)
     for _ in range(count):
-        threads.submit(int)
+        threads.submit(int)  # an executor starts a thread only when work comes and none is idle
     ready.wait()
     torch.set_num_threads(before)  # what threads set is also the default of those to come
     return threads
