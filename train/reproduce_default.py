@@ -40,6 +40,7 @@ def call(*line: str | Path, printed: bool = True) -> subprocess.CompletedProcess
     """Run a verb of `latentvae`, its messages shown, its output too unless it is read here."""
     words = [str(word) for word in line]
     print(f"$ latentvae {shlex.join(words)}", file=sys.stderr, flush=True)
+    # a process of its own for each verb: what it held of memory and GPU is gone before the next one
     out = None if printed else subprocess.PIPE
     return subprocess.run([sys.executable, "-m", "latentvae.cli", *words], stdout=out, text=True, check=False)
 
@@ -65,7 +66,7 @@ def beginning(model: str, photos: Path) -> list[str]:
         return ["--config", model]
     recipe = f"{model}-gpu"
     train = load_config(recipe).train
-    images = train.batch_size * train.accumulation
+    images = train.batch_size * train.accumulation  # of a step, which stays: only its passes are chosen
     fit = read_json("train", "--config", recipe, "--set", f"data.train={photos}", "--find-batch-size")[
         "batch_size"
     ]
@@ -83,8 +84,10 @@ def train(arguments: argparse.Namespace, run: Path) -> int:
     if newest(run / "checkpoints") is None:
         start = beginning(arguments.model, arguments.photos)
     else:
+        # what the run began with, not the recipe of today
         start = ["--config", str(run / "config.yaml"), "--resume", "latest"]
     settings = {"data.train": arguments.photos, "output": run, "train.max_minutes": arguments.minutes}
+    # the caller's own settings last, as the last of a key counts
     chosen = [f"{key}={value}" for key, value in settings.items()] + arguments.set
     return call("train", *start, *(word for setting in chosen for word in ("--set", setting))).returncode
 
@@ -101,6 +104,7 @@ def finished(run: Path, settings: list[str]) -> bool:
 
 def history(run: Path, config: Config, step: int) -> str:
     """What was done up to a step, for the card."""
+    # counted over all pieces; lines of validations have none
     seconds = max((r.get("seconds", 0.0) for r in read_records(run / "metrics.jsonl")), default=0.0)
     device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else device
@@ -127,10 +131,12 @@ def finish(arguments: argparse.Namespace, run: Path) -> None:
     step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
     done = history(run, config, step)
     name = f"latentvae {arguments.model}"
+    # --overwrite: an earlier piece's export is there
     line = ["export", run, "-o", run / "fp16", "--half", "--overwrite", "--name", name]
     line += ["--licence", arguments.licence, "--trained-on", arguments.trained_on, "--training", done]
     print(f"{done}; of {config.train.max_steps:,} steps", flush=True)
     if arguments.test:
+        # the checkpoint's weights, as they are averaged: fp32, before they are halved
         figures = read_json("evaluate", arguments.test, "--model", checkpoint / "ema.safetensors")
         (run / "test.json").write_text(json.dumps(figures), encoding="utf-8")
         line += ["--metrics", run / "test.json"]
@@ -163,7 +169,7 @@ def main() -> None:
     code = 0 if finished(run, arguments.set) else train(arguments, run)
     if code not in (0, STOPPED):
         raise SystemExit(code)
-    finish(arguments, run)
+    finish(arguments, run)  # after every piece: whoever stops here has a model and its figures
     raise SystemExit(code)
 
 

@@ -22,18 +22,10 @@ from latentvae.base.errors import ConfigError, ImageError, LatentVAEError
 from latentvae.images.resizing import resize_short_side
 from latentvae.images.tensors import from_uint8, to_uint8
 from latentvae.training.config import Config, DataConfig
-from latentvae.training.data.sources import (
-    ImageSource,
-    Selection,
-    evenly,
-    hold_out,
-    open_source,
-    root,
-    without,
-)
+from latentvae.training.data import sources
+from latentvae.training.data.sources import ImageSource
 
 logger = logging.getLogger(__name__)
-
 
 Item = tuple[torch.Tensor, int, list[str]]  # (C, H, W), position, skipped
 
@@ -235,20 +227,20 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
         raise ConfigError(
             "data.train is not set: which images? Add `--set data.train=FOLDER`, or set it in the config."
         )
-    train = open_source(config.train, config.column)
+    train = sources.open_source(config.train, config.column)
     if config.val is None:
         if len(train) < 2:
             raise ConfigError(
                 f"{config.train} holds one image, none is left for validation. Add images, or set data.val."
             )
-        return hold_out(train, config.val_images)
-    val = open_source(config.val, config.column)
-    held_out = Selection(val, evenly(len(val), config.val_images))
-    one, other = root(config.train), root(config.val)
+        return sources.hold_out(train, config.val_images)
+    val = sources.open_source(config.val, config.column)
+    held_out = sources.Selection(val, sources.evenly(len(val), config.val_images))
+    one, other = sources.root(config.train), sources.root(config.val)
     # one within the other may hold the same files; elsewhere nothing needs to be compared
     if not (one.is_relative_to(other) or other.is_relative_to(one)):
         return train, held_out
-    rest = without(train, held_out)
+    rest = sources.without(train, held_out)
     if not len(rest):
         raise ConfigError(
             f"all {len(train)} images of data.train are also in data.val. Use other folders, or lower "
