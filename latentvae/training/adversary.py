@@ -27,6 +27,7 @@ class PatchGAN(nn.Module):
 
     def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
         super().__init__()
+        self.layers = layers
         widths = [width * min(2**level, 8) for level in range(layers + 1)]
         # (B, C, H, W) -> (B, width, H/2, W/2) -> ... -> (B, 1, h, w); kernels of 4, as LDM's
         stages: list[nn.Module] = [
@@ -53,9 +54,13 @@ class PatchGAN(nn.Module):
     @property
     def min_size(self) -> int:
         """The smallest side that leaves one patch."""
-        # every strided layer halves; the last two, of kernel 4 and padding 1, take one pixel each
-        layers = sum(isinstance(stage, nn.GroupNorm) for stage in self.stages)
-        return 2**layers * 3
+        return smallest_input(self.layers)
+
+
+def smallest_input(layers: int) -> int:
+    """The side of images, in pixels, of which a discriminator of so many layers makes one patch."""
+    # every strided layer halves; the last two, of kernel 4 and padding 1, take one pixel each
+    return 3 * 2**layers
 
 
 def _initialise(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from latentvae.measure.lpips import smallest_side
 from latentvae.models.exporting import SIDECAR
 from latentvae.models.presets import nearest, preset_config
 from latentvae.training import checkpoint
-from latentvae.training.adversary import GROUPS
+from latentvae.training.adversary import GROUPS, smallest_input
 from latentvae.training.config import Config, DataConfig, ModelConfig, OptimConfig
 from latentvae.training.data.sources import parts
 
@@ -119,7 +119,7 @@ def _check_adversary(config: Config) -> None:
     adversarial, last = config.adversarial, config.train.max_steps
     if not adversarial.disc_weight:
         return
-    if config.data.crop < (least := 3 * 2**adversarial.layers):  # PatchGAN.min_size
+    if config.data.crop < (least := smallest_input(adversarial.layers)):
         raise ConfigError(
             f"data.crop={config.data.crop} leaves a discriminator of {adversarial.layers} layers no "
             f"patch; use {least} or more, or fewer adversarial.layers"
