@@ -7,8 +7,7 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import ImageError
 from latentvae.runtime import memory
 from latentvae.runtime.patches import restore
-from latentvae.runtime.tiling import switch
-from latentvae.runtime.tiling.planning import plan
+from latentvae.runtime.tiling import planning, switch
 
 TILE_SIZES = (512, 256, 128, 64)  # the largest that fits is the fastest
 
@@ -48,5 +47,5 @@ def _tiled_peak(
     vae: AutoencoderKL, height: int, width: int, tile_size: int, allowed: float, on_disk: bool
 ) -> int:
     """Bytes above the weights that an image takes in tiles; maps in a scratch folder do not count."""
-    steps = plan(vae, height, width, tile_size=tile_size, memory=allowed)
+    steps = planning.plan(vae, height, width, tile_size=tile_size, memory=allowed)
     return max(each.peak_bytes - on_disk * each.store_bytes for each in (steps.encode, steps.decode))

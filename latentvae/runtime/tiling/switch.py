@@ -12,11 +12,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.runtime.patches import check_autoencoder, on_restore, patch, underlying
-from latentvae.runtime.tiling import planning
-from latentvae.runtime.tiling.layers import Stored
-from latentvae.runtime.tiling.maps import Scratch, check_scratch_folder
-from latentvae.runtime.tiling.stages import TiledRun, decoder_stages, encoder_stages
-from latentvae.runtime.tiling.structure import check_structure
+from latentvae.runtime.tiling import layers, maps, planning, stages, structure
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +48,7 @@ def enable_exact_tiling(
         LatentVAEError: a tile that is too small, or a scratch folder that cannot be used.
     """
     check_autoencoder(vae)
-    check_structure(vae)
+    structure.check_structure(vae)
     settings = planning.Settings(_checked(tile_size), _scratch_place(store), progress, memory)
     for model, forward in ((vae.encoder, _encoder_forward), (vae.decoder, _decoder_forward)):
         setattr(model, planning.SETTINGS, settings)
@@ -79,7 +75,7 @@ def _scratch_place(store: str | Path | torch.device | None) -> Path | torch.devi
         return store
     if store == "cpu":
         return torch.device("cpu")
-    check_scratch_folder(Path(store))
+    maps.check_scratch_folder(Path(store))
     return Path(store)
 
 
@@ -145,18 +141,18 @@ def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torc
     """Encode or decode a batch, one sample after the other: the statistics are each sample's own."""
     settings: planning.Settings = getattr(model, planning.SETTINGS)
     decodes, kind = hasattr(model, "up_blocks"), batch.device.type
-    run_stages = decoder_stages if decodes else encoder_stages
+    run_stages = stages.decoder_stages if decodes else stages.encoder_stages
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.dtype
-    scratch = Scratch(settings.scratch or batch.device, dtype, _layout(model, batch))
+    scratch = maps.Scratch(settings.scratch or batch.device, dtype, _layout(model, batch))
     steps = planning.plan_walk(model, batch.shape[1:], dtype.itemsize, settings)
     scratch.check_room(steps.store_bytes)
     result = torch.empty(len(batch), *shape, dtype=dtype, device=batch.device)
     tflop = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
     with _progress_bar("decode" if decodes else "encode", tflop, settings.progress) as bar:
         for sample, target in zip(batch.split(1), result.split(1), strict=True):
-            run = TiledRun(steps, scratch, batch.device, bar)
+            run = stages.TiledRun(steps, scratch, batch.device, bar)
             source = planning.input_map(sample.shape[1:], sample.contiguous(memory_format=scratch.layout))
-            run_stages(run, model, source, Stored("result", shape, target))
+            run_stages(run, model, source, layers.Stored("result", shape, target))
     return result
 
 
