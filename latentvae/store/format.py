@@ -140,6 +140,9 @@ def model_config(vae: AutoencoderKL) -> dict[str, Any]:
 class _Line:
     """One image in a shard's lists."""
 
+    key: str  # POSIX path below the source folder, with its suffix
+    source: str  # path of the file, as it was named
+
     def line(self) -> bytes:
         """It as JSON, ASCII, with its end: file names need not be valid Unicode."""
         return json.dumps(asdict(self), separators=(",", ":")).encode("ascii") + b"\n"
@@ -153,8 +156,6 @@ class Entry(_Line):
     `flipped_name(tensor)` where mirror images are stored).
     """
 
-    key: str  # POSIX path below the source folder, with its suffix
-    source: str  # path of the file, as it was named
     sha256: str  # of the image file
     size_bytes: int
     mtime_ns: int
@@ -212,8 +213,6 @@ def parse_entry(line: bytes) -> Entry:
 class Failure(_Line):
     """An image that belongs to a shard and could not be encoded."""
 
-    key: str
-    source: str
     sha256: str | None  # None: its bytes could not even be read, so that the next run tries again
     size_bytes: int
     mtime_ns: int
@@ -310,9 +309,9 @@ def read_rows(store: Path, name: str, keys: Collection[str]) -> list[Row]:
         stored = tensors.keys()
         for entry in read_entries(store, name):
             if entry.key in keys:
-                both = (entry.tensor, flipped_name(entry.tensor))
-                found = [tensors.get_slice(one)[entry.offset] if one in stored else None for one in both]
-                rows.append(Row(entry, *found))
+                moments, name = tensors.get_slice(entry.tensor)[entry.offset], flipped_name(entry.tensor)
+                mirrored = tensors.get_slice(name)[entry.offset] if name in stored else None
+                rows.append(Row(entry, moments, mirrored))
     return rows
 
 
