@@ -1,4 +1,4 @@
-"""How much memory an image takes, and how much there is: one formula for the plan, the verbs and the demo."""
+"""How much memory an image takes, and how much there is: one formula, for tiling and for the verbs."""
 
 import psutil
 import torch
