@@ -14,10 +14,9 @@ from latentvae.base.optional import need
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, short_names, with_ending, write_json
 from latentvae.cli.session import Session, takes
-from latentvae.images.drawing import HEAT_WHITE, colour_heat, grid
-from latentvae.images.reading import find_images
-from latentvae.images.tensors import from_uint8
+from latentvae.images import drawing, reading, tensors
 from latentvae.measure.lpips import LPIPS, load_lpips
+from latentvae.toolbox.anomaly import roc
 from latentvae.toolbox.anomaly.calibration import (
     Calibration,
     Verdict,
@@ -25,7 +24,6 @@ from latentvae.toolbox.anomaly.calibration import (
     check_place,
     load_calibration,
 )
-from latentvae.toolbox.anomaly.roc import auroc, draw_roc, roc_curve
 from latentvae.toolbox.anomaly.terms import TERMS, look
 from latentvae.toolbox.atlas.labels import match_labels, read_table
 
@@ -51,7 +49,7 @@ def fit(
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
     check_place(calibration)
-    files = find_images(normal)
+    files = reading.find_images(normal)
     make_folder(calibration.parent)  # before minutes of looking
     vae = session.load()
     network, reason = session.find_lpips() if lpips else (None, "--no-lpips")
@@ -114,7 +112,7 @@ def score(
     check_output(output, photos)
     usual = load_calibration(calibration)
     _check_term(by, list(usual.quantiles))
-    files = find_images(photos)
+    files = reading.find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
     if labels is not None:
         need("sklearn")  # for the ROC: said before minutes of looking
@@ -181,10 +179,10 @@ def _judge_all(session: Session, judge: _Judge, names: dict[Path, str]) -> list[
 
 def _write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
     """Draw an image beside its heat map."""
-    heat = from_uint8(colour_heat(verdict.heat.numpy()))
+    heat = tensors.from_uint8(drawing.colour_heat(verdict.heat.numpy()))
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
-    title = f"score {verdict.score:.2f} (white: {HEAT_WHITE} x usual worst)"
-    grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
+    title = f"score {verdict.score:.2f} (white: {drawing.HEAT_WHITE} x usual worst)"
+    drawing.grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
 
 
 def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
@@ -210,10 +208,10 @@ def _write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -
     """The area under the ROC of the score and of every term alone; draws the score's."""
     labels = [odd[row["name"]] for row in rows]
     scores = [row["score"] for row in rows]
-    areas = {"score": auroc(scores, labels)}
-    areas |= {name: auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
+    areas = {"score": roc.auroc(scores, labels)}
+    areas |= {name: roc.auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
     title = f"AUROC {areas['score']:.3f}, {sum(labels)} odd of {len(labels)}"
-    draw_roc(roc_curve(scores, labels), title).save(output / "roc.png")
+    roc.draw_roc(roc.roc_curve(scores, labels), title).save(output / "roc.png")
     return areas
 
 

@@ -10,8 +10,7 @@ from latentvae.base.files import whole_file
 from latentvae.cli.options import tell
 from latentvae.cli.session import Session, image_channels, takes
 from latentvae.codec import compression
-from latentvae.images.reading import ImageInfo, find_images
-from latentvae.images.saving import SAVE_OPTIONS, save_image
+from latentvae.images import reading, saving
 from latentvae.measure.metrics import Metrics
 
 SUFFIX = ".lvae"
@@ -30,7 +29,7 @@ def compress(
     """Compress an image; prints the bits per pixel of the whole file, and what decoding it gives."""
     if _kind_of(photo) == "folder":
         raise CodecError(f"{photo} is a folder; wanted one image: call `latentvae compress` once for each.")
-    files = find_images([photo])
+    files = reading.find_images([photo])
     _check_file(output)
     vae = session.load()  # in fp32: the hash in the file is that of the exact weights
     lpips, reason = session.find_lpips()
@@ -64,7 +63,7 @@ def decompress(
     compression.check_model(vae, header)
     image_channels(vae)
     session.fit(source, *header.padded)
-    save_image(compression.decode_payload(vae, header, payload), output)
+    saving.save_image(compression.decode_payload(vae, header, payload), output)
     result = {"file": str(output), "width": header.width, "height": header.height}
     tell(result, [f"{output}: {header.width}x{header.height} px"], session.json)
 
@@ -97,10 +96,9 @@ def _check_picture(path: Path, overwrite: bool) -> None:
     Raises:
         CodecError: a name that ends in no format there is, a folder that is not there, or a file that is.
     """
-    if path.suffix.lower() not in SAVE_OPTIONS:
-        raise CodecError(
-            f"{path} came as the picture to write; wanted a name that ends in {', '.join(SAVE_OPTIONS)}."
-        )
+    if path.suffix.lower() not in saving.SAVE_OPTIONS:
+        known = ", ".join(saving.SAVE_OPTIONS)
+        raise CodecError(f"{path} came as the picture to write; wanted a name that ends in {known}.")
     there = _kind_of(path)
     if _kind_of(path.parent) != "folder" or there == "folder":
         raise CodecError(f"{path} cannot be written: use a folder that exists, and a new name in it.")
@@ -108,7 +106,9 @@ def _check_picture(path: Path, overwrite: bool) -> None:
         raise CodecError(f"{path} is already there: name another file, or pass --overwrite.")
 
 
-def _report(summary: Any, output: Path, size: int, quality: int, info: ImageInfo, as_json: bool) -> None:
+def _report(
+    summary: Any, output: Path, size: int, quality: int, info: reading.ImageInfo, as_json: bool
+) -> None:
     """Print the figures of one compressed image of `size` bytes."""
     bpp = 8 * size / (info.width * info.height)  # of the whole file: header and padding count
     (row,) = summary.as_dict()["images"]

@@ -7,8 +7,7 @@ import typer
 
 from latentvae.cli.options import Json, tell
 from latentvae.cli.session import DTYPES
-from latentvae.models.formats.programs import program_notes
-from latentvae.models.formats.writing import check_targets, save
+from latentvae.models.formats import programs, writing
 from latentvae.models.loading import load
 
 
@@ -33,11 +32,11 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by --dtype."""
-    check_targets(output, to, overwrite)  # before a large file is read
+    writing.check_targets(output, to, overwrite)  # before a large file is read
     vae = load(source, dtype=None)
     wanted = DTYPES[dtype] if dtype else vae.dtype
-    save(vae, output, to, dtype=wanted, prefix=prefix, overwrite=overwrite)
-    notes = program_notes(vae.config) if to != "diffusers" else []
+    writing.save(vae, output, to, dtype=wanted, prefix=prefix, overwrite=overwrite)
+    notes = programs.program_notes(vae.config) if to != "diffusers" else []
     name = str(wanted).removeprefix("torch.")
     result = {"output": str(output), "format": to, "dtype": name, "notes": notes}
     tell(result, [f"Wrote {output}, read back in stock diffusers without a difference.", *notes], json)

@@ -15,11 +15,11 @@ from latentvae.cli.places import with_ending
 from latentvae.cli.session import IMAGE_OPTIONS, Session, takes
 from latentvae.cli.stores import load_same_model, skip_shard, whole_shards
 from latentvae.images.saving import save_image
+from latentvae.models import loading
 from latentvae.models.latents import decode as decode_latents
-from latentvae.models.loading import spatial_compression_ratio
 from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
+from latentvae.store import format
 from latentvae.store.dataset import LatentDataset
-from latentvae.store.format import latent_size
 
 BATCH_PIXELS = 1 << 20  # more in one batch is no faster
 
@@ -64,7 +64,9 @@ def _batches(dataset: LatentDataset, session: Session) -> Iterator[list[int]]:
             skip_shard(shard, error, session)
             continue
         for tensor, numbers in of_size.items():
-            height, width = (spatial_compression_ratio(vae) * side for side in latent_size(tensor))
+            height, width = (
+                loading.spatial_compression_ratio(vae) * side for side in format.latent_size(tensor)
+            )
             fitting = SHARE * free_memory(vae.device) // ordinary_peak(vae, height, width)
             size = int(max(1, min(BATCH_PIXELS // (height * width), fitting)))
             if session.tile_size:
@@ -79,7 +81,7 @@ def _decode_batch(
     try:
         entries = [dataset.entry(number) for number in numbers]
         latents = torch.stack([dataset[number]["latents"] for number in numbers])  # (B, C, h, w)
-        height, width = (spatial_compression_ratio(session.vae) * side for side in latents.shape[-2:])
+        height, width = (loading.spatial_compression_ratio(session.vae) * side for side in latents.shape[-2:])
         session.fit(Path(entries[0].key), height, width)
     except LatentVAEError as error:
         session.skip_all([str(number) for number in numbers], error)

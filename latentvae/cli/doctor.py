@@ -14,9 +14,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import ModelArgument, SameModel, tell
 from latentvae.cli.session import Session, read_sidecar, takes
 from latentvae.images.reading import find_images
-from latentvae.models.card import Provenance
-from latentvae.models.exporting import SIDECAR, export
-from latentvae.models.loading import DEFAULT_MODEL, SAMPLE_PICTURE
+from latentvae.models import card, exporting, loading
 from latentvae.pipelines.doctor.diagnosis import MIN_PSNR, Diagnosis, DtypeReport, diagnose, synthetic_probes
 from latentvae.pipelines.doctor.rescaling import Rescaling, UnfixableError, rescale
 
@@ -52,7 +50,7 @@ def doctor(
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
-    session.model = name = model or same or DEFAULT_MODEL
+    session.model = name = model or same or loading.DEFAULT_MODEL
     _check_fix(fix, overwrite)
     vae = session.load()
     probes, count = _read_probes(session, images, size)
@@ -106,7 +104,7 @@ def _read_probes(
     channels = session.vae.config["in_channels"]
     if channels not in (1, 3) and images:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
-    paths = find_images(images or [SAMPLE_PICTURE]) if channels in (1, 3) else []
+    paths = find_images(images or [loading.SAMPLE_PICTURE]) if channels in (1, 3) else []
     centres = session.read_centres(paths, channels, size)
     probes = {str(path) if images else path.name: image for path, image in centres}
     return {**probes, **synthetic_probes(channels, size)}, len(probes)
@@ -115,18 +113,20 @@ def _read_probes(
 def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
     """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
     sidecar = read_sidecar(source)
-    export(rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite)
+    exporting.export(
+        rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite
+    )
     if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
-        path = folder / SIDECAR
+        path = folder / exporting.SIDECAR
         written = json.loads(path.read_text(encoding="utf-8"))
         written["latent_statistics"] = sidecar["latent_statistics"]
         path.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> Provenance:
+def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> card.Provenance:
     """The source's, and what was done to it."""
-    known = {field.name: sidecar[field.name] for field in fields(Provenance) if field.name in sidecar}
-    origin = Provenance(**known)
+    known = {field.name: sidecar[field.name] for field in fields(card.Provenance) if field.name in sidecar}
+    origin = card.Provenance(**known)
     if source.count("/") == 1 and not Path(source).exists():
         origin.base_model = source  # a hub id
     done = "nothing had to be rescaled"

@@ -14,13 +14,10 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, tell
 from latentvae.cli.session import DTYPES, Session, best_device, load_model, takes
-from latentvae.models.fingerprint import weight_hash
-from latentvae.models.loading import cast
+from latentvae.models import fingerprint, loading
 from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
-from latentvae.runtime.tiling.planning import plan
-from latentvae.runtime.tiling.switch import enable_exact_tiling
-from latentvae.store.encoding import EncodeReport, Room, Workload, encode_folder
-from latentvae.store.verification import PREVIEW, contact_sheet
+from latentvae.runtime.tiling import planning, switch
+from latentvae.store import encoding, verification
 
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
@@ -71,7 +68,7 @@ def encode(
     vae, weights = _prepare(session)
     threads = threads or _cores(vae, batch_size or 8)
     try:
-        report = encode_folder(
+        report = encoding.encode_folder(
             vae,
             photos,
             store,
@@ -84,7 +81,7 @@ def encode(
             prune=prune,
             retry_failed=retry_failed,
             weights_sha256=weights,
-            workload=Workload(threads, workers, _room_for(vae, threads), progress=True),
+            workload=encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
         )
     except KeyboardInterrupt:
         typer.echo("stopped: finished shards are kept, and the same command goes on after them.", err=True)
@@ -92,16 +89,18 @@ def encode(
     if os.environ.get("RANK", "0") != "0":
         return  # the first process speaks for all
     if preview and report.images:
-        contact_sheet(store, vae).save(store / PREVIEW)
+        verification.contact_sheet(store, vae).save(store / verification.PREVIEW)
     _tell(report, store, session.json)
 
 
 def _prepare(session: Session) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
     vae = load_model(session.model, _own_device(session.device), "fp32")
-    weights = weight_hash(vae)  # rounded weights have another hash, and `decode` loads those that are not
+    weights = fingerprint.weight_hash(
+        vae
+    )  # rounded weights have another hash, and `decode` loads those that are not
     if vae.dtype != DTYPES[session.precision]:
-        cast(vae, DTYPES[session.precision])
+        loading.cast(vae, DTYPES[session.precision])
     tile_large(vae)
     return vae, weights
 
@@ -121,10 +120,10 @@ def _cores(vae: AutoencoderKL, batch_size: int) -> int:
 
 def tile_large(vae: AutoencoderKL) -> None:
     """Have images with a side above `TILE` tiled exactly, however much memory there is."""
-    enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
+    switch.enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
 
 
-def _room_for(vae: AutoencoderKL, threads: int) -> Room:
+def _room_for(vae: AutoencoderKL, threads: int) -> encoding.Room:
     """Have large images encoded alone, where several at once would not fit into memory."""
 
     def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
@@ -142,10 +141,10 @@ def _room_for(vae: AutoencoderKL, threads: int) -> Room:
 
 def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     """Bytes above the weights that encoding an image takes, tiled as the VAE is set to."""
-    return plan(vae, height, width).encode.peak_bytes
+    return planning.plan(vae, height, width).encode.peak_bytes
 
 
-def _tell(report: EncodeReport, store: Path, as_json: bool) -> None:
+def _tell(report: encoding.EncodeReport, store: Path, as_json: bool) -> None:
     """Print what was done, and end with exit code 3 where images failed.
 
     Raises:
@@ -168,7 +167,7 @@ def _tell(report: EncodeReport, store: Path, as_json: bool) -> None:
         raise typer.Exit(EXIT_SKIPPED)
 
 
-def _changes(report: EncodeReport) -> Iterator[str]:
+def _changes(report: encoding.EncodeReport) -> Iterator[str]:
     """What became of images that were in the store; many are counted."""
     for what, names in (
         ("gone, still in the store (--prune takes them out)", report.vanished),

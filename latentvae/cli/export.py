@@ -11,17 +11,12 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import output_folder, tell
 from latentvae.cli.session import Session, takes
 from latentvae.images.reading import find_images
-from latentvae.models import exporting
-from latentvae.models.card import Provenance
+from latentvae.models import card, exporting, latents, loading, publishing
 from latentvae.models.formats.programs import program_notes
-from latentvae.models.latents import LatentStatistics, compute_latent_statistics
-from latentvae.models.loading import load
-from latentvae.models.publishing import check_publishable, publish
+from latentvae.training import validation
 from latentvae.training.checkpoint import MANIFEST, resolve
 from latentvae.training.config import DataConfig
-from latentvae.training.data.crops import split_sources
-from latentvae.training.data.sources import evenly
-from latentvae.training.validation import training_statistics
+from latentvae.training.data import crops, sources
 
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
@@ -65,7 +60,7 @@ def export(
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     vae, state = _load_any(source, ema)
-    provenance = Provenance(
+    provenance = card.Provenance(
         name=name,
         licence=licence,
         base_model=base_model or state.get("config", {}).get("model", {}).get("init"),
@@ -75,7 +70,7 @@ def export(
         config=state.get("config", {}),
     )
     if push_to_hub:
-        check_publishable(push_to_hub, provenance)
+        publishing.check_publishable(push_to_hub, provenance)
     session.vae = vae  # as it is: speed-ups are not exported
     statistics = _measure(session, images, state)
     folder = exporting.export(
@@ -87,7 +82,9 @@ def export(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )
-    url = publish(folder, push_to_hub, subfolder=subfolder, private=private) if push_to_hub else None
+    url = (
+        publishing.publish(folder, push_to_hub, subfolder=subfolder, private=private) if push_to_hub else None
+    )
     figures = statistics.as_dict() if statistics else None
     result = {"export": str(folder), "latent_statistics": figures, "hub": url}
     notes = [*program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]
@@ -122,16 +119,16 @@ def _find_checkpoint(source: Path) -> Path | None:
 def _load_any(source: str, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
     """The model of a checkpoint and its state.json; of anything else the model, and nothing."""
     checkpoint = _find_checkpoint(Path(source))
-    return (load(source), {}) if checkpoint is None else _load_checkpoint(checkpoint, ema)
+    return (loading.load(source), {}) if checkpoint is None else _load_checkpoint(checkpoint, ema)
 
 
 def _load_checkpoint(checkpoint: Path, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
     """The model in a checkpoint, and its state.json."""
-    vae = load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
+    vae = loading.load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     return vae, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> LatentStatistics | None:
+def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> latents.LatentStatistics | None:
     """Latent statistics of `images`, or of the run's own data; None where a parent's factors stay.
 
     Raises:
@@ -151,23 +148,23 @@ def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> La
     return _measure_training_data(session.vae, state["config"]["data"])
 
 
-def _measure_files(session: Session, images: Path) -> LatentStatistics:
+def _measure_files(session: Session, images: Path) -> latents.LatentStatistics:
     """Latent statistics of whole images, evenly chosen."""
     paths = find_images(images)
-    some = evenly(len(paths), STATISTICS_IMAGES)
+    some = sources.evenly(len(paths), STATISTICS_IMAGES)
     read = session.read_images([paths[number] for number in some])
     try:
-        return compute_latent_statistics(session.vae, (image[None] for _, image, _ in read))
+        return latents.compute_latent_statistics(session.vae, (image[None] for _, image, _ in read))
     except ValueError:
         session.finish(0)  # says that no image could be read at all
         raise
 
 
-def _measure_training_data(vae: AutoencoderKL, config: dict[str, Any]) -> LatentStatistics:
+def _measure_training_data(vae: AutoencoderKL, config: dict[str, Any]) -> latents.LatentStatistics:
     """Latent statistics of what the run was trained on, as the run itself measures them at its end."""
     try:
         data = DataConfig.model_validate(config)
-        return training_statistics(vae, split_sources(data)[0], data)
+        return validation.training_statistics(vae, crops.split_sources(data)[0], data)
     except (LatentVAEError, ValueError) as error:
         raise LatentVAEError(
             f"latent statistics need images, and the run's own cannot be used: {error} Pass --images FOLDER, "

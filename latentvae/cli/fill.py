@@ -14,9 +14,7 @@ from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, Seed, output_folder, tell
 from latentvae.cli.places import with_ending, write_json
 from latentvae.cli.session import Session, image_channels, takes
-from latentvae.images.drawing import grid
-from latentvae.images.reading import load_image
-from latentvae.images.saving import save_image
+from latentvae.images import drawing, reading, saving
 from latentvae.runtime.memory import free_memory, ordinary_peak
 from latentvae.runtime.tiling.fitting import TILE_SIZES
 from latentvae.toolbox.editing import fill as filling
@@ -88,9 +86,9 @@ def _read_inputs(
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.
     """
-    images, missing = load_image(image, channels=channels)[None], _load_mask(mask)
+    images, missing = reading.load_image(image, channels=channels)[None], _load_mask(mask)
     _check_size(image, images, mask, missing)
-    complete = None if original is None else load_image(original, channels=channels)[None]
+    complete = None if original is None else reading.load_image(original, channels=channels)[None]
     if complete is not None:
         _check_size(image, images, original, complete[0, 0])
     return images, missing, complete
@@ -108,7 +106,7 @@ def _complete_image(
 
 def _load_mask(mask: Path) -> torch.Tensor:
     """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
-    return load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
+    return reading.load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
 
 
 def _check_size(image: Path, images: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
@@ -172,10 +170,10 @@ def _write_pictures(
     """Save the filled image and a comparison; return their paths."""
     endings = (".filled.png", ".comparison.png")
     filled, compared = (place.with_name(with_ending(place.name, ending)) for ending in endings)
-    save_image(result.images, filled)
+    saving.save_image(result.images, filled)
     parts = {"known": images.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
     parts |= {"filled": result.images} | ({} if complete is None else {"original": complete})
-    grid([[part[0].cpu() for part in parts.values()]], list(parts)).save(compared)
+    drawing.grid([[part[0].cpu() for part in parts.values()]], list(parts)).save(compared)
     return {"filled": str(filled), "comparison": str(compared)}
 
 

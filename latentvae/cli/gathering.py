@@ -12,15 +12,14 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.cli.places import root_of, short_names
 from latentvae.cli.session import Session
 from latentvae.cli.stores import load_same_model, whole_shards
-from latentvae.images import captions
-from latentvae.images.reading import find_images
-from latentvae.models.fingerprint import weight_hash
+from latentvae.images import captions, reading
+from latentvae.models import fingerprint
 from latentvae.models.latents import decode, encode
+from latentvae.store import format
 from latentvae.store.dataset import LatentDataset, original_image
-from latentvae.store.format import MANIFEST
+from latentvae.toolbox.atlas import page
 from latentvae.toolbox.atlas.gallery import Gallery, stored_images
 from latentvae.toolbox.atlas.labels import label_of, match_labels, read_table
-from latentvae.toolbox.atlas.page import picture_side
 
 Sources = Annotated[
     list[Path],
@@ -75,7 +74,7 @@ def gather(session: Session, request: Request) -> Gathering:
     Raises:
         LatentVAEError: no image, no such model or device, labels that do not match, a store beside others.
     """
-    stores = [source for source in request.sources if (source / MANIFEST).is_file()]
+    stores = [source for source in request.sources if (source / format.MANIFEST).is_file()]
     if stores and len(request.sources) > 1:
         raise LatentVAEError(
             f"the store {stores[0]} came beside {len(request.sources) - 1} other path(s): name one store "
@@ -95,15 +94,15 @@ def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
 
 def _side(request: Request, count: int) -> int:
     """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
-    return picture_side(count) if request.with_pictures else 0
+    return page.picture_side(count) if request.with_pictures else 0
 
 
 def _from_images(session: Session, request: Request) -> Gathering:
-    files = find_images(request.sources)
+    files = reading.find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
     labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
     vae = session.load()
-    found = Gathering(Gallery(weight_hash(vae), request.grid, _side(request, len(files))))
+    found = Gathering(Gallery(fingerprint.weight_hash(vae), request.grid, _side(request, len(files))))
     captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
     for path, image, _ in session.read_images(files, longest=request.size):
         caption, notes = captions.read_caption(path, root_of(path, request.sources))

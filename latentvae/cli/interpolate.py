@@ -12,8 +12,7 @@ from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, counted, takes
-from latentvae.images.reading import find_images
-from latentvae.images.saving import save_image
+from latentvae.images import reading, saving
 from latentvae.runtime.memory import free_memory
 from latentvae.toolbox.editing import interpolate as ways
 
@@ -47,7 +46,7 @@ def interpolate(
     routes: tuple[ways.Route, ...] = ("linear", "spherical") if route == "both" else (route,)
     for place in [output, *(output / name for name in routes if separate)]:
         check_output(place, paths)
-    files = find_images(paths)
+    files = reading.find_images(paths)
     vae = session.load()
     make_folder(output)
     lpips, reason = session.find_lpips()
@@ -122,7 +121,7 @@ def _figures(route: str, found: ways.Interpolation, steps: list[ways.Step]) -> d
 def _write_frames(folder: Path, found: ways.Interpolation) -> None:
     """Save every frame as a PNG, numbered in order."""
     for number, frame in enumerate(found.frames):
-        save_image(frame, folder / f"{number:04d}.png")
+        saving.save_image(frame, folder / f"{number:04d}.png")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

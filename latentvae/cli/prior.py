@@ -14,12 +14,8 @@ from latentvae.cli.options import EXIT_INTERRUPTED, tell
 from latentvae.cli.session import Session, takes, usable_device
 from latentvae.cli.stores import load_same_model
 from latentvae.images.reading import find_images
-from latentvae.store.dataset import LatentDataset
-from latentvae.store.encoding import Workload, encode_folder
-from latentvae.store.format import MANIFEST
-from latentvae.toolbox.priors.diffusion import DiffusionSettings, check_settings, fit_diffusion
-from latentvae.toolbox.priors.latent_set import LatentSet
-from latentvae.toolbox.priors.mixture import fit_mixture
+from latentvae.store import dataset, encoding, format
+from latentvae.toolbox.priors import diffusion, latent_set, mixture
 from latentvae.toolbox.priors.prior import Prior, PriorCard, check_target
 
 Kind = Literal["gaussian", "mixture", "diffusion"]
@@ -73,15 +69,17 @@ def fit(
     Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
     A folder of images is encoded first, by --model at --size.
     """
-    settings = DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
+    settings = diffusion.DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
     place = usable_device(session.device)
     _check(kind, settings, folder)
     latents = _read(session, store, size)
     made: Prior
     if kind == "diffusion":
-        made = fit_diffusion(latents, settings, device=place)
+        made = diffusion.fit_diffusion(latents, settings, device=place)
     else:
-        made = fit_mixture(latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed)
+        made = mixture.fit_mixture(
+            latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed
+        )
     stopped = made.card.fit.get("steps_done", steps) < steps
     if stopped:
         folder = _free_place(folder)
@@ -92,14 +90,14 @@ def fit(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _check(kind: Kind, settings: DiffusionSettings, folder: Path) -> None:
+def _check(kind: Kind, settings: diffusion.DiffusionSettings, folder: Path) -> None:
     """Refuse, before minutes of training, what could not be trained or saved.
 
     Raises:
         LatentVAEError: settings out of range or of another kind, a missing extra, a folder of other things.
     """
     if kind == "diffusion":
-        check_settings(settings)
+        diffusion.check_settings(settings)
     elif settings.by_class:
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
     else:
@@ -119,30 +117,35 @@ def _free_place(folder: Path) -> Path:
     return place
 
 
-def _read(session: Session, store: Path, size: int | None) -> LatentSet:
+def _read(session: Session, store: Path, size: int | None) -> latent_set.LatentSet:
     """The latents of a store; of a folder of images after encoding it to a store that is then thrown away.
 
     Raises:
         LatentVAEError: neither of both.
     """
-    if not store.is_dir() or (store / MANIFEST).is_file():
+    if not store.is_dir() or (store / format.MANIFEST).is_file():
         if not store.exists():
             raise LatentVAEError(f"{store} does not exist; wanted a latent store, or a folder of images.")
-        latents = LatentSet(store, progress=True)
+        latents = latent_set.LatentSet(store, progress=True)
         if session.model is not None:  # a check: the latents alone are learned from
-            load_same_model(session, LatentDataset(store))
+            load_same_model(session, dataset.LatentDataset(store))
         return latents
     find_images(store)  # its error says what was wanted
     if size is None:
         raise LatentVAEError(f"{store} is a folder of images: say at what --size to crop and encode them.")
     with tempfile.TemporaryDirectory() as scratch:
         vae = session.load()
-        report = encode_folder(
-            vae, store, Path(scratch) / "store", size=size, crop=True, workload=Workload(progress=True)
+        report = encoding.encode_folder(
+            vae,
+            store,
+            Path(scratch) / "store",
+            size=size,
+            crop=True,
+            workload=encoding.Workload(progress=True),
         )
         for failure in report.failures:
             typer.echo(f"failed: {failure.reason}", err=True)
-        return LatentSet(Path(scratch) / "store")
+        return latent_set.LatentSet(Path(scratch) / "store")
 
 
 def _lines(card: PriorCard, folder: Path) -> list[str]:

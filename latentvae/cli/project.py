@@ -15,12 +15,11 @@ from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sour
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import Session, takes
-from latentvae.toolbox.atlas import projection
+from latentvae.toolbox.atlas import projection, scatter
 from latentvae.toolbox.atlas.clusters import Clustering, cluster, few_label_accuracy, nmi
 from latentvae.toolbox.atlas.gallery import Gallery
 from latentvae.toolbox.atlas.labels import count_labelled
 from latentvae.toolbox.atlas.page import Card, write_page
-from latentvae.toolbox.atlas.scatter import draw_pictures, draw_scatter
 
 NEAR = 8  # neighbours of each image that the page shows
 MANY = 1000  # images from which on finding clusters takes seconds
@@ -141,8 +140,8 @@ def _write_all(
     page = output / "projection.html"
     with whole_file(page) as partial:
         partial.write_text(write_page(cards, name, about, _figure_rows(result)), encoding="utf-8")
-    pictures = {"projection.png": draw_scatter(cards, f"{name}: {about}", _axis_names(mapped))}
-    drawn = draw_pictures(cards)
+    pictures = {"projection.png": scatter.draw_scatter(cards, f"{name}: {about}", _axis_names(mapped))}
+    drawn = scatter.draw_pictures(cards)
     if drawn is not None:
         pictures["projection-pictures.png"] = drawn
     for each, picture in pictures.items():

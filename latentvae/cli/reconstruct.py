@@ -11,9 +11,7 @@ from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, Sample, Seed, output_folder, tell
 from latentvae.cli.places import short_names, with_ending
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
-from latentvae.images import drawing
-from latentvae.images.reading import find_images
-from latentvae.images.saving import save_image
+from latentvae.images import drawing, reading, saving
 from latentvae.measure.evaluate import Evaluator
 from latentvae.models.loading import SAMPLE_PICTURE
 
@@ -30,7 +28,7 @@ def reconstruct(
 ) -> None:
     """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
     sources = paths or [SAMPLE_PICTURE]
-    files = find_images(sources)
+    files = reading.find_images(sources)
     names = short_names(files, sources)
     vae = session.load()
     make_folder(output)
@@ -60,7 +58,7 @@ def _write_pictures(
     """Save the reconstruction and the comparison; return their paths for the report."""
     plain = place.with_name(with_ending(place.name, ".reconstruction.png"))
     compared = place.with_name(with_ending(place.name, ".comparison.png"))
-    save_image(reconstruction, plain)
+    saving.save_image(reconstruction, plain)
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
     if row.lpips is not None:
         figures["LPIPS"] = f"{row.lpips:.4f}"

@@ -13,11 +13,8 @@ from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import write_json
 from latentvae.cli.session import Session, image_channels, takes
-from latentvae.images.drawing import grid
-from latentvae.images.saving import save_image
-from latentvae.toolbox.priors.loading import load_prior
-from latentvae.toolbox.priors.prior import StandardNormal
-from latentvae.toolbox.priors.sampling import check_request, sample_batches, sample_labels
+from latentvae.images import drawing, saving
+from latentvae.toolbox.priors import loading, prior, sampling
 
 GRID = 64  # images at most that the grid shows
 HONEST = (
@@ -49,13 +46,13 @@ def sample(
     """
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
-    made = load_prior(folder) if folder is not None else None
+    made = loading.load_prior(folder) if folder is not None else None
     vae = session.load()
     image_channels(vae)
-    chosen = made or StandardNormal(vae, size or 256, size or 256)
+    chosen = made or prior.StandardNormal(vae, size or 256, size or 256)
     chosen.check(vae)
     labels = [label] * count if label is not None else None
-    check_request(chosen, count, seed, 0, labels)
+    sampling.check_request(chosen, count, seed, 0, labels)
     make_folder(output / "samples")
     result: dict[str, Any] = {
         "prior": str(folder) if folder is not None else None,
@@ -64,8 +61,8 @@ def sample(
         "count": count,
         "note": None if folder is not None else HONEST,
     }
-    batches = sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
-    _write(batches, labels or sample_labels(chosen, count, seed), output, result)
+    batches = sampling.sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
+    _write(batches, labels or sampling.sample_labels(chosen, count, seed), output, result)
     height, width = result["size"]
     lines = [f"{count} images of {width}x{height} px, {chosen.card.kind} prior."]
     if result["note"]:
@@ -81,7 +78,7 @@ def _write(
     shown: list[torch.Tensor] = []
     for image in (image for batch in batches for image in batch):
         paths.append(output / f"samples/seed{result['seed']}-{len(paths):05d}.png")
-        save_image(image, paths[-1])
+        saving.save_image(image, paths[-1])
         shown += [image] * (len(shown) < GRID)
     _sheet(torch.stack(shown)).save(output / "samples.png")
     result["size"] = list(shown[0].shape[-2:])
@@ -97,4 +94,4 @@ def _sheet(images: torch.Tensor) -> Any:
     missing = -len(images) % columns
     cells = [*images, *torch.ones(missing, *images.shape[1:])]
     rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
-    return grid(rows, [""] * columns)
+    return drawing.grid(rows, [""] * columns)

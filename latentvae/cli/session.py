@@ -18,11 +18,9 @@ from typer.models import ArgumentInfo
 
 from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError
 from latentvae.cli import options
-from latentvae.images.reading import ImageInfo, load_image, load_image_with_info
-from latentvae.images.resizing import thumbnail
+from latentvae.images import reading, resizing
 from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.models.exporting import SIDECAR
-from latentvae.models.loading import WEIGHTS_DIR, load
+from latentvae.models import exporting, loading
 from latentvae.runtime.optimize import optimize
 from latentvae.runtime.tiling.fitting import tile_to_fit
 
@@ -72,7 +70,7 @@ class Session:
 
     def read_images(
         self, paths: list[Path], longest: int | None = None
-    ) -> Iterator[tuple[Path, torch.Tensor, ImageInfo]]:
+    ) -> Iterator[tuple[Path, torch.Tensor, reading.ImageInfo]]:
         """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
 
         While an image (C, H, W) is out, the model tiles if it must. With `longest`, larger images are shrunk
@@ -81,9 +79,9 @@ class Session:
         channels = image_channels(self.vae)
         for path in tqdm(paths, unit="image", disable=len(paths) < 2):
             try:
-                image, info = load_image_with_info(path, channels=channels)
+                image, info = reading.load_image_with_info(path, channels=channels)
                 if longest is not None:
-                    image = thumbnail(image, longest)
+                    image = resizing.thumbnail(image, longest)
                 self.fit(path, *image.shape[-2:])
             except ImageError as error:
                 self.skip(path, error)
@@ -101,7 +99,7 @@ class Session:
         found = 0
         for path in paths:
             try:
-                image = load_image(path, channels=channels)
+                image = reading.load_image(path, channels=channels)
             except ImageError as error:
                 self.skip(path, error)
                 continue
@@ -203,7 +201,7 @@ def load_model(model: str | None, device: str | None, precision: str) -> Autoenc
     """
     place = usable_device(device)
     try:
-        return optimize(load(model, dtype=DTYPES[precision], device=place))
+        return optimize(loading.load(model, dtype=DTYPES[precision], device=place))
     except torch.OutOfMemoryError as error:
         raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
 
@@ -246,9 +244,9 @@ def image_channels(vae: AutoencoderKL) -> int:
 def read_sidecar(source: str) -> dict[str, Any]:
     """What an export says of itself beside its weights; empty for models that say nothing."""
     place = Path(source)
-    for folder in (WEIGHTS_DIR / source, place, place / "vae", place.parent):
-        if (folder / SIDECAR).is_file():
-            return json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    for folder in (loading.WEIGHTS_DIR / source, place, place / "vae", place.parent):
+        if (folder / exporting.SIDECAR).is_file():
+            return json.loads((folder / exporting.SIDECAR).read_text(encoding="utf-8"))
     return {}
 
 

@@ -7,8 +7,7 @@ import typer
 from tqdm import tqdm
 
 from latentvae.cli.options import Json, StoreArgument, tell
-from latentvae.store.format import read_manifest
-from latentvae.store.webdataset import export_webdataset
+from latentvae.store import format, webdataset
 
 
 def shards(
@@ -18,9 +17,11 @@ def shards(
     json: Json = False,
 ) -> None:
     """Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on."""
-    count = read_manifest(source).count
+    count = format.read_manifest(source).count
     with tqdm(total=count, unit="image", disable=count < 2) as progress:
-        tars = export_webdataset(source, output, images_per_shard=images_per_shard, progress=progress.update)
+        tars = webdataset.export_webdataset(
+            source, output, images_per_shard=images_per_shard, progress=progress.update
+        )
     number = tars[-1].stem.rpartition("-")[2]
     # as WebDataset takes it: braces stand for all numbers between
     pattern = tars[0].name if len(tars) == 1 else f"latents-{{000000..{number}}}.tar"

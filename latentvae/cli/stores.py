@@ -9,8 +9,8 @@ from latentvae.base.errors import StoreError
 from latentvae.cli.session import DTYPES, Session, image_channels, load_model
 from latentvae.models.fingerprint import weight_hash
 from latentvae.runtime.optimize import optimize
+from latentvae.store import format
 from latentvae.store.dataset import LatentDataset
-from latentvae.store.format import ShardRecord, damage
 
 
 def load_same_model(session: Session, dataset: LatentDataset) -> AutoencoderKL:
@@ -32,7 +32,7 @@ def load_same_model(session: Session, dataset: LatentDataset) -> AutoencoderKL:
     return session.vae
 
 
-def whole_shards(dataset: LatentDataset, session: Session) -> Iterator[tuple[ShardRecord, range]]:
+def whole_shards(dataset: LatentDataset, session: Session) -> Iterator[tuple[format.ShardRecord, range]]:
     """Each shard and the numbers of its images; those of damaged shards are skipped.
 
     The hash of every file is checked: files with other bytes open as well, and would be shown.
@@ -49,13 +49,13 @@ def whole_shards(dataset: LatentDataset, session: Session) -> Iterator[tuple[Sha
         yield shard, numbers
 
 
-def skip_shard(shard: ShardRecord, error: StoreError, session: Session) -> None:
+def skip_shard(shard: format.ShardRecord, error: StoreError, session: Session) -> None:
     """Leave all images of a shard out; their names are in what cannot be trusted, so lines stand for them."""
     session.skip_all([f"{shard.name}:{line}" for line in range(shard.count)], error)
 
 
-def _check_hashes(store: Path, shard: ShardRecord) -> None:
-    problem = damage(store, shard)
+def _check_hashes(store: Path, shard: format.ShardRecord) -> None:
+    problem = format.damage(store, shard)
     if problem:
         raise StoreError(
             f"{shard.name} of {store} is damaged: {problem}. `latentvae encode` with the same images mends "

@@ -14,10 +14,7 @@ from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, Photos, Seed, output_folder, tell
 from latentvae.cli.places import check_output, root_of, short_names, with_ending, write_json
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
-from latentvae.images import captions, drawing
-from latentvae.images.reading import find_images
-from latentvae.images.resizing import thumbnail
-from latentvae.images.saving import save_image
+from latentvae.images import captions, drawing, reading, resizing, saving
 from latentvae.measure.lpips import LPIPS
 from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
 
@@ -49,7 +46,7 @@ def vary(
     A copy depends on its image's pixels, the seed and its number alone.
     """
     check_output(output, paths)
-    files = find_images(paths)
+    files = reading.find_images(paths)
     names = short_names(files, paths)
     vae = session.load()
     make_folder(output / COPIES)
@@ -103,7 +100,7 @@ class _Study:
                 if temperature > 0:  # whose figures are there already
                     self._measure(temperature, varied, references)
                 file = place.with_name(with_ending(place.name, f".t{temperature:g}.{copy}.png"))
-                save_image(varied, file)
+                saving.save_image(varied, file)
                 written.append(str(file))
                 if caption is not None:
                     text = json.dumps(caption, ensure_ascii=False)
@@ -113,7 +110,7 @@ class _Study:
         self.images.append({"path": str(path), "copies": written})
         self.spreads.append(variations.spread)
         if len(self.rows) < SHEET_ROWS:
-            self.rows.append([thumbnail(each, SHEET_CELL) for each in row])
+            self.rows.append([resizing.thumbnail(each, SHEET_CELL) for each in row])
 
     def _shown(self) -> list[tuple[float, int]]:
         """Temperature and copy of the contact sheet's columns: a copy each, or several of the only one."""

@@ -7,8 +7,7 @@ import typer
 
 from latentvae.base.errors import StoreError
 from latentvae.cli.options import Json, print_json
-from latentvae.store import verification
-from latentvae.store.format import read_manifest
+from latentvae.store import format, verification
 
 EXIT_DAMAGED = 2  # as any bad input
 
@@ -21,7 +20,7 @@ def verify(
 ) -> None:
     """Check every shard of a store against its hashes and its index; exit code 2 where something is wrong."""
     problems = verification.verify(store, progress=not json)
-    manifest = read_manifest(store)
+    manifest = format.read_manifest(store)
     if json:
         print_json({"store": str(store), "images": manifest.count, "problems": problems})
         if problems:  # no StoreError, for which the command would print a second JSON object
