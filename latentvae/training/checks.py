@@ -29,7 +29,7 @@ def check_start(config: Config, resume: str | None) -> Path | None:
         ConfigError: settings that do not fit together; an unknown tracker; nothing to resume; an output that
             is another run's, not writable, or in the way; a checkpoint where a model was wanted.
     """
-    check_values(config)
+    check_values(config)  # `model_copy` checks nothing
     _check_tracker(config.train.tracker)
     folder = Path(config.output)
     _check_apart(folder, config.data)
@@ -179,6 +179,7 @@ def _starting_point(folder: Path, resume: str | None) -> Path | None:
     """The checkpoint to continue from; a new run never goes on in another's folder."""
     own = folder / "checkpoints"
     start = checkpoint.resolve(resume, own) if resume else None
+    # a checkpoint of elsewhere may begin a new folder, but what is in this one would be pruned for it
     if checkpoint.listing(own) and (start is None or start.resolve().parent != own.resolve()):
         raise ConfigError(
             f"{folder} holds a run's checkpoints. Add --resume latest, or choose another output."

@@ -35,7 +35,7 @@ def load_config(source: str | Path | None, settings: list[str] | None = None) ->
     for setting in settings or []:
         _apply(tree, setting)
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(tree)  # first, for all wrong types and unknown keys at once
         check_values(config)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
@@ -79,7 +79,7 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section.")
     try:
-        tree[last] = yaml.safe_load(text)
+        tree[last] = yaml.safe_load(text)  # so a list or null is written as in a file
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting!r}: {text!r} is not a YAML value ({error}).") from error
 
