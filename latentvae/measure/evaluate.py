@@ -41,6 +41,7 @@ class Evaluation(MetricsSummary):
             return table
         biased = f": biased, fewer than {self.rfid_protocol.feature_count:,} images"
         count = f"n = {self.rfid_protocol.image_count:,}{biased if self.rfid_protocol.biased else ''}"
+        # between the figures and their foot, for it is one of the set and no column
         figures, foot = table.rsplit("\n\n", 1)
         how = f"rFID: {self.rfid_protocol.extractor}; {self.rfid_protocol.resize}."
         return f"{figures}\n\nrFID {self.rfid:.3f} ({count})\n{how}\n{foot}"
@@ -67,6 +68,7 @@ class Evaluator:
     ) -> None:
         self.vae, self.sample = vae, latents == "sample"
         self.metrics = Metrics(lpips, lpips_missing_reason, latents)
+        # on the CPU: the same samples on every device
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, name: str, image: torch.Tensor) -> tuple[torch.Tensor, ImageMetrics]:
@@ -114,6 +116,6 @@ def evaluate(
     figures = vars(evaluator.metrics.summary())
     if rfid is None:
         return Evaluation(**figures, rfid_missing_reason=rfid_missing_reason)
-    if rfid.count < 2:
+    if rfid.count < 2:  # one image has no covariance
         return Evaluation(**figures, rfid_missing_reason="it takes two images or more, got one")
     return Evaluation(**figures, rfid=rfid.value(), rfid_protocol=rfid.protocol())

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision import models
 
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
 
@@ -33,6 +34,7 @@ class _Backbone(NamedTuple):
     min_size: int  # below this a pooling layer has nothing left to pool
 
 
+# Each tap is the last layer of a slice in the authors' lpips/pretrained_networks.py.
 _BACKBONES: dict[str, _Backbone] = {
     "alex": _Backbone("alexnet", (1, 4, 7, 9, 11), 31),
     "squeeze": _Backbone("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12), 17),
@@ -48,7 +50,8 @@ class _UnitChannels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # squares of features overflow in half precision
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, C, h, w)
         norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
         inverse = (norm + EPS).reciprocal()
         ctx.save_for_backward(x, scale, norm, inverse)
@@ -60,6 +63,7 @@ class _UnitChannels(torch.autograd.Function):
         x, scale, norm, inverse = ctx.saved_tensors
         wide = x.to(norm.dtype)
         grad = grad * scale
+        # what of the gradient lies along x only changes its length, which is divided out
         along = (grad * wide).sum(1, keepdim=True) * inverse / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         grad = grad.addcmul_(wide, along, value=-1).mul_(inverse.masked_fill(norm == 0, 0))
         return grad.to(x.dtype), None
@@ -107,6 +111,7 @@ class LPIPS(nn.Module):
         self.net = net
         spec = _BACKBONES[net]
         self.taps, self.min_size = spec.taps, spec.min_size
+        # nothing behind the last tap is looked at
         self.backbone = backbone[: max(spec.taps) + 1]
         # lpips.ScalingLayer: ImageNet's mean and deviation, for images in [-1, 1] instead of [0, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
@@ -195,12 +200,11 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool 
     """
     if net not in get_args(LPIPSNet):
         raise LatentVAEError(f"unknown LPIPS network {net!r}; choose one of {', '.join(get_args(LPIPSNet))}.")
-    from torchvision import models
-
     path = _find(net, weights, download)
     with torch.device("meta"):  # no random initialisation, no draw from the global generator
         backbone = models.get_model(_BACKBONES[net].model, weights=None).features
     state = _read(path)
+    # by hand: load_state_dict would name every key at once
     _check_state(state, backbone.state_dict(), net, path)
     backbone.load_state_dict({k: v.float() for k, v in state.items()}, strict=True, assign=True)
     return LPIPS(net, backbone, _heads(net))
@@ -217,8 +221,6 @@ def _find(net: LPIPSNet, weights: str | Path | None, download: bool) -> Path:
         reason = f"{place} holds no {_BACKBONES[net].model}*.safetensors"
     if weights:  # a path was asked for: weights from elsewhere would be a surprise
         raise _missing(net, reason)
-    from torchvision import models
-
     url = str(models.get_model_weights(_BACKBONES[net].model).IMAGENET1K_V1.url)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if cached.is_file():

@@ -89,7 +89,7 @@ class FeatureStatistics:
         """Add vectors, (B, size) of any float dtype, on any device."""
         if features.ndim != 2 or features.shape[1] != len(self.mean) or not len(features):
             raise LatentVAEError(f"features must be (B, {len(self.mean)}), got {tuple(features.shape)}.")
-        x = features.to(self.mean.device).double()
+        x = features.to(self.mean.device).double()  # (B, size)
         batch_mean = x.mean(0)
         step = batch_mean - self.mean
         total = self.count + len(x)
@@ -142,7 +142,9 @@ class Inception(nn.Module):
                 f"rFID wants float images (B, 3 or 1, H, W) in [-1, 1], got {images.dtype} of shape "
                 f"{tuple(images.shape)}. Convert them first."
             )
+        # the network resizes: its way, from the image's own size, is part of the figure
         levels = to_uint8(images).to(self.device).expand(-1, 3, -1, -1)
+        # published figures are float32's
         with torch.autocast(self.device.type, enabled=False):
             return self.extractor(levels)[0]
 
@@ -221,7 +223,7 @@ def frechet_distance(mean0: Tensor, covariance0: Tensor, mean1: Tensor, covarian
 def _factor(covariance: Tensor) -> Tensor:
     """F, (rank, size), with F^T F = covariance, less the eigenvalues that are rounding errors."""
     values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(0)
+    values = values.clamp_min(0)  # (F,), ascending
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return values[kept].sqrt()[:, None] * vectors[:, kept].T
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from diffusers import AutoencoderKL
 
@@ -161,15 +162,13 @@ def _hub_subfolder(name: str) -> str:
 
     Asked before anything is downloaded, because downloads without a connection retry for minutes.
     """
-    from huggingface_hub import file_exists, try_to_load_from_cache
-
     files = {"": "config.json", "vae": "vae/config.json"}
     for subfolder, file in files.items():
-        if isinstance(try_to_load_from_cache(name, file), str):
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
             return subfolder
     for subfolder, file in files.items():
         try:
-            if file_exists(name, file):
+            if huggingface_hub.file_exists(name, file):
                 return subfolder
         except Exception as error:  # what is raised without a connection depends on the hub's HTTP library
             raise OSError(f"{type(error).__name__}: {error}") from error

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import huggingface_hub
+
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.card import PLACE, Provenance
 
@@ -41,13 +43,11 @@ def publish(folder: Path, repository: str, *, subfolder: str = "", private: bool
     Raises:
         LatentVAEError: the hub refuses or cannot be reached. The export stays as it is.
     """
-    from huggingface_hub import HfApi
-
     # the card's example says how to load from where it is now, which only the upload knows
     place = repr(repository) + (f", subfolder={subfolder!r}" if subfolder else "")
     card = (folder / CARD).read_text(encoding="utf-8").replace(PLACE, place.replace("'", '"'))
     try:
-        hub = HfApi()
+        hub = huggingface_hub.HfApi()
         url = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(
             repo_id=repository, folder_path=folder, path_in_repo=subfolder or None, ignore_patterns=[CARD]
