@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import partial_path, whole_file
+from latentvae.base.files import explained, partial_path, whole_file
 from latentvae.store import format as layout
 from latentvae.store.format import MANIFEST, Entry, Failure, Manifest, ShardRecord, read_manifest
 
 LOCK = ".lock"
 OTHERS = ".lock-others"  # a folder: the lock of each process of the run, whose name says whose it is
 FOLDER, DONE = ".run", ".run-done"  # renamed before it is deleted, so that it is never there in part
+CANNOT_MAKE = "{path} cannot be made ({reason}): choose another folder."
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
 
 
@@ -76,11 +77,9 @@ def joined(store: Path) -> Iterator[None]:
 
 def _make(store: Path) -> None:
     """Create a store's folder where it is missing, and refuse one of other files."""
-    try:
+    with explained(store, StoreError, CANNOT_MAKE):
         store.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in store.iterdir()}
-    except OSError as error:
-        raise StoreError(f"{store} cannot be made ({error.strerror}): choose another folder.") from error
     if found - {LOCK, OTHERS, DONE} and not found & {MANIFEST, FOLDER}:
         raise StoreError(
             f"{store} is a folder of other files ({sorted(found)[0]} and so on), no store. The last argument "
@@ -128,7 +127,7 @@ def _take(path: Path, *, is_singleton: bool = False) -> FileLock | None:
     except Timeout:
         return None
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in NO_LOCKS:  # some network disks
             raise StoreError(
                 f"this folder's file system has no locks ({error.strerror}): encode to another disk, then "
                 "copy."
@@ -164,12 +163,8 @@ class Journal:
 
     def begin(self, settings: Manifest) -> None:
         """Complete what a killed run left, and write down what this one is about."""
-        try:
+        with explained(self.folder, StoreError, CANNOT_MAKE):
             self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} cannot be made ({error.strerror}): choose another folder."
-            ) from error
         shutil.rmtree(self.store / DONE, ignore_errors=True)
         # Forward first: a record promises its staged files. Those that no record names were never finished.
         for record in self._written():

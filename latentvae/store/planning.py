@@ -244,9 +244,9 @@ def plan_shards(
     losses = []
     for name, problem in damaged.items():
         held = layout.read_keys(store, records[name])
-        if held is None:
+        if held is None and records[name].count:
             losses.append(Loss(problem, (), records[name].count))
-        elif lost := held.difference(present, known):
+        elif lost := (held or set()).difference(present, known):
             losses.append(Loss(problem, tuple(sorted(lost))))
     if prune:
         dropped += [key for loss in losses for key in loss.keys]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import whole_file
+from latentvae.base.files import explained, whole_file
 from latentvae.store.dataset import NO_LABEL, StoreReader, caption, label
 from latentvae.store.format import CANNOT_WRITE, Entry, Manifest
 
@@ -86,13 +86,9 @@ def sample_name(key: str) -> str:
 
 
 def _make(folder: Path) -> None:
-    try:
+    with explained(folder, StoreError, "{path} cannot be written to ({reason}): choose another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         there = sorted(path.name for path in folder.iterdir() if _TAR.fullmatch(path.name))
-    except OSError as error:
-        raise StoreError(
-            f"{folder} cannot be written to ({error.strerror}): choose another folder."
-        ) from error
     if there:  # readers take all tars of a folder for one dataset
         raise StoreError(
             f"{folder} holds {there[0]} already, and tars of two exports must not mix: delete them, or "

@@ -669,3 +669,12 @@ def test_keys_that_fit_no_header_are_left_out(tmp_path: Path, monkeypatch: pytes
     entry = Entry("a.png", "a.png", "0" * 64, 9, 9, 16, 16, None, None, (0, 0, 0, 0), "moments.2x2", 0)
     record = write_shard(tmp_path, "latents-00000", {"moments.2x2": torch.zeros(1, 8, 2, 2)}, [entry])
     assert shard_module.read_keys(tmp_path, record) is None
+
+
+def test_what_a_killed_run_of_an_earlier_version_left_is_no_lock(
+    tiny_vae: Any, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "store" / ".run").mkdir(parents=True)
+    (tmp_path / "store" / ".lock-others").write_text("process 1 on elsewhere\n")
+    assert encode(tiny_vae, photos, tmp_path / "store").images == 10
+    assert not list((tmp_path / "store").glob(".*"))
