@@ -1,4 +1,15 @@
-"""The one error that means "the input is at fault": the command line prints it without a stack trace."""
+"""The errors that mean "the input is at fault": the command line prints them without a stack trace.
+
+LatentVAEError
+  ImageError            one image, or a folder of them
+  SourceError           training images that have gone
+  ModelError            an AutoencoderKL
+  MissingWeightsError   of LPIPS or rFID: figures are left out and say why
+  ConfigError           of training
+  StoreError            latents on disk
+  CodecError            .lvae files
+  SwapError, UnfixableError             of a pipeline's VAE: in pipelines/, which alone raises them
+"""
 
 
 class LatentVAEError(Exception):

@@ -32,7 +32,7 @@ def need(
     Raises:
         LatentVAEError: as `error`: it is not installed; says how to get it.
     """
-    try:
+    try:  # ImportError, not find_spec: a package may be there and lack one of its own
         return import_module(module)
     except ImportError as cause:
         package, extra = EXTRAS[module.partition(".")[0]]

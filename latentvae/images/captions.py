@@ -34,7 +34,7 @@ def read_caption(image: Path, root: Path) -> tuple[Caption, list[str]]:
         if METADATA in _names(folder):
             found.update(_metadata(folder / METADATA).get(image.relative_to(folder).as_posix(), {}))
             break
-    for sidecar in (image.with_suffix(".json"), image.with_suffix(".txt")):
+    for sidecar in (image.with_suffix(".json"), image.with_suffix(".txt")):  # the later one counts
         if sidecar.name in _names(image.parent):
             try:
                 found.update(_read(sidecar))
@@ -54,13 +54,13 @@ def _upto(folder: Path, root: Path) -> list[Path]:
     return [folder, *(parent for parent in folder.parents if inside and parent.is_relative_to(root))]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # folders: images come sorted, so the next ones are mostly in the same
 def _names(folder: Path) -> frozenset[str]:
     """What is in a folder, so that a missing sidecar costs nothing."""
     return frozenset(path.name for path in folder.iterdir() if path.suffix in (".txt", ".json", ".jsonl"))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # a file may have a line for every image of a data set
 def _metadata(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of a metadata.jsonl by `file_name`."""
     rows: dict[str, dict[str, Any]] = {}
@@ -83,7 +83,7 @@ def _metadata(path: Path) -> dict[str, dict[str, Any]]:
 def _read(sidecar: Path) -> dict[str, Any]:
     if sidecar.stat().st_size > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES} bytes")
-    text = sidecar.read_text(encoding="utf-8-sig")
+    text = sidecar.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
     if sidecar.suffix == ".txt":
         return {"caption": text.strip()}
     value = json.loads(text)

@@ -87,10 +87,11 @@ def grid(rows: Sequence[Sequence[torch.Tensor]], column_titles: Sequence[str]) -
             "pass at least one row, each with one image per title"
         )
     cells = [[_cell(image) for image in row] for row in rows]
+    # as wide and as high as the largest of a column or row: images need not have one size
     widths = [max(row[i].width for row in cells) for i in range(len(column_titles))]
     heights = [max(cell.height for cell in row) for row in cells]
     gap, margin, text = 8, 24, _text_size(sum(widths))
-    top = margin + round(text * 1.6)
+    top = margin + round(text * 1.6)  # a line of titles
     lefts = [margin + sum(widths[:i]) + gap * i for i in range(len(widths))]
     tops = [top + sum(heights[:i]) + gap * i for i in range(len(heights))]
     canvas = Image.new("RGB", (lefts[-1] + widths[-1] + margin, tops[-1] + heights[-1] + margin), WHITE)
@@ -105,6 +106,7 @@ def grid(rows: Sequence[Sequence[torch.Tensor]], column_titles: Sequence[str]) -
 
 def error_map(original: Image.Image, reconstruction: Image.Image) -> np.ndarray:
     """Return the absolute error of 8-bit RGB values, averaged over channels: float32 (H, W) in 0..255."""
+    # int16: in uint8 a negative difference would wrap to a large one
     difference = np.asarray(original).astype(np.int16) - np.asarray(reconstruction)
     return np.abs(difference).mean(-1, dtype=np.float32)
 
@@ -131,6 +133,7 @@ def _draw_comparison(
     panels: list[tuple[str, str, Image.Image]], figures: dict[str, str], title: str
 ) -> Image.Image:
     """Place title, captions, panels and figures on three columns; everything starts on a left edge of one."""
+    # all measures are multiples of the text's height, so that pictures of any size are laid out alike
     column = max(panels[0][2].width, COLUMN_MIN)
     text = _text_size(3 * column)
     margin, gap = 2 * text, round(1.25 * text)
@@ -227,6 +230,7 @@ def _shorten(words: str, font: Font, room: float) -> str:
 
 def _font_for(words: str, size: int) -> tuple[Font, str]:
     """Return the font with the most of the letters, and the words, what it lacks made plain or '?'."""
+    # composed, since one letter with its accent is drawn better than two; macOS names files the other way
     words = " ".join(unicodedata.normalize("NFC", words).split())
     name = max(("", *SYSTEM_FONTS), key=lambda name: sum(_has(name, letter) for letter in words))
     drawn = "".join(letter if _has(name, letter) else _plain(name, letter) for letter in words)
@@ -254,4 +258,5 @@ def _has(name: str, letter: str) -> bool:
     font = _font(name, 24)
     if font is None or not letter.isprintable():
         return False
+    # a space is drawn as nothing, and in some fonts so is what they lack
     return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))

@@ -89,6 +89,7 @@ def find_images(path: PathLike | Sequence[PathLike]) -> list[Path]:
     if not paths:
         raise ImageError("no path came, but at least one image file or folder was wanted: name one")
     try:
+        # each once, though a folder and a file in it may both be named
         return list(dict.fromkeys(image for one in paths for image in _find_in(Path(one))))
     except OSError as error:
         raise ImageError(
@@ -134,7 +135,7 @@ def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 def _follow(folder: Path, top: Path, visited: set[Path]) -> bool:
     if folder.name.startswith("."):
         return False
-    real = folder.resolve()
+    real = folder.resolve()  # where a link leads
     # A link into the tree would list its images under two names, one to above the tree would list the disk.
     loops = folder.is_symlink() and (real.is_relative_to(top) or top.is_relative_to(real))
     if loops or real in visited:
@@ -211,7 +212,7 @@ def _composite(pixels: Pixels, background: Colour) -> torch.Tensor:
         name = {(255, 255, 255): "white", (0, 0, 0): "black"}.get(background, f"rgb{background}")
         pixels.notes.append(f"transparent pixels composited on {name}")
         return channels_first_tensor(colour).mul_(2).sub_(1)
-    if pixels.colour.dtype == np.uint8:
+    if pixels.colour.dtype == np.uint8:  # the usual case, by the same formula as everywhere else
         return from_uint8(pixels.colour)
     return channels_first_tensor(pixels.colour.astype(np.float32)).mul_(2 / pixels.white).sub_(1)
 
@@ -407,11 +408,13 @@ def _deep_colour(image: ImageFile.ImageFile, swapped: str, path: Source, max_pix
             tile._replace(args=(swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped)
             for tile in again.tile
         ]
+        # (H, W, 3 or 4): the high bytes of one reading, the low ones of the other
         samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
     colour, alpha = samples[..., :3], _keyed_alpha(samples[..., :3], image.info.get("transparency"))
     if samples.shape[2] == 4:
         alpha = samples[..., 3].astype(np.float32) / 65535
     notes: list[str] = []
+    # 65535 / 255 = 257; LittleCMS through Pillow converts 8 bits only
     rounded = Image.fromarray(((colour.astype(np.uint32) + 128) // 257).astype(np.uint8))
     converted = _to_srgb(rounded, image.info.get("icc_profile"), notes)
     if any("converted" in note for note in notes):
