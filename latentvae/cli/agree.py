@@ -76,7 +76,7 @@ def _lines(found: agreement.Agreement) -> list[str]:
         ("A decodes B's latents", f"{found.psnr_a_decodes_b:.2f} dB"),
         (
             "B's pictures of A's latents",
-            f"{found.decode_score:.3f} of 1 (wanted: {agreement.MIN_PICTURE_SCORE})",
+            f"{found.decode_score:.3f} of 1, contrast x {found.contrast:.3f}",
         ),
         (
             "A's pictures of B's latents",
@@ -89,9 +89,7 @@ def _lines(found: agreement.Agreement) -> list[str]:
     if found.same:
         verdict = "The same latent space: what was trained on A's latents can use B."
     elif found.fits("both"):
-        verdict = (
-            "Nearly the same latent space: good for text to image and image to image, not for a latent cache."
-        )
+        verdict = "Nearly the same latent space: good for text and image to image, not for a cache."
     elif found.decodes:
         verdict = "B decodes A's latents: good for text to image; its own latents are not A's."
     else:

@@ -10,7 +10,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.images.tensors import crop_padding, pad_to_multiple
 from latentvae.measure.lpips import LPIPS
 from latentvae.measure.metrics import Metrics, MetricsSummary
-from latentvae.models.spaces import Autoencoder, decode_scaled, latent_shape, scaled_moments
+from latentvae.models.spaces import Autoencoder, decode_scaled, encode_scaled, latent_shape
 
 # who encodes, then who decodes
 WAYS = ("student_student", "teacher_student", "student_teacher", "teacher_teacher")
@@ -110,7 +110,7 @@ def compare_spaces(
     moments, count = _Moments(channels), 0
     for name, image in images:
         padded, padding = pad_to_multiple(image[None], ratio)
-        scaled = {who: scaled_moments(model, padded).cpu() for who, model in models.items()}
+        scaled = {who: encode_scaled(model, padded).cpu() for who, model in models.items()}
         moments.add(scaled["student"], scaled["teacher"])
         for way in ways:
             encoder, decoder = way.split("_")

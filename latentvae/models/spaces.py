@@ -108,7 +108,7 @@ def latent_shape(vae: Autoencoder) -> tuple[int, int]:
     return vae.config["latent_channels"], spatial_compression_ratio(vae)
 
 
-def scaled_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+def encode_scaled(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Scaled latents of images, the mode where there is a distribution.
 
     Args:
@@ -122,7 +122,8 @@ def scaled_moments(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     if isinstance(vae, AutoencoderTiny):
         latents = vae.encode(images).latents
     else:
-        latents = scale(vae, _mean(vae.encode(images).latent_dist.parameters))
+        mean, _ = vae.encode(images).latent_dist.parameters.chunk(2, dim=1)  # means, then log-variances
+        latents = scale(vae, mean)
     return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
 
@@ -133,10 +134,6 @@ def decode_scaled(vae: Autoencoder, scaled_latents: torch.Tensor) -> torch.Tenso
         latents = unscale(vae, latents)
     images = vae.decode(latents).sample
     return images.to(torch.promote_types(images.dtype, torch.float32))
-
-
-def _mean(moments: torch.Tensor) -> torch.Tensor:
-    return moments.chunk(2, dim=1)[0]  # (B, 2c, h, w): means, then log-variances
 
 
 def take_factors(vae: AutoencoderKL, space: LatentSpace) -> AutoencoderKL:

@@ -1,17 +1,20 @@
 """Whether two VAEs speak the same latent space: could a diffusion model trained on the one use the other?"""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.reading import load_image
-from latentvae.models.latents import Scaling, decode, encode
-from latentvae.models.loading import SAMPLE_PICTURE, spatial_compression_ratio
+from latentvae.images.tensors import crop_padding, pad_to_multiple
+from latentvae.models.latents import Scaling
+from latentvae.models.loading import SAMPLE_PICTURE
+from latentvae.models.spaces import Autoencoder, latent_shape
 from latentvae.pipelines.doctor.activations import stock_copy
 from latentvae.pipelines.doctor.diagnosis import synthetic_probes
 from latentvae.runtime.patches import check_autoencoder
@@ -22,6 +25,13 @@ PROBE_SIZE = 96  # pixels a side: two VAEs of SD's size take seconds on a CPU; f
 MIN_SCORE = 0.95
 MAX_LOSS = 3.0  # dB: the squared error doubles
 MAX_PSNR = 60.0  # dB: below half an 8-bit level
+# Shares of variance, where one VAE stands in for another: decoders of other spaces score below 0.1 on
+# photographs, a student after ten minutes 0.8 [measured].
+MIN_PICTURE_SCORE = 0.8
+MIN_LATENT_SCORE = 0.8
+MAX_CONTRAST = 0.06  # off 1: a scaling_factor that was measured anew on other images shows as paler pictures
+
+Use = Literal["decode", "both"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,11 @@ class Agreement:
     are the same, 0 where B's tell no more than A's mean, below 0 where they are unrelated. `correlation` is
     the mean over channels, blind to scale and shift; `scale_ratio` is the standard deviation of B's over A's.
     PSNR in dB, images clamped to [-1, 1], averaged over images.
+
+    Each direction has a figure of its own, 1 minus the squared difference of pictures over their variance,
+    both against what A makes of its own latents: `decode_score` where B decodes A's latents (text to image
+    needs no more), `encode_score` where A decodes B's (image to image and cached latents need it too).
+    `contrast` is the standard deviation of B's pictures of A's latents over A's.
     """
 
     score: float
@@ -41,6 +56,9 @@ class Agreement:
     psnr_b: float
     psnr_b_decodes_a: float
     psnr_a_decodes_b: float
+    decode_score: float
+    encode_score: float
+    contrast: float
     image_count: int
 
     @property
@@ -51,18 +69,37 @@ class Agreement:
     @property
     def same(self) -> bool:
         """Whether a diffusion model trained on A's latents can use B."""
-        return self.score >= MIN_SCORE and self.loss <= MAX_LOSS
+        return self.score >= MIN_SCORE and self.loss <= MAX_LOSS and abs(self.scale_ratio - 1) <= MAX_CONTRAST
+
+    @property
+    def decodes(self) -> bool:
+        """Whether B draws A's latents as A does: enough for text to image."""
+        return self.decode_score >= MIN_PICTURE_SCORE and abs(self.contrast - 1) <= MAX_CONTRAST
+
+    @property
+    def encodes(self) -> bool:
+        """Whether A, and so a diffusion model of A's, understands B's latents: for image to image."""
+        return self.encode_score >= MIN_PICTURE_SCORE and self.score >= MIN_LATENT_SCORE
+
+    def fits(self, use: Use) -> bool:
+        """Whether B can take A's place where it only decodes, or where it encodes too."""
+        return self.decodes and (use == "decode" or self.encodes)
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
         limits = {"min_score": MIN_SCORE, "max_loss": MAX_LOSS}
-        return {**asdict(self), "loss": self.loss, "same": self.same, **limits}
+        limits |= {"min_picture_score": MIN_PICTURE_SCORE, "min_latent_score": MIN_LATENT_SCORE}
+        limits |= {"max_contrast": MAX_CONTRAST}
+        verdicts = {"same": self.same, "decodes": self.decodes, "encodes": self.encodes}
+        return {**asdict(self), "loss": self.loss, **verdicts, **limits}
 
     def __str__(self) -> str:
         return (
             f"agreement {self.score:.3f} of 1 (wanted: {MIN_SCORE} or more), correlation "
             f"{self.correlation:.3f}, scale x {self.scale_ratio:.3g}; decoding the other's latents costs "
-            f"{self.loss:.1f} dB (wanted: {MAX_LOSS:g} or less)"
+            f"{self.loss:.1f} dB (wanted: {MAX_LOSS:g} or less); B's pictures of A's latents "
+            f"{self.decode_score:.2f} of 1 and x {self.contrast:.3f} in contrast, A's of B's "
+            f"{self.encode_score:.2f} (wanted: {MIN_PICTURE_SCORE:g} or more)"
         )
 
 
@@ -76,7 +113,7 @@ class Pair(NamedTuple):
 
 
 def agree(
-    vae_a: AutoencoderKL, vae_b: AutoencoderKL, images: torch.Tensor | Iterable[torch.Tensor] | None = None
+    vae_a: Autoencoder, vae_b: Autoencoder, images: torch.Tensor | Iterable[torch.Tensor] | None = None
 ) -> Agreement:
     """Encode images with both VAEs, decode each other's latents, and say how far that works.
 
@@ -93,20 +130,21 @@ def agree(
         LatentVAEError: latents of another shape, which cannot be the same, or no images.
     """
     for vae in (vae_a, vae_b):
-        check_autoencoder(vae)
+        if not isinstance(vae, AutoencoderTiny):
+            check_autoencoder(vae)
     check_same_shape(vae_a, vae_b)
     scalings = (Scaling.of(vae_a.config), Scaling.of(vae_b.config))
     return measure_agreement(vae_a, vae_b, scalings, images)
 
 
-def check_same_shape(vae_a: AutoencoderKL, vae_b: AutoencoderKL) -> None:
+def check_same_shape(vae_a: Autoencoder, vae_b: Autoencoder) -> None:
     """Refuse two VAEs whose latents or images have other shapes.
 
     Raises:
         LatentVAEError: with both shapes.
     """
     shapes = [
-        (f"{vae.config['latent_channels']} channels at 1/{spatial_compression_ratio(vae)} of the side")
+        "{} channels at 1/{} of the side".format(*latent_shape(vae))
         + f", of images of {vae.config['in_channels']} channels"
         for vae in (vae_a, vae_b)
     ]
@@ -118,8 +156,8 @@ def check_same_shape(vae_a: AutoencoderKL, vae_b: AutoencoderKL) -> None:
 
 
 def measure_agreement(
-    vae_a: AutoencoderKL,
-    vae_b: AutoencoderKL,
+    vae_a: Autoencoder,
+    vae_b: Autoencoder,
     scalings: tuple[Scaling, Scaling],
     images: torch.Tensor | Iterable[torch.Tensor] | None = None,
     device: torch.device | None = None,
@@ -133,39 +171,60 @@ def measure_agreement(
     return agreement_of([both_ways(vaes, scalings, batch.to(place)) for batch in batches])
 
 
-def plain_copy(vae: AutoencoderKL) -> AutoencoderKL:
+def plain_copy(vae: Autoencoder) -> Autoencoder:
     """A float32 copy without hooks or patches."""
     if any(parameter.is_meta for parameter in vae.parameters()):
         raise LatentVAEError(
             "the weights of a VAE are on the meta device: it is offloaded. Call remove_all_hooks() on its "
             "pipeline."
         )
+    if isinstance(vae, AutoencoderTiny):  # nothing of ours is ever put on one
+        return copy.deepcopy(vae).float().eval().requires_grad_(False)
     return stock_copy(vae)
 
 
 def probe_images(channels: int, size: int = PROBE_SIZE) -> list[torch.Tensor]:
-    """A photograph, and images that no photograph is like: (1, C, size, size) each, in [-1, 1]."""
-    probes = list(synthetic_probes(channels, size).values())
-    if channels not in (1, 3):  # image files have no other
-        return probes
+    """Crops of a photograph at two scales, (1, C, size, size) each, in [-1, 1].
+
+    Photographs only: what no photograph is like (noise, flat colours) dominates squared errors, and models
+    that learned a space from pictures do not know it. Synthetic images for channels that files do not have.
+    """
+    if channels not in (1, 3):
+        return list(synthetic_probes(channels, size).values())
     photo = load_image(SAMPLE_PICTURE, channels=channels)[None]
-    top, left = ((side - 2 * size) // 2 for side in photo.shape[-2:])
-    return [F.avg_pool2d(photo[..., top : top + 2 * size, left : left + 2 * size], 2), *probes]
+    height, width = photo.shape[-2:]
+    top, left = ((side - 2 * size) // 2 for side in (height, width))
+    places = [
+        (y * (height - size) // 4, x * (width - size) // 4) for y, x in ((1, 1), (1, 3), (3, 1), (3, 3))
+    ]
+    return [
+        F.avg_pool2d(photo[..., top : top + 2 * size, left : left + 2 * size], 2),
+        *(photo[..., y : y + size, x : x + size] for y, x in places),
+    ]
 
 
 @torch.no_grad()
 def both_ways(vaes: tuple[Any, ...], scalings: tuple[Scaling, Scaling], images: torch.Tensor) -> Pair:
     """Encode images with both VAEs; decode each one's latents with both."""
-    (posterior_a, padding), (posterior_b, _) = (encode(vae, images) for vae in vaes)
-    modes = (posterior_a.mode(), posterior_b.mode())
-    scaled = tuple(scaling.scale(mode) for scaling, mode in zip(scalings, modes, strict=True))
+    padded, padding = pad_to_multiple(images, latent_shape(vaes[0])[1])
+    scaled = tuple(scaling.scale(_mode(vae, padded)) for vae, scaling in zip(vaes, scalings, strict=True))
     decoded = [
         # each decoder gets the other's latents through its own scaling, as a denoiser would give them
-        [decode(vae, scaling.unscale(latents), padding).clamp(-1, 1) for latents in scaled]
+        [
+            crop_padding(vae.decode(scaling.unscale(latents)).sample.float(), padding).clamp(-1, 1)
+            for latents in scaled
+        ]
         for vae, scaling in zip(vaes, scalings, strict=True)
     ]
     (a_of_a, a_of_b), (b_of_a, b_of_b) = decoded  # whose decoder, of whose latents
     return Pair(images, (scaled[0], scaled[1]), (a_of_a, b_of_b), (b_of_a, a_of_b))
+
+
+def _mode(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents; an AutoencoderTiny's are scaled as they come, and its config says a factor of 1."""
+    if isinstance(vae, AutoencoderTiny):
+        return vae.encode(images).latents
+    return vae.encode(images).latent_dist.mode()
 
 
 def agreement_of(pairs: list[Pair]) -> Agreement:
@@ -186,6 +245,9 @@ def agreement_of(pairs: list[Pair]) -> Agreement:
     norms = centred_a.square().sum(1).sqrt() * centred_b.square().sum(1).sqrt()
     images = [(pair.images, pair.own + pair.crossed) for pair in pairs]
     psnr = [_mean_psnr([(x, found[i]) for x, found in images]) for i in range(4)]
+    decode_score, encode_score = (
+        _picture_score([(pair.crossed[i], pair.own[0]) for pair in pairs]) for i in range(2)
+    )
     return Agreement(
         1 - float((a - b).square().mean() / variance),
         float((product / norms.clamp(min=tiny)).mean()),
@@ -194,6 +256,9 @@ def agreement_of(pairs: list[Pair]) -> Agreement:
         psnr[1],
         psnr[2],
         psnr[3],
+        decode_score,
+        encode_score,
+        _spread([pair.crossed[0] for pair in pairs]) / max(_spread([pair.own[0] for pair in pairs]), 1e-6),
         sum(len(pair.images) for pair in pairs),
     )
 
@@ -207,3 +272,15 @@ def _mean_psnr(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Over images, of values in [-1, 1], in dB, at most MAX_PSNR: an exact image must not hide the others."""
     errors = torch.cat([(x.cpu().double() - y.cpu().double()).square().mean((1, 2, 3)) for x, y in pairs])
     return float((10 * (4 / errors.clamp(min=1e-12)).log10()).clamp(max=MAX_PSNR).mean())
+
+
+def _picture_score(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """1 minus the squared error of all pictures over their variance about each channel's mean."""
+    errors = [float((found - wanted).double().square().sum()) for found, wanted in pairs]
+    return 1 - sum(errors) / max(_spread([wanted for _, wanted in pairs]) ** 2, 1e-12)
+
+
+def _spread(pictures: list[torch.Tensor]) -> float:
+    """Root of the summed squares of all pictures about each channel's mean."""
+    squares = [(each - each.mean((2, 3), keepdim=True)).square().sum().item() for each in pictures]
+    return sum(squares) ** 0.5

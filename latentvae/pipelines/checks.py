@@ -9,12 +9,13 @@ from types import CodeType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.pipelines.agree import Agreement, measure_agreement
+from latentvae.models.spaces import latent_shape
+from latentvae.pipelines.agree import Agreement, Use, measure_agreement
 
 COMPONENTS = ("vae", "vqvae")  # the second: LDMTextToImagePipeline
 DENOISERS = ("unet", "transformer")
@@ -274,8 +275,20 @@ def check_hooks(vae: AutoencoderKL) -> None:
         )
 
 
-def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.device) -> None:
+def usual_use(pipe: Any) -> Use:
+    """Whether a pipeline only decodes (text to image), or encodes too (image to image, inpainting)."""
+    return "both" if "encode" in names_read(type(pipe)) else "decode"
+
+
+def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.device, use: Use) -> None:
     """Refuse a VAE with other latents than those the denoiser was trained on: those of the present VAE.
+
+    Args:
+        pipe: the pipeline.
+        vae: the new VAE.
+        old: the present one; AutoencoderKL or AutoencoderTiny.
+        device: where to compute.
+        use: "decode" asks that it draws the present VAE's latents, "both" also that its latents are those.
 
     Raises:
         LatentSpaceError: with the agreement, and the ways to proceed.
@@ -286,13 +299,13 @@ def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.de
         f"train`): both keep its latent space. Or pass allow_new_latent_space=True, if the {name} is or will "
         "be trained on the latents of this VAE."
     )
-    if not isinstance(old, AutoencoderKL):
+    if not isinstance(old, AutoencoderKL | AutoencoderTiny):
         what = "no VAE" if old is None else f"a {type(old).__name__}"
         raise LatentSpaceError(
             f"the pipeline has {what} now, with which an AutoencoderKL cannot be compared: it is not known "
             f"whether the {name} was trained on the latents of this VAE. {ways}"
         )
-    shapes = [(each.config["latent_channels"], spatial_compression_ratio(each)) for each in (old, vae)]
+    shapes = [latent_shape(each) for each in (old, vae)]
     if shapes[0] != shapes[1]:
         raise LatentSpaceError(
             f"the {name} was trained on other latents than this VAE's: those have {shapes[0][0]} channels at "
@@ -301,7 +314,10 @@ def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.de
     # scaled as this pipeline will: a factor that it ignores cannot tell two VAEs apart
     scalings = (pipeline_scaling(pipe, old), pipeline_scaling(pipe, vae))
     agreement = measure_agreement(old, vae, scalings, device=device)
-    if not agreement.same:
-        raise LatentSpaceError(
-            f"the {name} was trained on other latents than this VAE's: {agreement}. {ways}", agreement
-        )
+    if agreement.fits(use):
+        return
+    if use == "both" and agreement.decodes:
+        ways = 'It draws the latents of the present VAE, so for text to image pass use="decode". ' + ways
+    raise LatentSpaceError(
+        f"the {name} was trained on other latents than this VAE's: {agreement}. {ways}", agreement
+    )

@@ -10,15 +10,9 @@ from diffusers import AutoencoderKL
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 
-from latentvae.models.loading import cast, spatial_compression_ratio
-from latentvae.pipelines.checks import (
-    SwapError,
-    check_fit,
-    check_latent_space,
-    find_denoiser,
-    find_vae,
-    names_read,
-)
+from latentvae.models.loading import cast, load, spatial_compression_ratio
+from latentvae.pipelines import checks
+from latentvae.pipelines.agree import Use
 from latentvae.runtime.patches import check_autoencoder
 
 logger = logging.getLogger(__name__)
@@ -26,7 +20,13 @@ logger = logging.getLogger(__name__)
 CHANNEL_ATTRIBUTES = ("latent_channels", "vae_latent_channels")
 
 
-def swap(pipe: Any, vae: AutoencoderKL, allow_new_latent_space: bool = False) -> Any:
+def swap(
+    pipe: Any,
+    vae: AutoencoderKL | str,
+    allow_new_latent_space: bool = False,
+    *,
+    use: Use | None = None,
+) -> Any:
     """Put a VAE into a diffusers pipeline, which then works as if built with it; or say why it cannot.
 
     Moves `vae` to the device and dtype of the one it replaces. Sets vae_scale_factor, image and mask
@@ -36,9 +36,12 @@ def swap(pipe: Any, vae: AutoencoderKL, allow_new_latent_space: bool = False) ->
 
     Args:
         pipe: any diffusers pipeline with an AutoencoderKL (as `vae`, or `vqvae` in LDM's).
-        vae: what to put in; `optimize` and `enable_exact_tiling` may be on, and stay on.
+        vae: what to put in, or what `latentvae.load` takes, such as "sd-small"; `optimize` and
+            `enable_exact_tiling` may be on, and stay on.
         allow_new_latent_space: skip the comparison of latents with those of the present VAE, for a denoiser
             that is or will be trained on the latents of this one.
+        use: "decode" where this VAE need only draw the denoiser's latents (text to image), "both" where its
+            own latents must be the denoiser's too (image to image, inpainting). None: as the pipeline does.
 
     Returns:
         The VAE that was there, without hooks; None if there was none.
@@ -48,14 +51,16 @@ def swap(pipe: Any, vae: AutoencoderKL, allow_new_latent_space: bool = False) ->
         SwapError: the pipeline would fail with this VAE or use it wrongly; a LatentSpaceError where its
             denoiser was trained on other latents.
     """
+    if isinstance(vae, str):
+        vae = load(vae)
     check_autoencoder(vae)
-    name, old = find_vae(pipe)
+    name, old = checks.find_vae(pipe)
     if vae is old:  # it may carry this pipeline's own hooks, which the checks would refuse
         return old
-    check_fit(pipe, vae, old)
+    checks.check_fit(pipe, vae, old)
     with without_offloading(pipe) as device:
         if not allow_new_latent_space:
-            check_latent_space(pipe, vae, old, device)
+            checks.check_latent_space(pipe, vae, old, device, use or checks.usual_use(pipe))
         _put_in(pipe, name, vae, old)
     return old
 
@@ -71,11 +76,11 @@ def without_offloading(pipe: Any) -> Iterator[torch.device]:
     """
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     if pipe.hf_device_map is not None:
-        raise SwapError(
+        raise checks.SwapError(
             "the pipeline is spread by a device map. Call pipe.reset_device_map() before swapping."
         )
     if any(_is_group_offload_enabled(part) for part in parts):
-        raise SwapError(
+        raise checks.SwapError(
             "the pipeline offloads groups of layers, whose hooks cannot be moved to another VAE. Swap before "
             "calling pipe.enable_group_offload()."
         )
@@ -97,12 +102,12 @@ def without_offloading(pipe: Any) -> Iterator[torch.device]:
 
 def _put_in(pipe: Any, name: str, vae: AutoencoderKL, old: Any) -> None:
     """Everything that may fail first; then the pipeline's attributes, which cannot."""
-    beside = old if old is not None else find_denoiser(pipe)[1]  # whose device and dtype it gets
+    beside = old if old is not None else checks.find_denoiser(pipe)[1]  # whose device and dtype it gets
     vae.to(beside.device).eval()
     if vae.dtype != beside.dtype:
         cast(vae, beside.dtype)
     derived = derived_attributes(pipe, vae, old)
-    if "shift_factor" in names_read(type(pipe)) and vae.config["shift_factor"] is None:
+    if "shift_factor" in checks.names_read(type(pipe)) and vae.config["shift_factor"] is None:
         vae.register_to_config(shift_factor=0.0)
     _carry_over(vae, old)
     _warn_of_overflow(pipe, vae)
@@ -142,7 +147,7 @@ def _carry_over(vae: AutoencoderKL, old: Any) -> None:
 def _warn_of_overflow(pipe: Any, vae: AutoencoderKL) -> None:
     """Say that float16 may overflow, where the VAE says so and the pipeline does not look."""
     overflows = vae.dtype == torch.float16 and vae.config["force_upcast"]
-    if overflows and "force_upcast" not in names_read(type(pipe)):
+    if overflows and "force_upcast" not in checks.names_read(type(pipe)):
         logger.warning(
             "this VAE says that float16 overflows (force_upcast), and %s computes in float16 all the same: "
             "use bfloat16, or look with `latentvae doctor`.",

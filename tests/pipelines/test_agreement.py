@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from diffusers import AutoencoderTiny
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -140,13 +141,34 @@ def test_images_of_any_size_and_batch(tiny_vae: Any) -> None:
     assert found.same
 
 
-def test_default_probes_are_a_photo_and_extremes() -> None:
-    photo, *extremes = probe_images(3)
-    assert photo.shape == extremes[0].shape == (1, 3, 96, 96)
-    assert 0.1 < photo.std() < 0.6
-    assert len(extremes) == 4
+def test_default_probes_are_crops_of_a_photo() -> None:
+    photos = probe_images(3)
+    assert len(photos) == 5
+    for photo in photos:
+        assert photo.shape == (1, 3, 96, 96)
+        assert 0.05 < photo.std() < 0.6
     assert len(probe_images(1)) == 5
     assert [probe.shape[1] for probe in probe_images(2)] == [2, 2, 2, 2]
+
+
+def test_each_direction_is_told_apart(trained: Any, probes: list[torch.Tensor]) -> None:
+    draws = agree(trained, tuned(trained, "encoder", 0.6), probes)  # its decoder is the same
+    assert draws.decode_score == pytest.approx(1, abs=1e-6)
+    assert draws.fits("decode") and not draws.fits("both")  # noqa: PT018
+    reads = agree(trained, tuned(trained, "decoder", 0.6), probes)  # its encoder is
+    assert reads.encode_score == pytest.approx(1, abs=1e-6)
+    assert reads.encodes and not reads.fits("decode")  # noqa: PT018
+
+
+def test_an_autoencoder_tiny_may_be_on_either_side(tiny_vae: Any, probes: list[torch.Tensor]) -> None:
+    torch.manual_seed(3)
+    taesd = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, scaling_factor=1.0
+    ).eval()
+    assert agree(taesd, copy.deepcopy(taesd), probes).same
+    for pair in ((taesd, tiny_vae), (tiny_vae, taesd)):
+        found = agree(*pair, probes)
+        assert not found.same and math.isfinite(found.decode_score)  # noqa: PT018
 
 
 def test_refuses_what_cannot_be_compared(tiny_vae: Any) -> None:
@@ -189,7 +211,7 @@ def test_command_prints_figures_and_draws(tmp_path: Path, tiny_vae: Any, photo_f
     folder = export(tiny_vae, tmp_path / "vae")
     result = run(str(folder), str(folder), str(photo_folder), "--size", "48", "-o", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
-    assert "agreement of latents   1.0000 (1: the same; wanted: 0.95 or more)" in result.output
+    assert "agreement of latents         1.0000 (1: the same; wanted: 0.95 or more)" in result.output
     assert "The same latent space" in result.output
     picture = Image.open(tmp_path / "out" / PICTURE)
     assert picture.width > 5 * 48

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DModel,
+    VQModel,
 )
 from PIL import Image
 from pipelines import CASES, by_hand, cpu_offload, flux, stable_diffusion, stock_vae, unet
@@ -302,7 +303,7 @@ def test_other_things_are_refused() -> None:
         swap(DDPMPipeline(unet=model, scheduler=DDIMScheduler()), new())
 
 
-@pytest.mark.parametrize(("old", "what"), [(AutoencoderTiny(), "a AutoencoderTiny"), (None, "no VAE")])
+@pytest.mark.parametrize(("old", "what"), [(VQModel(), "a VQModel"), (None, "no VAE")])
 def test_what_cannot_be_compared_needs_the_flag(old: Any, what: str) -> None:
     pipe, vae = SD.make(), new()
     pipe.vae = old
@@ -311,6 +312,35 @@ def test_what_cannot_be_compared_needs_the_flag(old: Any, what: str) -> None:
     assert pipe.vae is old
     assert swap(pipe, vae, allow_new_latent_space=True) is old
     assert torch.equal(SD.run(pipe), SD.run(SD.make(new())))
+
+
+def test_an_autoencoder_tiny_is_compared() -> None:
+    pipe = SD.make()
+    pipe.vae = old = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    with pytest.raises(LatentSpaceError, match="trained on other latents") as caught:
+        swap(pipe, new())
+    assert caught.value.agreement is not None
+    assert pipe.vae is old
+
+
+def test_text_to_image_only_asks_for_the_decoder() -> None:
+    pipe, again = SD.make(), CASES["StableDiffusionImg2Img"].make()
+    vae = copy.deepcopy(pipe.vae)
+    torch.nn.init.zeros_(vae.encoder.conv_in.weight)  # latents of its own that mean nothing
+    with pytest.raises(LatentSpaceError, match='pass use="decode"'):
+        swap(again, copy.deepcopy(vae))
+    with pytest.raises(LatentSpaceError):
+        swap(pipe, copy.deepcopy(vae), use="both")
+    swap(again, copy.deepcopy(vae), use="decode")
+    assert swap(pipe, vae) is not vae
+
+
+def test_a_name_is_loaded() -> None:
+    pipe = SD.make()
+    with pytest.raises(LatentSpaceError, match="trained on other latents"):
+        swap(pipe, "f8c4-small")
+    swap(pipe, "f8c4-small", allow_new_latent_space=True)
+    assert pipe.vae.config.block_out_channels == [32, 64, 128, 256]
 
 
 def test_same_object_is_no_swap() -> None:
