@@ -1,9 +1,7 @@
 """Checkpoints that are whole or not there: temporary folder, hashes last, rename, and only then prune."""
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from latentvae.base.errors import ConfigError, LatentVAEError
-from latentvae.base.files import let_others_read
+from latentvae.base.files import file_sha256, partial_path, put_in_place
 from latentvae.models.loading import check_keys
 from latentvae.training.adversary import Adversary
 from latentvae.training.config import Config
@@ -116,7 +114,7 @@ def write_whole(
         accelerator: names the process, and makes all wait for one another.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
-    partial = folder / f".{final.name}.partial"
+    partial = partial_path(final)
     try:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -214,7 +212,7 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256(path) != digest:
+        if file_sha256(path) != digest:
             return f"{name} does not match its sha256"
     return None
 
@@ -226,14 +224,8 @@ def prune(folder: Path, keep: int, last: Path) -> None:
     """
     upto = [path for path in listing(folder) if path.name <= last.name]
     later = [path for path in listing(folder) if path.name > last.name]
-    for path in [*upto[:-keep], *later, *folder.glob(f".{PREFIX}*.partial")]:
+    for path in [*upto[:-keep], *later, *folder.glob(f".{PREFIX}*")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> None:
@@ -265,24 +257,10 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _seal(partial: Path, final: Path) -> None:
     """Make a complete folder durable and give it its name in one step."""
-    let_others_read(partial)
-    manifest = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+    manifest = {path.name: file_sha256(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*partial.iterdir(), partial]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
-    partial.rename(final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows has no handle to a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # the same step may be there: it is saved again after a resume from an older one
+    put_in_place(partial, final, durable=True)
 
 
 def _load_module(module: nn.Module, path: Path) -> None:
