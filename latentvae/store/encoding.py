@@ -25,9 +25,9 @@ from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.store import format as layout
 from latentvae.store import planning
-from latentvae.store.format import DtypeName, Failure, Manifest, Row
+from latentvae.store.format import DtypeName, Entry, Failure, Manifest, Row
 from latentvae.store.journal import Journal, joined, locked
-from latentvae.store.pipeline import Batch, Computer, Loaded, Loader, Moments, feed
+from latentvae.store.pipeline import Batch, Computer, Loader, feed
 from latentvae.store.planning import Loss, Plan, PlannedShard, Source
 from latentvae.store.processes import Processes
 
@@ -142,8 +142,10 @@ def encode_folder(
         return planning.settle(vae, folder, old, dtype, policy, flips, *sizes, weights_sha256=weights)
 
     try:
-        files = planning.find_sources(sources, folder)  # first: where there are none, nothing is made
+        # 1. the images; first, because where there are none, nothing is made
+        files = planning.find_sources(sources, folder)
         with ExitStack() as held:
+            # 2. the store: locked, and what a killed run left completed
             _begin(journal, settings, processes, held)
             worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
             return _run(worker, prune, retry_failed, held)
@@ -170,9 +172,10 @@ def _run(worker: "Worker", prune: bool, retry_failed: bool, held: ExitStack) -> 
     """
     start, journal, processes = time.perf_counter(), worker.journal, worker.processes
     keys, shard_size = list(worker.sources), worker.settings.shard_size
+    # 3. which image belongs into which shard; each process plans for itself, and they must agree
     plan = planning.plan_shards(journal.store, journal.records(), keys, shard_size, prune)
-    processes.share_same("files", repr(plan))  # each process plans for itself
-    # all shards are checked before one is written: a refusal leaves the store as it was
+    processes.share_same("files", repr(plan))
+    # 4. all shards are checked before one is written: a refusal leaves the store as it was
     found = processes.share("checked", worker.check(plan.shards))
     losses = [*plan.losses, *(Loss(*loss) for part in found for loss in part)]
     if losses and not prune:
@@ -180,7 +183,9 @@ def _run(worker: "Worker", prune: bool, retry_failed: bool, held: ExitStack) -> 
             journal.withdraw()
         _leave(processes, held)
         raise planning.refusal(journal.store, losses)
+    # 5. what is new, changed or damaged is encoded
     mine = worker.encode(plan.shards, retry_failed)
+    # 6. store.json
     report = _report(journal, plan, processes.share("done", mine))
     processes.share("reported", None)  # finishing deletes what the reports are made from
     if processes.is_main:
@@ -323,9 +328,9 @@ class Worker:
         try:
             alone = room(Path(one.entry.source), *one.image.shape[-2:]) if room and batch.is_large else None
             submitted = computer.alone(batch.images, alone) if alone else computer.submit(batch.images)
-            pending.computing.append((batch.images, submitted))
+            pending.computing.append(submitted)
         except ImageError as error:
-            pending.failures.append(_failure(one, str(error)))
+            pending.failures.append(_failure(one.entry, str(error)))
 
     def _write(self, pending: "Pending") -> None:
         """Write a shard when its moments are there; none after one that could not be written."""
@@ -347,21 +352,17 @@ class Pending:
     name: str
     rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    computing: list[tuple[list[Loaded], Future[Moments]]] = field(default_factory=list)
+    computing: list[Future[list[Row]]] = field(default_factory=list)
 
     def collect(self) -> None:
         """Wait for the moments; images whose moments are not finite have failed."""
-        for images, future in self.computing:
-            moments = future.result()  # (B, 2C, h, w)
-            flipped = [None] * len(images) if moments.flipped is None else list(moments.flipped)
-            for one, plain, mirrored in zip(images, moments.plain, flipped, strict=True):
-                row = Row(one.entry, plain, mirrored)
+        for future in self.computing:
+            for row in future.result():
                 if row.is_finite:
                     self.rows.append(row)
                 else:
-                    self.failures.append(_failure(one, NOT_FINITE.format(one.entry.source)))
+                    self.failures.append(_failure(row.entry, NOT_FINITE.format(row.entry.source)))
 
 
-def _failure(one: Loaded, reason: str) -> Failure:
-    entry = one.entry
+def _failure(entry: Entry, reason: str) -> Failure:
     return Failure(entry.key, entry.source, entry.sha256, entry.size_bytes, entry.mtime_ns, reason)

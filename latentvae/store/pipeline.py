@@ -18,7 +18,7 @@ from latentvae.base.errors import ImageError, StoreError
 from latentvae.images.reading import load_image_with_info, read_size
 from latentvae.images.resizing import Preprocessing, Size, plan_geometry
 from latentvae.images.tensors import pad_to_multiple
-from latentvae.store.format import Entry, Failure
+from latentvae.store.format import Entry, Failure, Row
 from latentvae.store.planning import PlannedShard, Source
 
 MAX_BYTES = 1 << 31  # of an image file, which is read whole to be hashed
@@ -163,8 +163,8 @@ class Batch(NamedTuple):
 
 class _Ahead(NamedTuple):
     shard: PlannedShard
-    planned: PlannedBatch
     loading: list[Future[Loaded | Failure]]
+    pixels: int  # of all, as planned
     last: bool
 
 
@@ -175,16 +175,15 @@ def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterat
         workers: threads that load. About twice as many images, or two batches, are in memory at once.
     """
     pool = threads.pool(workers, "latentvae-load")
-    ahead: deque[_Ahead] = deque()
+    ahead = deque[_Ahead]()
     most = 2 * max(loader.batch_size, workers)
     try:
-        for shard, planned, last in _planned(loader, shards, pool):
-            loading = [pool.submit(loader.load, key) for key in planned.keys]
-            ahead.append(_Ahead(shard, planned, loading, last))
+        for one in _begun(loader, shards, pool):
+            ahead.append(one)
             # more images or pixels are waiting than the model needs
             while len(ahead) > 1 and (
-                sum(len(one.loading) for one in ahead) > most
-                or sum(one.planned.pixels for one in ahead) > most * BATCH_PIXELS
+                sum(len(each.loading) for each in ahead) > most
+                or sum(each.pixels for each in ahead) > most * BATCH_PIXELS
             ):
                 yield from _loaded(ahead.popleft(), loader.batch_size)
         while ahead:
@@ -193,10 +192,8 @@ def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterat
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _planned(
-    loader: Loader, shards: Iterable[PlannedShard], pool: ThreadPoolExecutor
-) -> Iterator[tuple[PlannedShard, PlannedBatch, bool]]:
-    """(shard, batch, whether it is the last of the shard)."""
+def _begun(loader: Loader, shards: Iterable[PlannedShard], pool: ThreadPoolExecutor) -> Iterator[_Ahead]:
+    """Batches whose images are being loaded, from when they are asked for."""
     plans = ((shard, pool.submit(loader.plan, shard)) for shard in shards)
     current = next(plans, None)
     while current is not None:
@@ -204,7 +201,8 @@ def _planned(
         shard, planning = current
         batches = planning.result() or [PlannedBatch([], 0)]  # of vanished images only: it still has an end
         for number, batch in enumerate(batches, 1):
-            yield shard, batch, number == len(batches)
+            loading = [pool.submit(loader.load, key) for key in batch.keys]
+            yield _Ahead(shard, loading, batch.pixels, number == len(batches))
         current = following
 
 
@@ -223,13 +221,6 @@ def _loaded(one: _Ahead, batch_size: int) -> Iterator[Batch]:
     for number, images in enumerate(parts or [[]], 1):  # where all failed, a batch of none carries them on
         end = number == max(len(parts), 1)
         yield Batch(one.shard, images, failures if end else [], one.last and end)
-
-
-class Moments(NamedTuple):
-    """Of a batch: (B, 2C, h, w) in the store's dtype on the CPU, and those of the mirror images."""
-
-    plain: torch.Tensor
-    flipped: torch.Tensor | None
 
 
 class Computer:
@@ -261,14 +252,14 @@ class Computer:
         """The share of the time in which the model had nothing to do, as far as it is done with batches."""
         return max(0.0, 1 - self._busy / (self.count * (time.perf_counter() - self._start)))
 
-    def submit(self, images: list[Loaded]) -> Future[Moments]:
+    def submit(self, images: list[Loaded]) -> Future[list[Row]]:
         """Encode a batch as soon as the model can; waits where enough batches wait already."""
         self._room.acquire()
         future = self._pool.submit(self._encode, images)
         future.add_done_callback(lambda _: self._room.release())
         return future
 
-    def alone(self, images: list[Loaded], within: AbstractContextManager[object]) -> Future[Moments]:
+    def alone(self, images: list[Loaded], within: AbstractContextManager[object]) -> Future[list[Row]]:
         """Encode a batch while nothing else runs, inside of a context; what comes back is done."""
         for _ in range(self.count + 1):  # all places taken: no batch runs or waits
             self._room.acquire()
@@ -281,12 +272,13 @@ class Computer:
             self._room.release(self.count + 1)
 
     @torch.inference_mode()
-    def _encode(self, images: list[Loaded]) -> Moments:
+    def _encode(self, images: list[Loaded]) -> list[Row]:
         began = time.perf_counter()
         try:
             plain = self._moments([one.image for one in images])
-            mirrored = [one.flipped for one in images if one.flipped is not None]
-            return Moments(plain, self._moments(mirrored) if mirrored else None)
+            flipped = [one.flipped for one in images if one.flipped is not None]
+            mirrored = self._moments(flipped) if flipped else [None] * len(images)
+            return [Row(one.entry, *both) for one, *both in zip(images, plain, mirrored, strict=True)]
         except RuntimeError as error:
             # on a CPU torch has no class for it, only "can't allocate memory"
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
