@@ -67,6 +67,7 @@ def channel_lines(statistics: dict[str, Any] | None) -> list[str]:
 def model_card(vae: AutoencoderKL, provenance: Provenance, statistics: dict[str, Any] | None = None) -> str:
     """A Hugging Face model card in Markdown, with front matter; `statistics` as in the sidecar."""
     config = vae.config
+    # the hub reads the front matter: what the model is found by, and how its example is shown
     front = {"library_name": "diffusers", "license": provenance.licence, "pipeline_tag": "image-to-image"}
     if provenance.base_model:
         front["base_model"] = provenance.base_model

@@ -185,6 +185,7 @@ def _write(
 ) -> None:
     # None would not be diffusers' default
     options = {"max_shard_size": max_shard_size} if max_shard_size else {}
+    # fp32 for who trains on, fp16 as the variant that pipelines ask for
     in_half = copy.deepcopy(vae).half()
     if half:
         in_half.save_pretrained(folder, safe_serialization=True, **options)

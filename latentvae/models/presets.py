@@ -92,8 +92,9 @@ def _is_like(value: Any, example: Any) -> bool:
     """Whether a setting has the example's type; whole numbers count things, so they start at 1."""
     if isinstance(example, tuple):
         return isinstance(value, list | tuple) and len(value) > 0 and all(_is_like(v, 1) for v in value)
-    if isinstance(example, float):
+    if isinstance(example, float):  # `scaling_factor: 1` is how people write 1.0
         return isinstance(value, float) or type(value) is int
+    # by type and not isinstance: True is an int, and no number of layers
     return type(value) is type(example) and (type(value) is not int or value > 0)
 
 

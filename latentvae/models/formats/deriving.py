@@ -55,7 +55,7 @@ def derive_config(stored: StoredVAE) -> tuple[dict[str, Any], str]:
         "mid_block_add_attention": any(name.startswith(_ATTENTION[stored.layout]) for name in names),
         "use_quant_conv": any(name.startswith("quant_conv.") for name in names),
         "use_post_quant_conv": any(name.startswith("post_quant_conv.") for name in names),
-        "sample_size": SAMPLE_SIZE,
+        "sample_size": SAMPLE_SIZE,  # in no tensor; diffusers' tiling derives its tiles from it
         **block_types(widths),
     }
     scaling, shift, note = _factors(stored, config)

@@ -18,6 +18,7 @@ def why_not_comfyui(config: dict[str, Any]) -> str | None:
         return "one of the two quant convolutions alone (wanted both or neither)"
     if config["latent_channels"] == COMFY_OTHER_MODEL:
         return f"{COMFY_OTHER_MODEL} latent channels, by which it takes a file for another kind of VAE"
+    # of any number of latent channels but that: ComfyUI reads them off the tensors
     return _other_layers(config, COMFY_WIDTHS)
 
 

@@ -32,6 +32,7 @@ class StoredVAE:
     @property
     def dtype(self) -> torch.dtype:
         """That of all tensors; float32 where they differ or are of fewer than 16 bits."""
+        # float8 files are for other programs' kernels: convolutions here do not compute in it
         dtypes = {tensor.dtype for tensor in self.tensors.values()}
         return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(KEPT_DTYPES) else torch.float32
 
@@ -97,6 +98,7 @@ def config_in_metadata(stored: StoredVAE) -> Any:
 def _is_own(key: str, prefix: str, layout: Layout) -> bool:
     if not key.startswith(prefix):
         return False
+    # LDM's training writes its loss network and its averages under the same prefix
     return layout == "diffusers" or not key.removeprefix(prefix).startswith(LDM_LEFTOVERS)
 
 

@@ -52,6 +52,7 @@ def save(
         raise LatentVAEError(f"a prefix {prefix!r} goes with LDM's names only, not with {to}. Leave it out.")
     targets = check_targets(path, to, overwrite)
     plain = cast_copy(vae, dtype)
+    # read back while it is still a temporary folder: what stock diffusers reads otherwise never gets the name
     message = "cannot write {path}: {reason}. Choose another path."
     if to == "diffusers":
         with files.whole_folder(path, message=message) as partial:
@@ -80,6 +81,7 @@ def cast_copy(vae: AutoencoderKL, dtype: torch.dtype | None) -> AutoencoderKL:
     Raises:
         LatentVAEError: a weight overflows in that dtype.
     """
+    # built anew: hooks, folded weights and patched methods stay with `vae`
     config = {key: value for key, value in vae.config.items() if key != "_name_or_path"}
     with torch.device("meta"):  # no random initialisation of weights that are replaced at once
         plain = AutoencoderKL.from_config(config)
