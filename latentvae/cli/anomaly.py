@@ -59,11 +59,13 @@ def fit(
             # without its map of errors, which is as large as the image
             looks.append(replace(look(vae, image[None], network), error=torch.empty(0), lonely=None))
         except LatentVAEError as error:
+            # LPIPS pools until nothing is left of a small image; the other terms do without it
             small = network is not None and min(image.shape[-2:]) < network.min_size
             remedy = " --no-lpips leaves it out." if small else ""
             session.skip(path, LatentVAEError(f"{path}: {error}{remedy}"))
     if not looks:
         session.finish(0)
+    # the net is kept with the quantiles: `score` must use the same
     made = calibrate(vae, looks, session.lpips_net if network else None)
     made.save(calibration)
     result = {
@@ -84,6 +86,7 @@ def _lines_of_fit(made: Calibration, count: int, reason: str | None) -> list[str
     for name, values in made.quantiles.items():
         means = TERMS.get(name, "all terms as one")
         lines.append(f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {means}")
+    # of normal images that have nothing in common every one is odd by its layout
     alike = "alike, so all terms count" if len(made.counted) > 1 else "not alike, so one term counts"
     lines.append(f"The images are {alike} in the score: {', '.join(made.counted)}.")
     if reason:
@@ -111,18 +114,22 @@ def score(
     """
     check_output(output, photos)
     usual = load_calibration(calibration)
+    # before the model is loaded
     _check_term(by, list(usual.quantiles))
     files = reading.find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
     if labels is not None:
         need("sklearn")  # for the ROC: said before minutes of looking
+    # labels that do not fit are refused before images are looked at
     odd = None if labels is None else read_labels(labels, set(names.values()))
+    # errors and latents of another model have other quantiles
     usual.check(session.load())
     network = _load_network(usual, session)
     make_folder(output)
-    rows = _judge_all(session, _Judge(usual, network, output), names)
+    rows = _judge_all(session, _Judge(usual, network, output), files, names)
     if rows:
-        rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))
+        rows.sort(key=lambda row: -(row["score"] if by == "score" else row["terms"][by]))  # the oddest first
+        # of skipped images none has a score, so that one kind may be missing
         both = odd is not None and len({odd[row["name"]] for row in rows}) == 2
         areas = _write_roc(output, rows, odd) if odd is not None and both else None
         if odd is not None and not both:
@@ -148,7 +155,7 @@ def _load_network(usual: Calibration, session: Session) -> LPIPS | None:
     """
     if usual.lpips_net is None:
         return None
-    net: Any = usual.lpips_net
+    net: Any = usual.lpips_net  # a string in the file; load_lpips refuses what it does not know
     return load_lpips(net, session.lpips_weights).to(session.vae.device)
 
 
@@ -159,10 +166,12 @@ class _Judge:
     output: Path
 
 
-def _judge_all(session: Session, judge: _Judge, names: dict[Path, str]) -> list[dict[str, Any]]:
+def _judge_all(
+    session: Session, judge: _Judge, files: list[Path], names: dict[Path, str]
+) -> list[dict[str, Any]]:
     """One row for each image, its heat map written."""
     rows = []
-    for path, image, _ in session.read_images(list(names)):
+    for path, image, _ in session.read_images(files):
         try:
             verdict = judge.usual.judge(look(session.vae, image[None], judge.network))
         except LatentVAEError as error:
@@ -179,7 +188,9 @@ def _judge_all(session: Session, judge: _Judge, names: dict[Path, str]) -> list[
 
 def _write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
     """Draw an image beside its heat map."""
+    # (3, H, W)
     heat = tensors.from_uint8(drawing.colour_heat(verdict.heat.numpy()))
+    # a grey image must have the three channels of its heat map to stand beside it
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
     title = f"score {verdict.score:.2f} (white: {drawing.HEAT_WHITE} x usual worst)"
     drawing.grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
@@ -195,6 +206,7 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     for name, label in table.items():
         if label not in ("0", "1"):
             raise LatentVAEError(f"{path} has the line {f'{name},{label}'!r}; wanted NAME,0 or NAME,1.")
+    # whole: a missing label would leave an image out of the ROC without a word
     match_labels(path, table, names, whole=True)
     if len(set(table.values())) < 2:
         raise LatentVAEError(
@@ -209,6 +221,7 @@ def _write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -
     labels = [odd[row["name"]] for row in rows]
     scores = [row["score"] for row in rows]
     areas = {"score": roc.auroc(scores, labels)}
+    # of each term alone, because which one tells depends on what is odd
     areas |= {name: roc.auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
     title = f"AUROC {areas['score']:.3f}, {sum(labels)} odd of {len(labels)}"
     roc.draw_roc(roc.roc_curve(scores, labels), title).save(output / "roc.png")
@@ -220,6 +233,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     terms = list(rows[0]["terms"])
     with (
         whole_file(path) as partial,
+        # file names need not be UTF-8
         partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file)
@@ -232,6 +246,7 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def _lines_of_score(output: Path, rows: list[dict[str, Any]], areas: dict[str, float] | None) -> list[str]:
     """The ranked table, each term as the share of normal images below it."""
     terms = list(rows[0]["quantiles"])
+    # of the rows that are shown: a long name further down must not widen the table
     width = max(len(row["name"]) for row in rows[:SHOWN])
     lines = ["  ".join(["image".ljust(width), "score", "rarer than", *(f"{term:>9}" for term in terms)])]
     for row in rows[:SHOWN]:

@@ -27,9 +27,11 @@ def compress(
     ] = 50,
 ) -> None:
     """Compress an image; prints the bits per pixel of the whole file, and what decoding it gives."""
+    # one file in, one file out: OUT could not name those of a folder
     if _kind_of(photo) == "folder":
         raise CodecError(f"{photo} is a folder; wanted one image: call `latentvae compress` once for each.")
     files = reading.find_images([photo])
+    # before the model is loaded: arguments in the wrong order would cost the photograph
     _check_file(output)
     vae = session.load()  # in fp32: the hash in the file is that of the exact weights
     lpips, reason = session.find_lpips()
@@ -60,9 +62,10 @@ def decompress(
     _check_picture(output, overwrite)
     header, payload = compression.read_lvae(source)
     vae = session.load()
+    # other weights would decode something, and nobody could tell
     compression.check_model(vae, header)
     image_channels(vae)
-    session.fit(source, *header.padded)
+    session.fit(source, *header.padded)  # height and width with the padding, which is decoded too
     saving.save_image(compression.decode_payload(vae, header, payload), output)
     result = {"file": str(output), "width": header.width, "height": header.height}
     tell(result, [f"{output}: {header.width}x{header.height} px"], session.json)
@@ -75,6 +78,7 @@ def _kind_of(path: Path) -> str:
         CodecError: one may not look there, or the name is too long.
     """
     try:
+        # exists() and is_dir() raise where a name is too long or a folder is closed
         return "folder" if path.is_dir() else "file" if path.exists() else ""
     except OSError as error:
         raise CodecError(f"{path} cannot be used ({error.strerror or error}): choose another.") from error
@@ -111,7 +115,7 @@ def _report(
 ) -> None:
     """Print the figures of one compressed image of `size` bytes."""
     bpp = 8 * size / (info.width * info.height)  # of the whole file: header and padding count
-    (row,) = summary.as_dict()["images"]
+    (row,) = summary.as_dict()["images"]  # of one image
     figures = {"psnr": row["psnr"], "ssim": row["ssim"], "lpips": row["lpips"]}
     notes = [*info.notes, *summary.notes]
     shown = [f"{size:,} bytes", f"{bpp:.4f} bpp (whole file)"]

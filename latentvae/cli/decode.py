@@ -36,6 +36,7 @@ def decode(
 ) -> None:
     """Decode a store to pictures: KEY.png for each image, of the size that was encoded, without padding."""
     dataset = LatentDataset(source, mode="sample" if sample else "mode", seed=seed, scaled=False)
+    # before the folder is made: another model leaves nothing behind
     load_same_model(session, dataset)
     make_folder(output)
     written: list[dict[str, Any]] = []
@@ -63,12 +64,15 @@ def _batches(dataset: LatentDataset, session: Session) -> Iterator[list[int]]:
         except StoreError as error:
             skip_shard(shard, error, session)
             continue
+        # one size, one batch: the images of a shard have several where they were not cropped
         for tensor, numbers in of_size.items():
             height, width = (
                 loading.spatial_compression_ratio(vae) * side for side in format.latent_size(tensor)
             )
+            # rounded down to no image at all, one is still tried: it may be tiled
             fitting = SHARE * free_memory(vae.device) // ordinary_peak(vae, height, width)
             size = int(max(1, min(BATCH_PIXELS // (height * width), fitting)))
+            # tiles are of one image at a time
             if session.tile_size:
                 size = 1
             yield from (numbers[at : at + size] for at in range(0, len(numbers), size))
@@ -82,6 +86,7 @@ def _decode_batch(
         entries = [dataset.entry(number) for number in numbers]
         latents = torch.stack([dataset[number]["latents"] for number in numbers])  # (B, C, h, w)
         height, width = (loading.spatial_compression_ratio(session.vae) * side for side in latents.shape[-2:])
+        # all of the batch have this size
         session.fit(Path(entries[0].key), height, width)
     except LatentVAEError as error:
         session.skip_all([str(number) for number in numbers], error)
@@ -91,6 +96,7 @@ def _decode_batch(
     written = []
     for entry, image in zip(entries, images, strict=True):
         try:
+            # without the padding that made the size a multiple of the ratio
             written.append(_write_picture(entry.image_padding.crop(image), entry.key, output))
         except LatentVAEError as error:
             session.skip(entry.key, error)
@@ -114,6 +120,7 @@ def picture_name(key: str) -> Path:
         StoreError: a key that leads out of the folder; a store may come from anywhere.
     """
     path = PurePosixPath(key)
+    # a drive and a zero byte mean nothing on this system, perhaps, but on another
     if path.is_absolute() or ".." in path.parts or not path.name or "\0" in key or Path(key).drive:
         raise StoreError(f"the key {key!r} is no path below a folder: this store was not made by `encode`.")
     return Path(*path.parent.parts, with_ending(path.name, ".png", key))

@@ -19,7 +19,7 @@ from latentvae.pipelines.doctor.diagnosis import MIN_PSNR, Diagnosis, DtypeRepor
 from latentvae.pipelines.doctor.rescaling import Rescaling, UnfixableError, rescale
 
 EXIT_OVERFLOWS = 5
-TABLE_LAYERS = 8
+TABLE_LAYERS = 8  # rows; --json has all layers
 THIN_HEADROOM = 2.0  # other images than the probes may well give twice their largest values
 
 
@@ -52,6 +52,7 @@ def doctor(
     """
     session.model = name = model or same or loading.DEFAULT_MODEL
     _check_fix(fix, overwrite)
+    # in fp32: what the halves are compared with
     vae = session.load()
     probes, count = _read_probes(session, images, size)
     diagnosis, rescaling, problem = _examine(vae, probes, rescaled=fix is not None)
@@ -60,6 +61,7 @@ def doctor(
     fixed = _fix_as_dict(rescaling, fix, problem) if fix else None
     result = {"model": name, **diagnosis.as_dict(), "fix": fixed, "skipped": session.skipped}
     tell(result, [*_report(name, diagnosis), *_outcome(diagnosis, rescaling, fix, problem)], session.json)
+    # with a copy that works the verb has done what it was asked, whatever the source is like
     if rescaling is None and not diagnosis.fp16_works:
         raise typer.Exit(EXIT_OVERFLOWS)
     session.finish(count)
@@ -73,6 +75,7 @@ def _examine(
         return diagnose(vae, probes), None, None
     try:
         rescaling = rescale(vae, probes)
+    # the diagnosis is printed all the same: it says where to look
     except UnfixableError as error:
         return error.diagnosis, None, str(error)
     return rescaling.before, rescaling, None
@@ -102,16 +105,19 @@ def _read_probes(
         LatentVAEError: none of the images can be read, or the model takes other channels than images have.
     """
     channels = session.vae.config["in_channels"]
+    # synthetic extremes have any number of channels, so that such a model can be examined too
     if channels not in (1, 3) and images:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
     paths = find_images(images or [loading.SAMPLE_PICTURE]) if channels in (1, 3) else []
     centres = session.read_centres(paths, channels, size)
+    # the sample picture lies in the package: its folder says nothing to people
     probes = {str(path) if images else path.name: image for path, image in centres}
     return {**probes, **synthetic_probes(channels, size)}, len(probes)
 
 
 def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
     """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
+    # licence and data are those of the source, because its weights are
     sidecar = read_sidecar(source)
     exporting.export(
         rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite
@@ -131,6 +137,7 @@ def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> c
         origin.base_model = source  # a hub id
     done = "nothing had to be rescaled"
     if rescaling.scales:
+        # scales are powers of two, so that no weight is rounded
         done = f"{len(rescaling.scales)} scales changed for a headroom of {rescaling.headroom:g}"
     origin.training += (
         f" Then `latentvae doctor --fix`: {done}, force_upcast False; the largest error of its fp32 "
@@ -158,6 +165,7 @@ def _report(name: str, diagnosis: Diagnosis) -> list[str]:
     """The diagnosis for people: hottest layers, dtypes, verdict."""
     layers = diagnosis.hottest(TABLE_LAYERS)
     rows = [("layer", "kind", "largest", "headroom")]
+    # from the hottest: fp16 fails there first
     rows += [(one.name, one.kind, f"{one.largest:.4g}", f"{one.headroom:.3g}x") for one in layers]
     return [
         f"{name}: {len(diagnosis.probes)} probes ({', '.join(diagnosis.probes)})",
@@ -174,7 +182,7 @@ def _dtype_lines(diagnosis: Diagnosis) -> list[str]:
     reports = list(diagnosis.dtypes.values())
     rows = [("against fp32", "finite", "latents error", "images dB", "first overflow")]
     for one in reports:
-        error, psnr = one.worst_latents_error, one.worst_psnr
+        error, psnr = one.worst_latents_error, one.worst_psnr  # None where the dtype gave no finite value
         first = one.first_overflow
         cells = ("-" if error is None else f"{error:.2g}", "-" if psnr is None else f"{psnr:.1f}")
         rows.append((one.dtype, "no" if first else "yes", *cells, first.layer if first else "-"))
@@ -238,6 +246,7 @@ def verdict(diagnosis: Diagnosis) -> str:
         return (
             f"fp16 is finite, but only {fp16.worst_psnr:.1f} dB from fp32 (wanted: {MIN_PSNR:g}): use fp32."
         )
+    # finite on the probes is not finite on everything
     if top.headroom < THIN_HEADROOM:
         return (
             f"fp16 works, but barely: {top.name} has a headroom of {top.headroom:.3g}x; --fix OUT adds some."
@@ -247,6 +256,7 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 def _upcast(diagnosis: Diagnosis) -> str:
     """The config's force_upcast against what it should be."""
+    # diffusers decodes in fp32 where it is True, whatever dtype the pipeline has
     current, wanted = diagnosis.force_upcast, diagnosis.wanted_force_upcast
     if current == wanted:
         return f"{current}, as it should be."

@@ -83,11 +83,13 @@ def encode(
             weights_sha256=weights,
             workload=encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
         )
+    # Ctrl-C is how long runs are paused, so it is no failure and needs no stack trace
     except KeyboardInterrupt:
         typer.echo("stopped: finished shards are kept, and the same command goes on after them.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if os.environ.get("RANK", "0") != "0":
         return  # the first process speaks for all
+    # only now: the sheet shows what is on disk, decoded, and not what was about to be written
     if preview and report.images:
         verification.contact_sheet(store, vae).save(store / verification.PREVIEW)
     _tell(report, store, session.json)
@@ -96,9 +98,8 @@ def encode(
 def _prepare(session: Session) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
     vae = load_model(session.model, _own_device(session.device), "fp32")
-    weights = fingerprint.weight_hash(
-        vae
-    )  # rounded weights have another hash, and `decode` loads those that are not
+    # before they are rounded: `decode` compares the hash with that of weights that are not
+    weights = fingerprint.weight_hash(vae)
     if vae.dtype != DTYPES[session.precision]:
         loading.cast(vae, DTYPES[session.precision])
     tile_large(vae)
@@ -108,13 +109,16 @@ def _prepare(session: Session) -> tuple[AutoencoderKL, str]:
 def _own_device(device: str | None) -> str:
     """Of this process: each process of a machine gets a GPU of its own."""
     device = device or best_device()
+    # torchrun sets LOCAL_RANK: without it every process would take GPU 0
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def _cores(vae: AutoencoderKL, batch_size: int) -> int:
     """How many batches a CPU can work on at once: one per core, as far as memory goes."""
     free = SHARE * free_memory(vae.device)
+    # a batch holds at most so many pixels, however large its images are
     each = ordinary_peak(vae, 512, 512 * batch_size)
+    # each works with one core: convolutions of small batches do not fill several
     return max(1, min(torch.get_num_threads(), int(free // each)))
 
 
@@ -127,6 +131,7 @@ def _room_for(vae: AutoencoderKL, threads: int) -> encoding.Room:
     """Have large images encoded alone, where several at once would not fit into memory."""
 
     def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
+        # on a GPU one batch is worked on at a time
         many = threads if vae.device.type == "cpu" else 1
         needed, free = plan_peak(vae, height, width), SHARE * free_memory(vae.device)
         if needed > free:
@@ -134,6 +139,7 @@ def _room_for(vae: AutoencoderKL, threads: int) -> encoding.Room:
                 f"{path} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
                 f"{free / 1e9:.1f} GB can be had: make it smaller, or encode with --size."
             )
+        # any context will do: that there is one says that the image is encoded while nothing else is
         return None if many * needed <= free else nullcontext()
 
     return room
@@ -151,7 +157,7 @@ def _tell(report: encoding.EncodeReport, store: Path, as_json: bool) -> None:
         LatentVAEError: all images failed.
     """
     for line in [*(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
-        typer.echo(line, err=True)
+        typer.echo(line, err=True)  # standard output is for the result
     if report.failures and not report.images:
         raise LatentVAEError(
             f"none of the {len(report.failures)} images could be encoded; the first: "
@@ -163,7 +169,7 @@ def _tell(report: encoding.EncodeReport, store: Path, as_json: bool) -> None:
     tell({"store": str(store), **report.as_dict()}, [line], as_json)
     if report.failures:
         typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
-        sys.stdout.flush()
+        sys.stdout.flush()  # the result goes before the message of the exit, also into a pipe
         raise typer.Exit(EXIT_SKIPPED)
 
 

@@ -45,6 +45,7 @@ def evaluate(
     vae = session.load()
     lpips, reason = session.find_lpips()
     inception, rfid_reason = _find_inception(inception_weights, vae.device) if rfid else (None, None)
+    # a generator: one image is in memory at a time
     images = ((names[path].as_posix(), image) for path, image, _ in session.read_images(files))
     try:
         summary = measure(
@@ -63,6 +64,7 @@ def _find_inception(weights: Path | None, device: torch.device) -> tuple[Incepti
     try:
         return load_inception(weights).to(device), None
     except MissingWeightsError as error:
+        # what was asked for by name must not be left out silently
         if weights is not None:
             raise
         return None, str(error)

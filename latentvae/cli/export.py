@@ -63,6 +63,7 @@ def export(
     provenance = card.Provenance(
         name=name,
         licence=licence,
+        # the run knows its parent; of other models people must say it
         base_model=base_model or state.get("config", {}).get("model", {}).get("init"),
         trained_on=trained_on,
         training=training or (f"{state['step']} steps" if state else "not stated"),
@@ -70,6 +71,7 @@ def export(
         config=state.get("config", {}),
     )
     if push_to_hub:
+        # before the statistics: what the hub would refuse costs no minutes
         publishing.check_publishable(push_to_hub, provenance)
     session.vae = vae  # as it is: speed-ups are not exported
     statistics = _measure(session, images, state)
@@ -82,9 +84,9 @@ def export(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )
-    url = (
-        publishing.publish(folder, push_to_hub, subfolder=subfolder, private=private) if push_to_hub else None
-    )
+    url = None
+    if push_to_hub:
+        url = publishing.publish(folder, push_to_hub, subfolder=subfolder, private=private)
     figures = statistics.as_dict() if statistics else None
     result = {"export": str(folder), "latent_statistics": figures, "hub": url}
     notes = [*program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]
@@ -100,6 +102,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     """
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
+        # single images are of no use on a card, and may be named privately
         return {"mean": metrics["mean"], "protocol": metrics["protocol"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LatentVAEError(
@@ -109,8 +112,10 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 def _find_checkpoint(source: Path) -> Path | None:
     """The checkpoint that `source` is, or the newest whole one of the run it is; None for others."""
+    # a checkpoint that was named is checked, and no other taken in its place
     if (source / MANIFEST).is_file():
         return resolve(str(source), source.parent)
+    # of a run the newest that is whole: a kill may have cut the last one short
     if (source / "checkpoints").is_dir():
         return resolve("latest", source / "checkpoints")
     return None
@@ -136,6 +141,7 @@ def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> la
     """
     model = state["config"]["model"] if state else {}
     parent = model.get("init") or model.get("teacher")
+    # what was trained on the parent's latents must go on reading these, so its factors are copied
     if parent and images is not None:
         raise LatentVAEError(
             f"this run keeps the latent space of {parent}, so new statistics would "
@@ -143,6 +149,7 @@ def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> la
         )
     if images is not None:
         return _measure_files(session, images)
+    # a model that is no checkpoint has its factors already
     if parent or not state:
         return None
     return _measure_training_data(session.vae, state["config"]["data"])
@@ -151,6 +158,7 @@ def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> la
 def _measure_files(session: Session, images: Path) -> latents.LatentStatistics:
     """Latent statistics of whole images, evenly chosen."""
     paths = find_images(images)
+    # evenly: files that follow each other are often of one scene
     some = sources.evenly(len(paths), STATISTICS_IMAGES)
     read = session.read_images([paths[number] for number in some])
     try:
@@ -163,6 +171,7 @@ def _measure_files(session: Session, images: Path) -> latents.LatentStatistics:
 def _measure_training_data(vae: AutoencoderKL, config: dict[str, Any]) -> latents.LatentStatistics:
     """Latent statistics of what the run was trained on, as the run itself measures them at its end."""
     try:
+        # the config may be of an older version, or its folder gone: both end in the same advice
         data = DataConfig.model_validate(config)
         return validation.training_statistics(vae, crops.split_sources(data)[0], data)
     except (LatentVAEError, ValueError) as error:

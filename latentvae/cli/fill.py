@@ -64,13 +64,16 @@ def fill(
     Known pixels are kept exactly, as 8 bits.
     """
     vae = session.load()
+    # (1, C, H, W); (H, W); as images, or None
     images, missing, complete = _read_inputs(image_channels(vae), image, mask, original)
     height, width = images.shape[-2:]
+    # before anything is written: a refusal leaves no folder
     side = tile_size or _fitting_side(session, image, height, width, method)
     make_folder(output)
     options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
     result = _complete_image(vae, images, missing, side, **options)
     about = {"image": str(image), "mask": str(mask), **options}
+    # null in JSON where the image was filled in as a whole
     tiles = side if side < max(height, width) else None
     figures = {**about, "tile_size": tiles, **_measure(result, missing, complete)}
     figures |= _write_pictures(output / image.name, images, missing, result, complete)
@@ -98,6 +101,7 @@ def _complete_image(
     vae: AutoencoderKL, images: torch.Tensor, missing: torch.Tensor, side: int, **options: Any
 ) -> filling.Filling:
     """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
+    # without a total: how many windows touch the hole is not known beforehand
     with tqdm(unit=" steps") as bar:
         if side >= max(images.shape[-2:]):
             return filling.fill(vae, images, missing, progress=bar.update, **options)
@@ -106,11 +110,13 @@ def _complete_image(
 
 def _load_mask(mask: Path) -> torch.Tensor:
     """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
+    # on black, so that what a painter left transparent is known, and not missing; > 0 is above mid-grey
     return reading.load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
 
 
 def _check_size(image: Path, images: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
     """Raises ImageError where a mask, or the original, is of another size than the image."""
+    # one of another size could be scaled, but then it would mark other pixels
     if plane.shape != images.shape[-2:]:
         (height, width), (wanted_height, wanted_width) = plane.shape, images.shape[-2:]
         raise ImageError(
@@ -131,9 +137,11 @@ def _fitting_side(session: Session, image: Path, height: int, width: int, method
     if method != "optimise":
         session.fit(image, height, width)
         return max(height, width)
+    # tiling keeps no activations, but gradients need all of them: only smaller inputs help
     free = free_memory(vae.device)
     if GRADIENTS * ordinary_peak(vae, height, width) <= free:
         return max(height, width)
+    # from the largest: the fewer windows, the fewer seams to blend
     for side in TILE_SIZES:
         if GRADIENTS * ordinary_peak(vae, side, side) <= free:
             typer.echo(f"Too large for gradients at once: filled in windows of {side} px.", err=True)
@@ -153,9 +161,11 @@ def _measure(result: filling.Filling, missing: torch.Tensor, complete: torch.Ten
         "detail": result.detail,
         "psnr_in_hole": None,
     }
+    # an empty hole has no error to average
     if complete is not None and missing.any():
         parts = {"filled": result.images, "smooth": result.smooth, "decoded": result.decoded}
         found = {name: filling.hole_psnr(part, complete, missing) for name, part in parts.items()}
+        # JSON has no infinity
         figures["psnr_in_hole"] = {name: value if isfinite(value) else None for name, value in found.items()}
     return figures
 
@@ -171,6 +181,7 @@ def _write_pictures(
     endings = (".filled.png", ".comparison.png")
     filled, compared = (place.with_name(with_ending(place.name, ending)) for ending in endings)
     saving.save_image(result.images, filled)
+    # in the order of what was done, so that the picture reads from left to right
     parts = {"known": images.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
     parts |= {"filled": result.images} | ({} if complete is None else {"original": complete})
     drawing.grid([[part[0].cpu() for part in parts.values()]], list(parts)).save(compared)

@@ -74,6 +74,7 @@ def gather(session: Session, request: Request) -> Gathering:
     Raises:
         LatentVAEError: no image, no such model or device, labels that do not match, a store beside others.
     """
+    # a store lies in a folder too: its manifest tells it from one of images
     stores = [source for source in request.sources if (source / format.MANIFEST).is_file()]
     if stores and len(request.sources) > 1:
         raise LatentVAEError(
@@ -110,7 +111,7 @@ def _from_images(session: Session, request: Request) -> Gathering:
         try:
             with torch.no_grad():
                 latents = encode(vae, image[None])[0].mode()  # (1, C, h, w)
-            found.gallery.add(names[path], label_of(caption), latents, image)
+            found.gallery.add(names[path], label_of(caption), latents, image)  # shrunk, so pictures are
         except LatentVAEError as error:
             session.skip(path, LatentVAEError(f"{path}: {error}"))
     found.gallery.label(labels)

@@ -44,15 +44,18 @@ def interpolate(
 ) -> None:
     """Interpolate between images: writes a strip, an animation and the size of each step."""
     routes: tuple[ways.Route, ...] = ("linear", "spherical") if route == "both" else (route,)
+    # frames that lie among the images would be ends of the next way
     for place in [output, *(output / name for name in routes if separate)]:
         check_output(place, paths)
     files = reading.find_images(paths)
     vae = session.load()
     make_folder(output)
+    # steps in LPIPS tell jumps; without its weights the rms of pixels has to do
     lpips, reason = session.find_lpips()
     read = _read_ends(session, files)
     if fit:
         read = _match_first(session, read)
+    # the first image again: of its own frame the animation leaves one out
     used = [*read, next(iter(read))] if closed else list(read)
     images = [read[path] for path in used]  # (C, H, W) each
     _check_room((len(images) - 1) * (frames - 1) + 1, images[0])
@@ -78,6 +81,7 @@ def interpolate(
 def _read_ends(session: Session, files: list[Path]) -> dict[Path, torch.Tensor]:
     """The images that can be used; LatentVAEError where fewer than two can."""
     read = {path: image for path, image, _ in session.read_images(files)}
+    # an image that was skipped is named here too: the message of a missing end must say why
     if len(read) < 2:
         why = f"; {session.skipped[0]['reason']}" if session.skipped else "."
         came = f"{len(read)} of {counted(len(files), 'image')} could be used"
@@ -88,8 +92,8 @@ def _read_ends(session: Session, files: list[Path]) -> dict[Path, torch.Tensor]:
 def _check_room(count: int, image: torch.Tensor) -> None:
     """Raises ImageError where so many frames of the image's size would not fit into memory."""
     channels, height, width = image.shape
-    needed = COPIES * count * channels * height * width * 4
-    free = free_memory(torch.device("cpu"))
+    needed = COPIES * count * channels * height * width * 4  # float32
+    free = free_memory(torch.device("cpu"))  # frames leave the GPU one by one
     if needed > free:
         raise ImageError(
             f"{count} frames of {width}x{height} px would take {needed / 1e9:.1f} GB, and "
@@ -99,6 +103,7 @@ def _check_room(count: int, image: torch.Tensor) -> None:
 
 def _match_first(session: Session, read: dict[Path, torch.Tensor]) -> dict[Path, torch.Tensor]:
     """All images at the first one's size, and the VAE tiling if that size must be."""
+    # sizes must agree for latents to have a mean; the first image is the one people chose first
     first, *_ = read
     height, width = read[first].shape[-2:]
     session.fit(first, height, width)
@@ -110,6 +115,7 @@ def _figures(route: str, found: ways.Interpolation, steps: list[ways.Step]) -> d
     summary: dict[str, Any] = {"route": route, "positions": found.positions}
     for name in ("lpips", "rms"):
         sizes = [asdict(step)[name] for step in steps]
+        # LPIPS is None where its weights are missing or the frames are too small
         known = None not in sizes
         total = sum(sizes) if known else None
         summary[f"{name}_steps"] = sizes if known else None
@@ -128,6 +134,7 @@ def _lines(result: dict[str, Any]) -> list[str]:
     """The size of every step, for people: as LPIPS, or else as the root of the mean square."""
     lines = []
     for each in result["routes"]:
+        # LPIPS where there is one: equal steps in it look equal
         sizes, name, digits = each["lpips_steps"], f"LPIPS-{result['lpips_net']}", 3
         if sizes is None:
             sizes, name, digits = each["rms_steps"], "rms of 255", 1

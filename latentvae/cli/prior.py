@@ -70,6 +70,7 @@ def fit(
     A folder of images is encoded first, by --model at --size.
     """
     settings = diffusion.DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
+    # before the latents are read, which may take minutes
     place = usable_device(session.device)
     _check(kind, settings, folder)
     latents = _read(session, store, size)
@@ -80,6 +81,7 @@ def fit(
         made = mixture.fit_mixture(
             latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed
         )
+    # Ctrl-C ends the fit early, and other kinds know no steps
     stopped = made.card.fit.get("steps_done", steps) < steps
     if stopped:
         folder = _free_place(folder)
@@ -101,8 +103,8 @@ def _check(kind: Kind, settings: diffusion.DiffusionSettings, folder: Path) -> N
     elif settings.by_class:
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
     else:
-        need("sklearn")
-    check_target(folder.resolve())
+        need("sklearn")  # for principal components and mixtures
+    check_target(folder.resolve())  # "." has no name, and no parent to write beside it
     make_folder(folder.resolve().parent)
 
 
@@ -112,6 +114,7 @@ def _free_place(folder: Path) -> Path:
     Raises:
         LatentVAEError: that one holds other things.
     """
+    # what was stopped may be worse than what is there
     place = folder.with_name(f"{folder.name}.stopped") if folder.exists() else folder
     check_target(place.resolve())
     return place
@@ -133,6 +136,7 @@ def _read(session: Session, store: Path, size: int | None) -> latent_set.LatentS
     find_images(store)  # its error says what was wanted
     if size is None:
         raise LatentVAEError(f"{store} is a folder of images: say at what --size to crop and encode them.")
+    # the prior keeps no images, so the store is of no use after it
     with tempfile.TemporaryDirectory() as scratch:
         vae = session.load()
         report = encoding.encode_folder(

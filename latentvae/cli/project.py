@@ -51,11 +51,13 @@ def project(
     from 10 labels a class, each beside the same on raw pixels.
     """
     check_output(output, sources)
+    # extras that this verb alone needs
     for package in ("sklearn", "matplotlib", *["umap"] * (method == "umap")):
         need(package)  # before minutes of encoding
     make_folder(output)
     found = gather(session, Request(sources, grid, labels, size, with_pictures=True))
     gallery = found.gallery
+    # all were skipped: this says so and ends
     if not gallery.keys:
         session.finish(0)
     values = gallery.features.values  # (N, features)
@@ -96,11 +98,13 @@ def _measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str])
     raw = gallery.raw()
     if raw is None:
         notes.append("Raw pixels are not compared: the files of some images are gone.")
+    # pixels are the bar: a latent space that separates no better has learned nothing of what is labelled
     tables: dict[str, np.ndarray] = {"latents": gallery.features.values} | (
         {} if raw is None else {"pixels": raw}
     )
     agreement = {"latents": nmi(grouped.numbers, gallery.labels)}
     if raw is not None:
+        # as many clusters as the latents have, or their number would decide; k-means needs as many points
         same = min(grouped.count, _distinct(raw))
         agreement["pixels"] = nmi(cluster(raw, same, seed).numbers, gallery.labels)
     try:
@@ -108,6 +112,7 @@ def _measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str])
             name: asdict(few_label_accuracy(table, gallery.labels, PER_CLASS, seed=seed))
             for name, table in tables.items()
         }
+    # too few labels of a class are no reason to lose the map
     except LatentVAEError as error:
         notes.append(f"No classifier from few labels: {error}")
         few = {}
@@ -121,8 +126,9 @@ def _distinct(rows: np.ndarray) -> int:
 
 def _make_cards(gallery: Gallery, mapped: projection.Projection, grouped: Clustering) -> list[Card]:
     """What the page shows of each image."""
+    # (N, NEAR), by the features and not by the map, which distorts
     near = projection.neighbours(gallery.features.values, NEAR).tolist()
-    points = mapped.points.tolist()
+    points = mapped.points.tolist()  # (N, 2)
     rows = zip(
         gallery.keys, gallery.labels, grouped.numbers.tolist(), points, gallery.pictures, near, strict=True
     )
@@ -142,10 +148,11 @@ def _write_all(
         partial.write_text(write_page(cards, name, about, _figure_rows(result)), encoding="utf-8")
     pictures = {"projection.png": scatter.draw_scatter(cards, f"{name}: {about}", _axis_names(mapped))}
     drawn = scatter.draw_pictures(cards)
-    if drawn is not None:
+    if drawn is not None:  # there may be no pictures: files gone, and no model to decode with
         pictures["projection-pictures.png"] = drawn
     for each, picture in pictures.items():
         with whole_file(output / each) as partial:
+            # the format is said, because the temporary name has another ending
             picture.save(partial, "PNG")
     write_json(result, output / "projection.json")
     table = output / "clusters.csv"
@@ -165,6 +172,7 @@ def _write_table(path: Path, cards: list[Card]) -> None:
 
 def _axes_text(mapped: projection.Projection) -> str:
     """What the map is, in words."""
+    # UMAP has no variance to explain, and its axes mean nothing
     if mapped.explained is None:
         return "UMAP"
     return f"PCA ({100 * sum(mapped.explained):.0f} % of the variance)"

@@ -45,7 +45,7 @@ def reconstruct(
         place = output / name
         make_folder(place.parent)
         written.append(_write_pictures(place, image, rebuilt[0].cpu(), row, info.notes))
-    if written:
+    if written:  # a table of nothing would hide why; `finish` says it
         summary = evaluator.metrics.summary()
         figures = {**summary.as_dict(), "files": written, "skipped": session.skipped}
         tell(figures, [summary.table(), *_hints(written)], session.json)
@@ -60,6 +60,7 @@ def _write_pictures(
     compared = place.with_name(with_ending(place.name, ".comparison.png"))
     saving.save_image(reconstruction, plain)
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
+    # no column where the network is missing: the picture has no place for the reason
     if row.lpips is not None:
         figures["LPIPS"] = f"{row.lpips:.4f}"
     drawing.comparison(image, reconstruction, figures, place.name).save(compared)

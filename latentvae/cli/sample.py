@@ -46,12 +46,15 @@ def sample(
     """
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
+    # before the model: a wrong folder is said at once
     made = loading.load_prior(folder) if folder is not None else None
     vae = session.load()
     image_channels(vae)
     chosen = made or prior.StandardNormal(vae, size or 256, size or 256)
+    # latents of one VAE are noise to another
     chosen.check(vae)
     labels = [label] * count if label is not None else None
+    # before the folder is made: a refused request leaves nothing
     sampling.check_request(chosen, count, seed, 0, labels)
     make_folder(output / "samples")
     result: dict[str, Any] = {
@@ -61,6 +64,7 @@ def sample(
         "count": count,
         "note": None if folder is not None else HONEST,
     }
+    # a generator: nothing has been drawn yet
     batches = sampling.sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
     _write(batches, labels or sampling.sample_labels(chosen, count, seed), output, result)
     height, width = result["size"]
@@ -76,9 +80,12 @@ def _write(
     """Write each image as it comes, then the grid of the first ones and the JSON, which names them all."""
     paths: list[Path] = []
     shown: list[torch.Tensor] = []
+    # each is written as it comes, so that Ctrl-C keeps what was drawn
     for image in (image for batch in batches for image in batch):
+        # the seed is in the name, so that another seed replaces nothing
         paths.append(output / f"samples/seed{result['seed']}-{len(paths):05d}.png")
         saving.save_image(image, paths[-1])
+        # not all of them: memory must not grow with --count
         shown += [image] * (len(shown) < GRID)
     _sheet(torch.stack(shown)).save(output / "samples.png")
     result["size"] = list(shown[0].shape[-2:])
@@ -91,7 +98,7 @@ def _write(
 def _sheet(images: torch.Tensor) -> Any:
     """Images (N, C, H, W) in [-1, 1] in a grid that is about as wide as high."""
     columns = math.ceil(math.sqrt(len(images)))
-    missing = -len(images) % columns
+    missing = -len(images) % columns  # cells that the last row lacks: white
     cells = [*images, *torch.ones(missing, *images.shape[1:])]
     rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
     return drawing.grid(rows, [""] * columns)

@@ -45,11 +45,13 @@ def vary(
 
     A copy depends on its image's pixels, the seed and its number alone.
     """
+    # copies of copies would drift further from run to run
     check_output(output, paths)
     files = reading.find_images(paths)
     names = short_names(files, paths)
     vae = session.load()
     make_folder(output / COPIES)
+    # each once, and from the least: the figures read as a curve
     study = _Study(sorted(set(temperature or [1.0])), copies, *session.find_lpips())
     captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
     for path, image, _ in session.read_images(files):
@@ -88,9 +90,10 @@ class _Study:
 
     def add(self, path: Path, image: Any, variations: Variations, place: Path, caption: Any) -> None:
         """Write one image's copies as PLACE.tTEMPERATURE.COPY.png."""
-
-        reconstruction = variations.reconstruction.cpu()
+        reconstruction = variations.reconstruction.cpu()  # (C, H, W), as all that is kept here
+        # LPIPS features of both are computed once, and not for every copy
         references = [Reference(each, self.lpips) for each in (image, reconstruction)]
+        # temperature 0 is what the model costs by itself
         self._measure(0.0, reconstruction, references)
         make_folder(place.parent)
         written, row = [], [image, reconstruction]
@@ -102,6 +105,7 @@ class _Study:
                 file = place.with_name(with_ending(place.name, f".t{temperature:g}.{copy}.png"))
                 saving.save_image(varied, file)
                 written.append(str(file))
+                # beside the copy, so that it can be trained on like the original
                 if caption is not None:
                     text = json.dumps(caption, ensure_ascii=False)
                     file.with_suffix(".json").write_text(text, encoding="utf-8")
@@ -109,11 +113,13 @@ class _Study:
                     row.append(varied)
         self.images.append({"path": str(path), "copies": written})
         self.spreads.append(variations.spread)
+        # the rest would make a picture that nobody can open
         if len(self.rows) < SHEET_ROWS:
             self.rows.append([resizing.thumbnail(each, SHEET_CELL) for each in row])
 
     def _shown(self) -> list[tuple[float, int]]:
         """Temperature and copy of the contact sheet's columns: a copy each, or several of the only one."""
+        # one temperature is looked at for variety, several for how they differ
         if len(self.temperatures) == 1:
             return [(self.temperatures[0], copy) for copy in range(min(self.copies, SHEET_COLUMNS))]
         return [(temperature, 0) for temperature in self.temperatures]
@@ -158,6 +164,7 @@ class _Study:
 def _mean(figures: list[float | None]) -> float | None:
     """Of what was measured; None where nothing was, or where identical images make it infinite."""
     measured = [figure for figure in figures if figure is not None]
+    # fsum: the mean must not depend on the order of the images
     average = math.fsum(measured) / len(measured) if measured else math.inf
     return average if math.isfinite(average) else None
 
@@ -180,9 +187,10 @@ def lines_of_variations(result: dict[str, Any]) -> list[str]:
         f"Temperature 1 is the posterior's standard deviation, {spread['posterior_std']:.3g} here{share} "
         f"({spread['latents_std']:.3g})."
     )
+    # sorted, so the last is the largest
     largest = result["temperatures"][-1]["temperature"]
     if spread["ratio"] is not None and 0 < largest * spread["ratio"] < ALIKE:
-        visible = float(f"{VISIBLE / spread['ratio']:.1g}")
+        visible = float(f"{VISIBLE / spread['ratio']:.1g}")  # one digit is enough to try
         found.append(f"The copies are all but alike; try --temperature {visible:g}.")
     if result["lpips_missing_reason"] is not None:
         found.append(f"Note: LPIPS was not measured: {result['lpips_missing_reason']}")
