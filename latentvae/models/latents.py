@@ -147,7 +147,7 @@ class Scaling(NamedTuple):
         """Moments (..., 2C, h, w) of scaled latents from those of unscaled ones; one factor for all."""
         mean, logvar = moments.chunk(2, dim=-3)
         # Var(f x) = f^2 Var(x), in logarithms; a shift moves means only
-        return torch.cat([self.scale(mean), logvar + 2 * math.log(abs(self.factor))], dim=-3)
+        return torch.cat([self.scale(mean), logvar + 2 * math.log(abs(float(self.factor)))], dim=-3)
 
 
 def scale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

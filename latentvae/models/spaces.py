@@ -7,7 +7,7 @@ ones and no variance. The functions here speak scaled latents with both.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -17,7 +17,7 @@ from latentvae.models.latents import scale, unscale
 from latentvae.models.loading import cast, load, spatial_compression_ratio
 from latentvae.models.presets import nearest
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
 
 @dataclass(frozen=True)
