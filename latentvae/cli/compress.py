@@ -60,6 +60,7 @@ def decompress(
 ) -> None:
     """Decompress an image that `latentvae compress` wrote, with the same model."""
     _check_picture(output, overwrite)
+    # before the model: a damaged file is refused at once
     header, payload = compression.read_lvae(source)
     vae = session.load()
     # other weights would decode something, and nobody could tell
@@ -115,7 +116,7 @@ def _report(
 ) -> None:
     """Print the figures of one compressed image of `size` bytes."""
     bpp = 8 * size / (info.width * info.height)  # of the whole file: header and padding count
-    (row,) = summary.as_dict()["images"]  # of one image
+    (row,) = summary.as_dict()["images"]
     figures = {"psnr": row["psnr"], "ssim": row["ssim"], "lpips": row["lpips"]}
     notes = [*info.notes, *summary.notes]
     shown = [f"{size:,} bytes", f"{bpp:.4f} bpp (whole file)"]

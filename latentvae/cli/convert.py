@@ -33,9 +33,11 @@ def convert(
 ) -> None:
     """Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by --dtype."""
     writing.check_targets(output, to, overwrite)  # before a large file is read
+    # as it is stored: no weight may change but by --dtype
     vae = load(source, dtype=None)
     wanted = DTYPES[dtype] if dtype else vae.dtype
     writing.save(vae, output, to, dtype=wanted, prefix=prefix, overwrite=overwrite)
+    # diffusers itself takes every config; the other programs guess parts of it
     notes = programs.program_notes(vae.config) if to != "diffusers" else []
     name = str(wanted).removeprefix("torch.")
     result = {"output": str(output), "format": to, "dtype": name, "notes": notes}

@@ -13,6 +13,7 @@ def demo(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve on.")] = 7860,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 opens the page to your network.")
+        # the page takes files from whoever reaches it
     ] = "127.0.0.1",
     model: Annotated[
         list[Path] | None,
@@ -20,6 +21,7 @@ def demo(
     ] = None,
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
+    # found and not imported, which takes seconds
     if find_spec("gradio") is None:
         raise LatentVAEError("the demo needs gradio, which is not installed: pip install latentvae[demo]")
     from latentvae.demo.server import serve  # gradio is an extra: without it, say how to get it

@@ -26,10 +26,11 @@ def features(
     OUT.npy is float32 (images, features), and OUT.json beside it says keys, labels and columns; OUT.parquet
     has them all in one table.
     """
+    # before the model: an ending that cannot be written, or a file that is no earlier table
     check_format(output)
     make_folder(output.parent)  # before minutes of encoding
     found = gather(session, Request(sources, grid, labels, size, with_pictures=False))
-    if found.gallery.keys:
+    if found.gallery.keys:  # none: all were skipped, and no empty table is written
         table = found.gallery.features
         files = [str(file) for file in table.save(output)]
         about, count = table.about(), table.values.shape[1]

@@ -111,7 +111,7 @@ def _from_images(session: Session, request: Request) -> Gathering:
         try:
             with torch.no_grad():
                 latents = encode(vae, image[None])[0].mode()  # (1, C, h, w)
-            found.gallery.add(names[path], label_of(caption), latents, image)  # shrunk, so pictures are
+            found.gallery.add(names[path], label_of(caption), latents, image)
         except LatentVAEError as error:
             session.skip(path, LatentVAEError(f"{path}: {error}"))
     found.gallery.label(labels)

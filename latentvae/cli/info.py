@@ -13,6 +13,7 @@ def info(
     json: Json = False,
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics."""
+    # named here, because the sidecar is looked for under it
     model = model or same or DEFAULT_MODEL
     figures = describe(load(model))
     figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
@@ -39,6 +40,7 @@ def _lines(figures: dict[str, Any]) -> list[str]:
             values = figures["latent_statistics"][key]
             rows[f"{key} per channel"] = " ".join(f"{value:.4g}" for value in values)
     width = max(len(name) for name in rows)
+    # keys with an underscore are those of diffusers itself
     settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in rows}
     return [
         *(f"{name:<{width}}  {value}" for name, value in rows.items()),

@@ -66,13 +66,14 @@ def load_verb(name: str) -> Any:
     if isinstance(verb, typer.Typer):
         return verb
     alone = typer.Typer(add_completion=False)
-    alone.command()(verb)
+    alone.command()(verb)  # without a callback Typer takes the one command for the whole app
     return alone
 
 
 class _Verb(TyperCommand):
     """A verb as the list shows it; its module is imported when its own arguments are read."""
 
+    # Any, because Typer may have a copy of click inside, whose types are not those of the package click
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
         """The context of the real command: click runs `context.command`, so that takes over from here."""
         return typer.main.get_command(load_verb(str(self.name))).make_context(
@@ -84,6 +85,7 @@ class _Verbs(TyperGroup):
     """All verbs, none of them imported."""
 
     def __init__(self, **settings: Any) -> None:
+        # Typer makes the group, and would fill it with verbs that are imported already
         super().__init__(**settings)
         self.commands.update({name: _Verb(name, help=line) for name, line in VERBS.items()})
 
@@ -122,12 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    # a line for each request to the hub says nothing to people
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # a broken or offline hub must not hold up a run that never needed it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        # LatentVAEError alone: the stack trace of a bug is what a report of it needs
         app(args=arguments)
     except LatentVAEError as error:
+        # whoever reads JSON from standard output must find some; people read standard error
         if "--json" in arguments:
             typer.echo(json.dumps({"error": str(error)}))
         typer.echo(f"error: {error}", err=True)

@@ -14,6 +14,7 @@ from typer.models import OptionInfo
 EXIT_SKIPPED = 3
 EXIT_INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 
+# below where people are, and never among their images: see places.check_output
 OUTPUT = Path("latentvae-output")
 
 Model = Annotated[
@@ -36,6 +37,7 @@ Json = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the fastest there is.")]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Arithmetic of the model.")]
+# vgg is the largest by far; alex is what papers report
 LPIPSNet = Annotated[Literal["alex", "squeeze", "vgg"], typer.Option(help="Backbone of LPIPS.")]
 LPIPSWeights = Annotated[
     Path | None,

@@ -43,6 +43,7 @@ class Session:
     lpips_net: options.LPIPSNet = "alex"
     lpips_weights: options.LPIPSWeights = None
     device: options.Device = None
+    # exact where a verb has no such option
     precision: options.Precision = "fp32"
     tile_size: options.TileSize = None
     store: options.Store = None
@@ -76,6 +77,7 @@ class Session:
         While an image (C, H, W) is out, the model tiles if it must. With `longest`, larger images are shrunk
         to that many pixels along their longer side first.
         """
+        # files are read as the model takes them: grey for one channel
         channels = image_channels(self.vae)
         for path in tqdm(paths, unit="image", disable=len(paths) < 2):
             try:
@@ -86,6 +88,7 @@ class Session:
             except ImageError as error:
                 self.skip(path, error)
                 continue
+            # outside of `try`: what a verb raises over its image is not an error of reading
             yield path, image, info
 
     def read_centres(
@@ -104,8 +107,10 @@ class Session:
                 self.skip(path, error)
                 continue
             found += 1
+            # the centre, unscaled: resizing would smooth what overflows and what is hard to decode
             top, left = (max(side - size, 0) // 2 for side in image.shape[-2:])
             yield path, image[None, :, top : top + size, left : left + size]
+        # here and not in the verb, which would go on with probes alone
         if paths and not found:
             self.finish(0)
 
@@ -153,7 +158,7 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        own = dict(signature(verb).parameters)
+        own = dict(signature(verb).parameters)  # in the order of the verb
         del own["session"]
         hints = get_type_hints(Session, include_extras=True)
         shared = {
@@ -164,6 +169,7 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
                 annotation=hints[option.name],
             )
             for option in fields(Session)
+            # a verb's own option of that name wins, with its own help: --tile-size of `fill`
             if option.init and option.name in order and option.name not in own
         }
         # arguments come first: they may have no default, and Python wants those before the rest
@@ -177,11 +183,13 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
 
         @wraps(verb)
         def run(*values: Any, **named: Any) -> None:
+            # Typer names all of them; from Python the first may be given by position
             given = looks.bind(*values, **named)
             given.apply_defaults()
             of_session = {name: given.arguments.pop(name) for name in shared}
             verb(Session(**of_session), **given.arguments)
 
+        # both: Typer looks at the signature, and then at the annotations for types
         run.__signature__ = looks  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in looks.parameters.values()}
         return run
@@ -244,6 +252,7 @@ def image_channels(vae: AutoencoderKL) -> int:
 def read_sidecar(source: str) -> dict[str, Any]:
     """What an export says of itself beside its weights; empty for models that say nothing."""
     place = Path(source)
+    # a bundled name, an export, a pipeline with one, a file in an export
     for folder in (loading.WEIGHTS_DIR / source, place, place / "vae", place.parent):
         if (folder / exporting.SIDECAR).is_file():
             return json.loads((folder / exporting.SIDECAR).read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ def shards(
         tars = webdataset.export_webdataset(
             source, output, images_per_shard=images_per_shard, progress=progress.update
         )
+    # the names are numbered, so the last tells them all
     number = tars[-1].stem.rpartition("-")[2]
     # as WebDataset takes it: braces stand for all numbers between
     pattern = tars[0].name if len(tars) == 1 else f"latents-{{000000..{number}}}.tar"

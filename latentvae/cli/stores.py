@@ -27,7 +27,9 @@ def load_same_model(session: Session, dataset: LatentDataset) -> AutoencoderKL:
             f"{dataset.reader.store} were made with weights {wanted[:12]}...: another decoder would show "
             "something else. Name the model that encoded them with --model."
         )
+    # pictures are what the store is read for
     image_channels(vae)
+    # only now rounded
     session.vae = vae if session.precision == "fp32" else optimize(vae, dtype=DTYPES[session.precision])
     return session.vae
 
@@ -55,6 +57,7 @@ def skip_shard(shard: format.ShardRecord, error: StoreError, session: Session) -
 
 
 def _check_hashes(store: Path, shard: format.ShardRecord) -> None:
+    # reading all of it costs little beside decoding
     problem = format.damage(store, shard)
     if problem:
         raise StoreError(

@@ -19,6 +19,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check every shard of a store against its hashes and its index; exit code 2 where something is wrong."""
+    # no bar for programs, which may take both streams for one
     problems = verification.verify(store, progress=not json)
     manifest = format.read_manifest(store)
     if json:
