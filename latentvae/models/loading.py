@@ -12,14 +12,20 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import ModelError
 from latentvae.models.formats.deriving import derive_config
 from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
-from latentvae.models.formats.stored import StoredVAE, config_in_metadata, read_shards, read_stored
+from latentvae.models.formats.stored import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    StoredVAE,
+    config_in_metadata,
+    read_shards,
+    read_stored,
+)
 from latentvae.models.presets import PRESETS, nearest
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 SAMPLE_PICTURE = Path(__file__).parent / "assets" / "chelsea.png"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 DEFAULT_MODEL = "f8c4-small"
 
 # unpickling runs whatever code the file names, so these are refused with the way out, never read
@@ -80,7 +86,7 @@ def _load(source: str | Path, dtype: torch.dtype | None) -> AutoencoderKL:
 
 
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+    if not (folder / CONFIG_NAME).is_file() and (folder / "vae" / CONFIG_NAME).is_file():
         folder = folder / "vae"  # of a whole pipeline
     config = _read_config(folder)
     files = _weight_files(folder)
@@ -124,7 +130,7 @@ def _own_config(stored: StoredVAE) -> dict[str, Any] | None:
 
     Beside LDM's files, and inside them, configs of other models are common: those are not the VAE's.
     """
-    beside = stored.path.parent / "config.json"
+    beside = stored.path.parent / CONFIG_NAME
     config, place = config_in_metadata(stored), stored.path
     if stored.layout == "ldm" and _class_name(config) != "AutoencoderKL":
         config = None
@@ -195,7 +201,7 @@ def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> Au
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = folder / CONFIG_NAME
     if not path.is_file():
         raise ModelError(
             f"{folder} is no model folder: it has no config.json. Wanted a folder written by "

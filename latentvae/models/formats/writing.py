@@ -11,12 +11,10 @@ from safetensors.torch import save_file
 from latentvae.base import files
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.formats.layout import is_attention_weight, ldm_name, to_convolution
+from latentvae.models.formats.stored import CONFIG_NAME, WEIGHTS_NAME
 
 Format = Literal["diffusers", "ldm", "single-file"]
 Prefix = Literal["", "first_stage_model.", "vae."]
-
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-CONFIG_NAME = "config.json"
 
 
 def save(
