@@ -108,7 +108,7 @@ def _check_left(store: Path) -> None:
             f"{store} is still being written by a process of a run whose first process is gone (of "
             f"{', '.join(held)}): wait until it has ended, or end it."
         )
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # there is none, or a process has joined just now
         folder.rmdir()
 
 

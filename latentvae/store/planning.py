@@ -197,7 +197,8 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         if self.unread:
-            return f"{self.problem}: nothing else says which {self.unread} images it held"
+            what = f"nothing else says which {self.unread} images it held"
+            return f"{self.problem}: {what}; those that are there are encoded again with --prune"
         shown = ", ".join(repr(key) for key in self.keys[:NAMED]) + ", ..." * (len(self.keys) > NAMED)
         return f"{self.problem}: {len(self.keys)} of its images cannot be encoded again ({shown})"
 
@@ -241,13 +242,11 @@ def plan_shards(
             if not there:  # its number is free for new images
                 continue
         planned.append(PlannedShard(name, there, () if prune else gone, record, prune and bool(gone)))
-    losses = []
-    for name, problem in damaged.items():
-        held = layout.read_keys(store, records[name])
-        if held is None and records[name].count:
-            losses.append(Loss(problem, (), records[name].count))
-        elif lost := (held or set()).difference(present, known):
-            losses.append(Loss(problem, tuple(sorted(lost))))
+    losses = [
+        loss
+        for name, problem in damaged.items()
+        if (loss := _loss(store, records[name], problem, present, known)) is not None
+    ]
     if prune:
         dropped += [key for loss in losses for key in loss.keys]
     taken = {layout.shard_number(shard.name) for shard in planned}
@@ -258,6 +257,15 @@ def plan_shards(
         planned.append(PlannedShard(layout.shard_name(next(free)), chunk))
     planned.sort(key=lambda shard: layout.shard_number(shard.name))
     return Plan(planned, dropped, list(damaged.values()), losses)
+
+
+def _loss(store: Path, record: ShardRecord, problem: str, present: set[str], known: set[str]) -> Loss | None:
+    """What giving up a shard with a damaged index would lose, if anything."""
+    held = layout.read_keys(store, record)
+    if held is None:
+        return Loss(problem, (), record.count) if record.count else None
+    lost = held.difference(present, known)  # known: a killed repair may have put them elsewhere already
+    return Loss(problem, tuple(sorted(lost))) if lost else None
 
 
 def refusal(store: Path, losses: Sequence[Loss]) -> StoreError:
