@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import whole_file
 from latentvae.training import checkpoint
 from latentvae.training.config import Config
 from latentvae.training.data.crops import CropBatch
@@ -94,9 +95,8 @@ def status(run: Run) -> Iterator[None]:
 
     def write(state: str, reason: str = "") -> None:
         entry = {"state": state, "step": run.state.step, "reason": reason}
-        partial = place.with_suffix(f".{run.accelerator.process_index}.partial")
-        partial.write_text(json.dumps(entry), encoding="utf-8")
-        partial.replace(place)  # never half written: other processes read it
+        with whole_file(place) as partial:  # other processes read it
+            partial.write_text(json.dumps(entry), encoding="utf-8")
 
     if run.is_main:
         write("running")
@@ -108,7 +108,7 @@ def status(run: Run) -> Iterator[None]:
         raise
     except BaseException as error:
         # whichever process it is, the first: the others then fail too, as they wait for it in vain
-        with suppress(OSError, ValueError):  # the error itself matters more
+        with suppress(OSError, ValueError, LatentVAEError):  # the error itself matters more
             if json.loads(place.read_text(encoding="utf-8"))["state"] == "running":
                 several = run.accelerator.num_processes > 1
                 rank = f"process {run.accelerator.process_index}: " if several else ""
