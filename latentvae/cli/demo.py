@@ -1,12 +1,11 @@
 """`latentvae demo`: the page in the browser."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentvae.base.errors import LatentVAEError
+from latentvae.base.optional import need
 
 
 def demo(
@@ -21,9 +20,7 @@ def demo(
     ] = None,
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
-    # found and not imported, which takes seconds
-    if find_spec("gradio") is None:
-        raise LatentVAEError("the demo needs gradio, which is not installed: pip install latentvae[demo]")
+    need("gradio", message="the demo needs {package}, which is not installed: pip install latentvae[{extra}]")
     from latentvae.demo.server import serve  # gradio is an extra: without it, say how to get it
 
     serve(model or [], host, port)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_port_in_use_is_said_with_a_way_out(page: Any) -> None:
 
 
 def test_verb_without_gradio_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentvae.cli.demo.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(cli.app, ["demo"])
     assert isinstance(result.exception, LatentVAEError)
     assert "pip install latentvae[demo]" in str(result.exception)
