@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from latentvae.base.errors import CodecError
-from latentvae.base.files import whole_file
+from latentvae.base.files import check_file, whole_file
 from latentvae.cli.options import tell
 from latentvae.cli.session import Session, image_channels, takes
 from latentvae.codec import compression
@@ -104,11 +104,9 @@ def _check_picture(path: Path, overwrite: bool) -> None:
     if path.suffix.lower() not in saving.SAVE_OPTIONS:
         known = ", ".join(saving.SAVE_OPTIONS)
         raise CodecError(f"{path} came as the picture to write; wanted a name that ends in {known}.")
-    there = _kind_of(path)
-    if _kind_of(path.parent) != "folder" or there == "folder":
+    if _kind_of(path.parent) != "folder" or _kind_of(path) == "folder":
         raise CodecError(f"{path} cannot be written: use a folder that exists, and a new name in it.")
-    if there and not overwrite:
-        raise CodecError(f"{path} is already there: name another file, or pass --overwrite.")
+    check_file(path, overwrite=overwrite, error=CodecError)
 
 
 def _report(
