@@ -11,6 +11,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from latentvae.base.errors import ConfigError, ModelError
+from latentvae.base.files import check_folder
 from latentvae.measure.lpips import smallest_side
 from latentvae.models.exporting import SIDECAR
 from latentvae.models.presets import nearest, preset_config
@@ -196,14 +197,8 @@ def _check_writable(folder: Path) -> None:
         usable = False
     if not usable:
         raise ConfigError(f"output={folder} cannot be written to. Choose another output.")
-    exported = folder / "vae"
-    full = exported.is_dir() and any(exported.iterdir())
-    # an export of this run's, which is known by its sidecar, may be replaced; anything else is somebody's
-    if exported.is_file() or (full and not (exported / SIDECAR).is_file()):
-        raise ConfigError(
-            f"{exported} is there and no earlier export, so the model could not be written to it. "
-            "Choose another output."
-        )
+    # an export of this run's may be replaced; anything else is somebody's
+    check_folder(folder / "vae", "export", SIDECAR, instead="Choose another output", error=ConfigError)
 
 
 def check_exported(name: str, path: str | None) -> None:
