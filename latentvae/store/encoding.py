@@ -207,7 +207,7 @@ def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> Encode
     records = journal.records()  # what all processes wrote, not this one alone
     done = [records[shard.name] for shard in plan.shards]
     failed = [record.name for record in done if record.failed]
-    unread = [str(Loss(loss.problem, (), loss.unread)) for loss in plan.losses if loss.unread]
+    unread = [str(loss) for loss in plan.losses if loss.unread]
     return EncodeReport(
         images=sum(record.count for record in done),
         encoded=sum(part["encoded"] for part in parts),
