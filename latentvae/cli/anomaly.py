@@ -14,7 +14,7 @@ from latentvae.base.optional import need
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, short_names, with_ending, write_json
 from latentvae.cli.session import Session, takes
-from latentvae.images import drawing, reading, tensors
+from latentvae.images import drawing, reading, saving, tensors
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.toolbox.anomaly import roc
 from latentvae.toolbox.anomaly.calibration import (
@@ -193,7 +193,7 @@ def _write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
     # a grey image must have the three channels of its heat map to stand beside it
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
     title = f"score {verdict.score:.2f} (white: {drawing.HEAT_WHITE} x usual worst)"
-    drawing.grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]).save(place)
+    saving.save_picture(drawing.grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]), place)
 
 
 def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
@@ -224,7 +224,7 @@ def _write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -
     # of each term alone, because which one tells depends on what is odd
     areas |= {name: roc.auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
     title = f"AUROC {areas['score']:.3f}, {sum(labels)} odd of {len(labels)}"
-    roc.draw_roc(roc.roc_curve(scores, labels), title).save(output / "roc.png")
+    saving.save_picture(roc.draw_roc(roc.roc_curve(scores, labels), title), output / "roc.png")
     return areas
 
 

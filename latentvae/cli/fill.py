@@ -184,7 +184,7 @@ def _write_pictures(
     # in the order of what was done, so that the picture reads from left to right
     parts = {"known": images.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
     parts |= {"filled": result.images} | ({} if complete is None else {"original": complete})
-    drawing.grid([[part[0].cpu() for part in parts.values()]], list(parts)).save(compared)
+    saving.save_picture(drawing.grid([[part[0].cpu() for part in parts.values()]], list(parts)), compared)
     return {"filled": str(filled), "comparison": str(compared)}
 
 

@@ -64,7 +64,7 @@ def interpolate(
         found = ways.interpolate(vae, images, frames, name, progress=True)
         steps = ways.step_sizes(found.frames, lpips)
         results.append(_figures(name, found, steps))
-        ways.strip(found, steps).save(output / f"{name}.strip.png")
+        saving.save_picture(ways.strip(found, steps), output / f"{name}.strip.png")
         if animation != "none":  # which is endless: the way back to the first image ends before it
             shown = found.frames[:-1] if closed else found.frames
             ways.save_animation(shown, output / f"{name}.{animation}", fps)

@@ -15,6 +15,7 @@ from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sour
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import Session, takes
+from latentvae.images.saving import save_picture
 from latentvae.toolbox.atlas import projection, scatter
 from latentvae.toolbox.atlas.clusters import Clustering, cluster, few_label_accuracy, nmi
 from latentvae.toolbox.atlas.gallery import Gallery
@@ -151,9 +152,7 @@ def _write_all(
     if drawn is not None:  # there may be no pictures: files gone, and no model to decode with
         pictures["projection-pictures.png"] = drawn
     for each, picture in pictures.items():
-        with whole_file(output / each) as partial:
-            # the format is said, because the temporary name has another ending
-            picture.save(partial, "PNG")
+        save_picture(picture, output / each)
     write_json(result, output / "projection.json")
     table = output / "clusters.csv"
     with whole_file(table) as partial:

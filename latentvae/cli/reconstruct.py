@@ -63,7 +63,7 @@ def _write_pictures(
     # no column where the network is missing: the picture has no place for the reason
     if row.lpips is not None:
         figures["LPIPS"] = f"{row.lpips:.4f}"
-    drawing.comparison(image, reconstruction, figures, place.name).save(compared)
+    saving.save_picture(drawing.comparison(image, reconstruction, figures, place.name), compared)
     return {"reconstruction": str(plain), "comparison": str(compared), "notes": notes}
 
 

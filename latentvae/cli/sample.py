@@ -87,7 +87,7 @@ def _write(
         saving.save_image(image, paths[-1])
         # not all of them: memory must not grow with --count
         shown += [image] * (len(shown) < GRID)
-    _sheet(torch.stack(shown)).save(output / "samples.png")
+    saving.save_picture(_sheet(torch.stack(shown)), output / "samples.png")
     result["size"] = list(shown[0].shape[-2:])
     result["images"] = [
         {"path": str(path), **({"label": labels[n]} if labels else {})} for n, path in enumerate(paths)

@@ -64,7 +64,7 @@ def vary(
         study.notes += [f"{names[path].as_posix()}: {note}" for note in notes]
     if study.images:
         sheet = output / "contact-sheet.png"
-        study.sheet().save(sheet)
+        saving.save_picture(study.sheet(), sheet)
         result = {**study.result(), "seed": seed, "skipped": session.skipped}
         write_json(result, output / "variations.json")
         written = sum(len(each["copies"]) for each in study.images)

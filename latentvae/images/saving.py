@@ -38,11 +38,11 @@ def save_image(images: torch.Tensor, path: PathLike) -> None:
     if path.suffix.lower() not in SAVE_OPTIONS:
         raise ImageError(f"{path} ends in '{path.suffix}': images are saved as {', '.join(SAVE_OPTIONS)}")
     name, options = SAVE_OPTIONS[path.suffix.lower()]
-    save_picture(to_pil(images), path, format=name, **options)
+    save_picture(to_pil(images), path, name, **options)
 
 
-def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Write a Pillow image whole or not at all; options are those of its `save`, `format` among them.
+def save_picture(picture: Image.Image, path: Path, format: str = "PNG", **options: Any) -> None:
+    """Write a Pillow image whole or not at all; options are those of its `save`.
 
     Raises:
         ImageError: it cannot be written, or is larger than the format goes.
@@ -50,6 +50,6 @@ def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
     message = "{path} cannot be written ({reason}): use a folder that exists, yours"
     with whole_file(path, ImageError, message) as partial:
         try:
-            picture.save(partial, **options)
+            picture.save(partial, format, **options)  # said: the temporary name has no suffix to tell it
         except ValueError as error:  # Pillow's, for one that is too large for its format
             raise OSError(str(error)) from error
