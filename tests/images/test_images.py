@@ -1,4 +1,4 @@
-"""Finding, refusing, padding and saving images; what kinds of file load is in test_decoding.py."""
+"""Finding, refusing, padding and saving images; what kinds of file load is in test_reading.py."""
 
 import struct
 import warnings

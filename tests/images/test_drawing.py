@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from latentvae.base.errors import ImageError
-from latentvae.images import drawing as pictures
+from latentvae.images import drawing
 from latentvae.images.drawing import colour_error, comparison, error_map, grid
 from latentvae.images.saving import to_pil
 from latentvae.images.tensors import from_uint8
@@ -160,7 +160,7 @@ def test_a_long_title_loses_its_middle(written):
 
 
 def test_letters_that_no_font_has_become_plain_and_never_a_box(written, monkeypatch):
-    monkeypatch.setattr(pictures, "SYSTEM_FONTS", ())
+    monkeypatch.setattr(drawing, "SYSTEM_FONTS", ())
     comparison(plain(8, 8, RED), plain(8, 8, RED), {}, "Café\n 日本\udcff.png")
     assert "Cafe ???.png" in words(written)
 
