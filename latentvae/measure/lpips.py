@@ -148,6 +148,7 @@ class LPIPS(nn.Module):
         Args and errors as `forward`. Returns one (B, C, h, w) float32 tensor per layer.
         """
         self._check(images)
+        # (B, 3, H, W), then (B, C, h, w) of each layer
         x = (images - self.shift) / self.scale  # repeats one channel to three by broadcasting
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # oneDNN's fast layout
@@ -240,6 +241,7 @@ def _in_place(net: LPIPSNet, place: Path) -> Path | None:
         return place
     if not place.is_dir():
         raise _missing(net, f"the path {place} does not exist")
+    # torchvision adds a hash to the model's name, and people a version
     files = sorted(place.glob(f"{_BACKBONES[net].model}*.safetensors"))
     return files[0] if files else None
 

@@ -20,6 +20,7 @@ from latentvae.measure.lpips import LPIPS
 LatentsMode = Literal["mode", "sample"]
 
 SSIM_WINDOW = 11  # pixels; 11, 1.5, 0.01 and 0.03 below are those of the paper
+# names of attributes of a row and of a summary, in the order of the table's columns
 FIGURES = ("psnr", "ssim", "lpips", "rate_bpp")
 
 
@@ -274,6 +275,7 @@ def _ssim_of_plane(x: Tensor, y: Tensor) -> Tensor:
 def _blur(x: Tensor) -> Tensor:
     """Filter (H, W) with the Gaussian window, one axis after the other: 22 taps instead of 121."""
     offsets = range(-(SSIM_WINDOW // 2), SSIM_WINDOW // 2 + 1)
+    # divided by their sum below, so that a flat image stays as it is
     taps = [math.exp(-(k**2) / (2 * 1.5**2)) for k in offsets]
     for dim in (0, 1):
         size = x.shape[dim] - SSIM_WINDOW + 1
