@@ -220,7 +220,7 @@ def test_the_table_is_aligned_and_says_what_is_missing() -> None:
 
 
 def test_lpips_is_measured_on_rounded_images(tmp_path: Path) -> None:
-    from test_perceptual import write_weights
+    from test_lpips import write_weights
 
     lpips = load_lpips("squeeze", write_weights(tmp_path))
     images = levels_to_images(photo_like(32))
