@@ -56,6 +56,7 @@ def check_values(config: Config) -> None:
     _check_adversary(config)
     _check_perceptual(config)
     _check_steps(config.optim, config.train.max_steps)
+    _check_distil(config)
     if config.loss.free_bits and config.train.accumulation > 1:
         raise ConfigError(
             f"loss.free_bits={config.loss.free_bits} counts a channel's nats over one forward pass, and "
@@ -85,6 +86,8 @@ def _check_model(model: ModelConfig) -> None:
         )
     if model.mode == "decoder_only" and model.init is None:
         raise ConfigError("model.mode=decoder_only keeps a model's latents; name it in model.init")
+    if model.space is not None and model.mode != "distil":
+        raise ConfigError(f"model.space={model.space} is of a teacher, and model.mode={model.mode} has none")
     if (model.mode == "distil") != (model.teacher is not None):
         raise ConfigError(
             f"model.mode={model.mode} with model.teacher={model.teacher}; "
@@ -114,6 +117,18 @@ def _check_ratio(config: Config) -> None:
                 f"data.{name}={size} is not a multiple of the model's compression ratio {factor}; "
                 f"use {size // factor * factor or factor} or {(size // factor + 1) * factor}"
             )
+
+
+def _check_distil(config: Config) -> None:
+    if config.distil.learn != "both" and config.model.init is None:
+        raise ConfigError(
+            f"distil.learn={config.distil.learn} leaves the other half as it is; name the model in model.init"
+        )
+    if config.distil.learn == "encoder" and config.adversarial.disc_weight:
+        raise ConfigError(
+            f"adversarial.disc_weight={config.adversarial.disc_weight} judges pictures, and "
+            "distil.learn=encoder makes none; set it to 0, or learn the decoder too"
+        )
 
 
 def _check_adversary(config: Config) -> None:

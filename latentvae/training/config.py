@@ -21,7 +21,10 @@ class ModelConfig(Section):
     init: str | None = None
     # full; decoder_only: latents stay as they are, bit for bit; distil: into the teacher's latent space
     mode: Literal["full", "decoder_only", "distil"] = "full"
-    teacher: str | None = None  # of distil: any AutoencoderKL with latents of the same shape
+    # of distil: any AutoencoderKL or AutoencoderTiny with latents of the same shape
+    teacher: str | None = None
+    # whose latents an AutoencoderTiny speaks, which does not say so itself; None: as its config says
+    space: Literal["sd", "sdxl", "sd3", "flux"] | None = None
     freeze: list[str] = []  # patterns of parameter names that stay as they are, e.g. "*.norm*"
 
 
@@ -59,6 +62,22 @@ class LossConfig(Section):
         0.0, ge=0
     )  # nats per latent pixel that a channel may cost before the KL term acts
     distil_weight: float = Field(1.0, ge=0)  # latents have unit variance when scaled, images half of that
+
+
+class DistilConfig(Section):
+    """How a student learns a teacher's latent space; only with model.mode=distil."""
+
+    # both, or one half alone (the other is given by model.init): each is a problem of its own, and the
+    # encoder's passes cost a quarter of the decoder's
+    learn: Literal["both", "encoder", "decoder"] = "both"
+    # with model.init: map its latents to the teacher's by least squares first; saves thousands of crops
+    linear_start: bool = True
+    # teacher: its picture of its own latents, a function of what the decoder is shown: nothing to guess
+    target: Literal["teacher", "original"] = "teacher"
+    turn_step: int | None = Field(None, ge=0)  # step from which the target turns to the original; None: never
+    turn_steps: int = Field(1000, ge=1)  # over so many steps: a sudden turn unlearns
+    l1_weight: float = Field(1.0, ge=0)  # of |difference| of scaled latents, beside its square
+    logvar: float = Field(-10.0, ge=-30, le=20)  # of posteriors, where the teacher has none
 
 
 class AdversarialConfig(Section):
@@ -153,6 +172,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    distil: DistilConfig = DistilConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     regularise: RegulariseConfig = RegulariseConfig()
     optim: OptimConfig = OptimConfig()

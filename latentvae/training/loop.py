@@ -245,6 +245,6 @@ def save_checkpoint(run: Run) -> Path:
 def validate(run: Run) -> None:
     """Measure and draw the averaged model, outside the run's clock."""
     with run.record.pause(), run.accelerator.autocast():
-        run.record.validation(
-            run.state.step, *run.validation(run.state.ema.model, run.state.step, run.folder)
-        )
+        vae, step = run.state.ema.model, run.state.step
+        summary, picture = run.validation(vae, step, run.folder)
+        run.record.validation(step, summary, picture, run.validation.beside_teacher(vae))

@@ -79,9 +79,15 @@ class VAELoss(nn.Module):
         return 1 if self.lpips is None else self.lpips.min_size
 
     def reconstruction(
-        self, images: torch.Tensor, reconstructions: torch.Tensor
+        self, images: torch.Tensor, reconstructions: torch.Tensor | None
     ) -> tuple[torch.Tensor, Terms]:
-        """The terms that compare images (B, C, H, W): the weighted sum, rec_loss and perceptual_loss."""
+        """The terms that compare images (B, C, H, W): the weighted sum, rec_loss and perceptual_loss.
+
+        Zeros where there are no reconstructions, as only an encoder learns.
+        """
+        if reconstructions is None:
+            none = images.new_zeros(())
+            return none, {"rec_loss": none, "perceptual_loss": none}
         # per element (B, C, H, W), summed over an image (B,), averaged over the batch
         rec_loss = pixel_loss(images, reconstructions, self.config.pixel).flatten(1).sum(1).mean()
         perceptual_loss = self.perceptual(images, reconstructions)
@@ -121,12 +127,14 @@ class VAELoss(nn.Module):
         return weighted, {"kl_loss": kl_map.flatten(1).sum(1).mean(), "kl_per_channel": per_channel}
 
     def distillation(
-        self, student: Posterior, teacher: Posterior, scaling_factor: float
+        self, student: Posterior, teacher: Posterior, scaling_factor: float, l1_weight: float = 0.0
     ) -> tuple[torch.Tensor, Terms]:
-        """Agreement with a teacher, in the KL's place: weighted; distil_loss and latent_cosine."""
+        """Agreement with a teacher, in the KL's place: weighted; distil_loss, latent_cosine and latent_r2."""
         distil_loss = distillation_loss(student, teacher, scaling_factor)
+        l1 = ((student.mean - teacher.mean) * scaling_factor).abs().mean()
         terms = {"distil_loss": distil_loss, "latent_cosine": latent_cosine(student, teacher)}
-        return self.config.distil_weight * distil_loss, terms
+        terms["latent_r2"] = latent_r2(student, teacher)
+        return self.config.distil_weight * (distil_loss + l1_weight * l1), terms
 
 
 def g_loss(logits_fake: torch.Tensor) -> torch.Tensor:
@@ -158,6 +166,12 @@ def distillation_loss(student: Posterior, teacher: Posterior, scaling_factor: fl
 def latent_cosine(student: Posterior, teacher: Posterior) -> torch.Tensor:
     """Cosine between two models' mean latents of one image, averaged over the batch: 1 where they agree."""
     return torch.cosine_similarity(student.mean.flatten(1), teacher.mean.flatten(1)).mean()
+
+
+def latent_r2(student: Posterior, teacher: Posterior) -> torch.Tensor:
+    """1 minus the squared difference of mean latents over the variance of the teacher's, per channel."""
+    spread = (teacher.mean - teacher.mean.mean((0, 2, 3), keepdim=True)).square().mean()
+    return 1 - (student.mean - teacher.mean).square().mean() / spread.clamp_min(1e-12)
 
 
 def adaptive_weight(nll_gradient: torch.Tensor, g_gradient: torch.Tensor) -> torch.Tensor:

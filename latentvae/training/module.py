@@ -13,12 +13,12 @@ from latentvae.base.errors import ConfigError
 from latentvae.models.latents import Posterior
 from latentvae.models.loading import cast, load, spatial_compression_ratio
 from latentvae.models.presets import build, nearest
+from latentvae.models.spaces import Autoencoder, latent_shape
 from latentvae.training.config import Config
+from latentvae.training.distillation import Teacher, frozen_half
 
-FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a latent space
 
-
-def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, AutoencoderKL | None]:
+def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Teacher | None]:
     """The VAE to train, with what is not to be trained frozen; and the teacher, if there is one.
 
     Raises:
@@ -33,12 +33,13 @@ def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Autoenc
     _check_crop(config, vae)
     teacher = None
     if model.teacher is not None:
-        teacher = load(model.teacher, dtype=config.train.dtype, device=device).requires_grad_(False)
-        _check_latent_shapes(vae, teacher)
+        teacher = Teacher.load(config, device)
+        _check_latent_shapes(vae, teacher.model)
         # the student speaks the teacher's latent space, so it is scaled like the teacher
-        vae.register_to_config(**{key: teacher.config[key] for key in FACTORS})
+        teacher.lend_factors(vae, model.space)
     # what comes before the latents; with it frozen they stay as they are, bit for bit
     patterns = ["encoder.*", "quant_conv.*"] if model.mode == "decoder_only" else []
+    patterns += frozen_half(config.distil) if teacher is not None else []
     freeze(vae, [*patterns, *model.freeze])
     if config.train.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
@@ -55,13 +56,13 @@ def _check_crop(config: Config, vae: AutoencoderKL) -> None:
         )
 
 
-def _check_latent_shapes(vae: AutoencoderKL, teacher: AutoencoderKL) -> None:
+def _check_latent_shapes(vae: AutoencoderKL, teacher: Autoencoder) -> None:
     """Refuse a teacher whose latents the student cannot have.
 
     Raises:
         ConfigError: names both shapes.
     """
-    shapes = [(each.config["latent_channels"], spatial_compression_ratio(each)) for each in (vae, teacher)]
+    shapes = [latent_shape(each) for each in (vae, teacher)]
     if shapes[0] != shapes[1]:
         (student_channels, student_ratio), (channels, ratio) = shapes
         raise ConfigError(
@@ -86,7 +87,7 @@ def freeze(vae: AutoencoderKL, patterns: list[str]) -> None:
     names = dict(vae.named_parameters())
     for pattern in patterns:
         matching = fnmatch.filter(names, pattern)
-        if not matching and pattern != "quant_conv.*":  # some models have none
+        if not matching and pattern not in ("quant_conv.*", "post_quant_conv.*"):  # some models have none
             raise ConfigError(f"model.freeze: no parameter matches {pattern!r}.{nearest(pattern, names)}")
         for name in matching:
             names[name].requires_grad_(False)
@@ -116,11 +117,27 @@ class Transform:
 
 
 class TrainingOutputs(NamedTuple):
-    """Of a training forward pass; the teacher's moments where there is a teacher."""
+    """Of a training forward pass; the last two where there is a teacher.
 
-    moments: torch.Tensor  # (B, 2c, h, w)
-    reconstructions: torch.Tensor  # (B, C, H, W), of the transformed size where there is a transform
+    With a teacher, the half of the student that does not learn is not run, and what it would give is None.
+    """
+
+    moments: torch.Tensor | None  # (B, 2c, h, w)
+    reconstructions: torch.Tensor | None  # (B, C, H, W), of the transformed size where there is a transform
     teacher_moments: torch.Tensor | None = None
+    teacher_pictures: torch.Tensor | None = None  # of the latents that were decoded, as reconstructions
+
+
+def _changed(
+    latents: torch.Tensor, latent_noise: torch.Tensor | None, transform: Transform | None
+) -> torch.Tensor:
+    if latent_noise is not None:
+        latents = latents + latent_noise
+    return latents if transform is None else transform.latents(latents)
+
+
+def _learns(half: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in half.parameters())
 
 
 class TrainableVAE(nn.Module):
@@ -131,10 +148,10 @@ class TrainableVAE(nn.Module):
         teacher: frozen; its latents are decoded instead of the student's, which only learns to match them.
     """
 
-    def __init__(self, vae: AutoencoderKL, teacher: AutoencoderKL | None = None) -> None:
+    def __init__(self, vae: AutoencoderKL, teacher: Teacher | None = None) -> None:
         super().__init__()
         self.vae = vae
-        self.frozen = [teacher]  # in a list, so that its weights are neither synchronised nor optimised
+        self.teacher = teacher  # no module: its weights are neither synchronised nor optimised
 
     @classmethod
     def build(cls, config: Config, device: torch.device) -> "TrainableVAE":
@@ -156,18 +173,30 @@ class TrainableVAE(nn.Module):
             latent_noise: added to the latents, for a decoder that must bear a diffusion model's errors.
             transform: applied to the latents.
         """
+        if self.teacher is not None:
+            return self._distil(self.teacher, images, noise, latent_noise, transform)
         moments = self.vae.encode(images).latent_dist.parameters  # (B, 2c, h, w)
-        (teacher,) = self.frozen
-        teacher_moments = None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_moments = teacher.encode(images).latent_dist.parameters
-        latents = Posterior(moments if teacher_moments is None else teacher_moments).at(noise)  # (B, c, h, w)
-        if latent_noise is not None:
-            latents = latents + latent_noise
-        if transform is not None:
-            latents = transform.latents(latents)
-        return TrainingOutputs(moments, self.vae.decode(latents).sample, teacher_moments)
+        latents = _changed(Posterior(moments).at(noise), latent_noise, transform)  # (B, c, h, w)
+        return TrainingOutputs(moments, self.vae.decode(latents).sample)
+
+    def _distil(
+        self,
+        teacher: Teacher,
+        images: torch.Tensor,
+        noise: torch.Tensor,
+        latent_noise: torch.Tensor | None,
+        transform: Transform | None,
+    ) -> TrainingOutputs:
+        """The halves apart: the student's moments beside the teacher's, pictures of the teacher's latents."""
+        teacher_moments = teacher.moments(images)
+        moments = reconstructions = pictures = None
+        if _learns(self.vae.encoder):
+            moments = self.vae.encode(images).latent_dist.parameters
+        if _learns(self.vae.decoder):
+            latents = _changed(Posterior(teacher_moments).at(noise), latent_noise, transform)
+            reconstructions = self.vae.decode(latents).sample
+            pictures = teacher.pictures(latents.to(images.dtype))
+        return TrainingOutputs(moments, reconstructions, teacher_moments, pictures)
 
     def compile_blocks(self) -> None:
         """Compile in place; the layers at both ends stay, as the adaptive weight looks at the last."""

@@ -76,9 +76,11 @@ class Record:
             "images/s": f"{figures['images_per_second']:.1f}",
         }
 
-    def validation(self, step: int, summary: MetricsSummary, picture: Image.Image) -> None:
-        """Write the mean figures of a validation, and show its picture to the tracker."""
-        figures = summary.as_dict()["mean"]
+    def validation(
+        self, step: int, summary: MetricsSummary, picture: Image.Image, more: dict[str, float] | None = None
+    ) -> None:
+        """Write the mean figures of a validation and `more`, and show its picture to the tracker."""
+        figures = {**summary.as_dict()["mean"], **(more or {})}
         self._write({"step": step, **{f"val_{name}": value for name, value in figures.items()}})
         if self.tracker is not None:
             self.accelerator.log({f"val/{k}": v for k, v in figures.items() if v is not None}, step=step)

@@ -14,12 +14,22 @@ from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
 from latentvae.training.config import Config
-from latentvae.training.data.crops import BatchLoader, CropSequence, split_sources, training_batches
+from latentvae.training.data.crops import (
+    BatchLoader,
+    CropSequence,
+    split_sources,
+    training_batches,
+    validation_images,
+)
+from latentvae.training.data.sources import Selection, evenly
+from latentvae.training.distillation import start_linearly
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
 from latentvae.training.module import TrainableVAE
 from latentvae.training.record import Record
 from latentvae.training.validation import Validation
+
+LINEAR_START_IMAGES = 48  # some 50,000 latent pixels, for a map of a few hundred numbers
 
 logger = get_logger(__name__)  # Accelerate's: the main process speaks for all
 
@@ -83,6 +93,12 @@ def set_up(config: Config, resume: str | None) -> Run:
     loss.to(memory_format=config.train.memory_format)
     module = TrainableVAE.build(config, device)
 
+    if module.teacher is not None and config.model.init and config.distil.linear_start and start is None:
+        some = Selection(train_images, evenly(len(train_images), LINEAR_START_IMAGES))
+        images = validation_images(some, config.data, module.vae.config["in_channels"])
+        r2 = start_linearly(module.vae, module.teacher, images)
+        logger.info("latents of %s begin at an R2 of %.3f of the teacher's", config.model.init, r2)
+
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
     state = TrainingState.build(config, module.vae, start, accelerator)
 
@@ -91,7 +107,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     sequence = CropSequence(train_images, config.data, channels, config.seed)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = training_batches(config, sequence, state.step, rank, world)
-    validation = Validation(config, train_images, val_images, channels)
+    validation = Validation(config, train_images, val_images, channels, module.teacher)
     record = Record(folder, accelerator, state.step)
 
     # 7. Wrap what processes share; from here on gradients are averaged in its backward.
@@ -124,7 +140,8 @@ def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accel
     adversary = state.adversary
     for _ in range(2):
         outputs = model(images, noise)
-        maps = [each for each in (outputs.reconstructions, outputs.moments) if each.requires_grad]
+        given = (outputs.reconstructions, outputs.moments)
+        maps = [each for each in given if each is not None and each.requires_grad]
         accelerator.backward(torch.stack([each.sum() for each in maps]).sum())
         if adversary is not None and adversary.ramp(state.step - 1) > 0:  # it has had its first pass
             accelerator.backward(adversary.model(images).sum())

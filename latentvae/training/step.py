@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from latentvae.models.latents import Posterior
 from latentvae.training.adversary import Adversary
 from latentvae.training.data.crops import CropBatch
+from latentvae.training.distillation import original_share
 from latentvae.training.draws import Inputs, draw_inputs
 from latentvae.training.losses import Terms, adaptive_weight
 from latentvae.training.module import TrainingOutputs
@@ -65,7 +66,7 @@ def plain_pass(run: Run, inputs: list[Inputs]) -> Terms:
         with synchronised_last(run, number, len(inputs)):
             outputs = run.model(*each.arguments)  # through the wrapper, or processes would drift apart
             with run.accelerator.autocast():
-                nll, terms = run.loss.reconstruction(each.target, outputs.reconstructions)
+                nll, terms = run.loss.reconstruction(target_of(run, each, outputs), outputs.reconstructions)
                 rest, more = latent_terms(run, outputs, each.target[0].numel())
             run.accelerator.backward((nll + rest) / len(inputs))
         add(sums, {**terms, **more, "total": nll + rest}, 1 / len(inputs))
@@ -81,12 +82,22 @@ def synchronised_last(
 
 def latent_terms(run: Run, outputs: TrainingOutputs, elements: int) -> tuple[torch.Tensor, Terms]:
     """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
+    if outputs.moments is None:  # only a decoder learns
+        return next(run.state.vae.parameters()).new_zeros(()), {}
     posterior = Posterior(outputs.moments)
     if outputs.teacher_moments is not None:
-        teacher = Posterior(outputs.teacher_moments)
-        return run.loss.distillation(posterior, teacher, run.state.vae.config["scaling_factor"])
+        teacher, factor = Posterior(outputs.teacher_moments), run.state.vae.config["scaling_factor"]
+        return run.loss.distillation(posterior, teacher, factor, run.config.distil.l1_weight)
     average = partial(run.accelerator.reduce, reduction="mean")
     return run.loss.kl(posterior, elements, run.state.step, average)
+
+
+def target_of(run: Run, each: Inputs, outputs: TrainingOutputs) -> torch.Tensor:
+    """What reconstructions (B, C, H, W) are compared with: the original, or first the teacher's picture."""
+    if outputs.teacher_pictures is None:
+        return each.target
+    share = original_share(run.config.distil, run.state.step)
+    return torch.lerp(outputs.teacher_pictures.to(each.target), each.target, share)
 
 
 def add(sums: Terms, terms: Terms, share: float) -> None:
@@ -127,7 +138,8 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
             roots = roots[: 1 + rest.requires_grad]  # a frozen encoder's KL has no gradient
             torch.autograd.backward(*zip(*roots, strict=True))  # once: processes synchronise in it
         with synchronised_last(run, number, len(inputs), adversary.model), run.accelerator.autocast():
-            more |= adversary.backward(run.accelerator, each.target, outputs.reconstructions, share)
+            target = target_of(run, each, outputs)
+            more |= adversary.backward(run.accelerator, target, outputs.reconstructions, share)
         add(
             sums, {**more, "total": judgement.terms["nll"] + rest + weight * judgement.terms["g_loss"]}, share
         )
@@ -156,7 +168,7 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
         hook.remove()
     with torch.enable_grad(), run.accelerator.autocast():
         reconstructions = outputs.reconstructions.detach().requires_grad_()
-        nll, terms = run.loss.reconstruction(each.target, reconstructions)
+        nll, terms = run.loss.reconstruction(target_of(run, each, outputs), reconstructions)
         (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
         g_loss = adversary.generator_loss(reconstructions)
         (g_gradient,) = torch.autograd.grad(g_loss, reconstructions)

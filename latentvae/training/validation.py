@@ -14,6 +14,7 @@ from latentvae.images.drawing import grid
 from latentvae.measure.evaluate import Evaluator, evaluate
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.measure.metrics import MetricsSummary
+from latentvae.measure.spaces import compare_spaces
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import export
 from latentvae.models.latents import LatentStatistics, compute_latent_statistics
@@ -21,6 +22,7 @@ from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data.crops import validation_images
 from latentvae.training.data.sources import ImageSource, Selection, evenly
+from latentvae.training.distillation import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,19 @@ class Validation:
         train: trained on; some give the latent statistics of the export.
         val: measured.
         channels: of the model.
+        teacher: whose latent space the model is to speak.
     """
 
-    def __init__(self, config: Config, train: ImageSource, val: ImageSource, channels: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        train: ImageSource,
+        val: ImageSource,
+        channels: int,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.config = config
+        self.teacher = teacher
         self.train = train
         self.images = validation_images(val, config.data, channels)
         self.lpips, self.reason = _load_lpips(config)
@@ -59,6 +70,25 @@ class Validation:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "samples" / f"step-{step:08d}.png")
         return evaluator.metrics.summary(), picture
+
+    def beside_teacher(self, vae: AutoencoderKL) -> dict[str, float]:
+        """How well the model speaks its teacher's latent space; nothing without a teacher.
+
+        R2 and correlation of scaled latents, the largest offset of a channel, and PSNR and LPIPS of the
+        pictures that each decodes of the other's latents.
+        """
+        if self.teacher is None:
+            return {}
+        lpips = self.lpips.to(vae.device) if self.lpips is not None else None
+        ways = ("teacher_student", "student_teacher")
+        found = compare_spaces(vae, self.teacher.model, self.images, lpips, self.reason, ways)
+        figures = {"r2": found.r2, "correlation": found.correlation}
+        figures["offset"] = max(map(abs, found.offsets))
+        for way, summary in found.pictures.items():
+            figures[f"{way}_psnr"] = summary.psnr
+            if summary.lpips is not None:
+                figures[f"{way}_lpips"] = summary.lpips
+        return figures
 
     def export(self, state: TrainingState, folder: Path, seconds: float) -> Path:
         """Export the averaged weights to `folder`/vae, with latent statistics unless they are a parent's."""
@@ -93,10 +123,11 @@ def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataCon
 
 def _name(config: Config) -> str:
     """What the model is called on its card: the preset, or what it was made from."""
+    if config.model.teacher is not None:
+        student = Path(config.model.init).name if config.model.init else config.model.preset
+        return f"{student}, distilled from {Path(config.model.teacher).name}"
     if config.model.init is not None:
         return f"{Path(config.model.init).name}, fine-tuned"
-    if config.model.teacher is not None:
-        return f"{config.model.preset}, distilled from {Path(config.model.teacher).name}"
     return config.model.preset
 
 

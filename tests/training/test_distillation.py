@@ -1,0 +1,184 @@
+"""A student in its teacher's latent space: linear start, halves apart, targets, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from latentvae.base.errors import ConfigError
+from latentvae.measure.spaces import compare_spaces
+from latentvae.models.exporting import export
+from latentvae.models.latents import Scaling
+from latentvae.models.loading import load
+from latentvae.models.presets import build
+from latentvae.models.spaces import decode_scaled, encode_scaled, find_space, load_autoencoder, space_of
+from latentvae.training.config import DistilConfig
+from latentvae.training.distillation import Teacher, linear_start, original_share
+from latentvae.training.loop import train
+from latentvae.training.recipes import load_config
+
+
+@pytest.fixture(scope="module")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AutoencoderTiny as TAESD is one, of 4 channels at 1/8."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def init(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    return export(build("tiny"), tmp_path / "init")
+
+
+def settings(photos: Path, output: Path, teacher: Path, init: Path | None, *more: str) -> list[str]:
+    return [
+        f"data.train={photos}",
+        f"output={output}",
+        "model.mode=distil",
+        f"model.teacher={teacher}",
+        *([f"model.init={init}"] if init else []),
+        "data.val_images=2",
+        "data.val_size=64",
+        "data.crop=32",
+        "data.workers=0",
+        "train.max_steps=12",
+        "train.batch_size=4",
+        "train.validate_every=12",
+        "train.save_every=12",
+        "train.tracker=none",
+        "train.precision=fp32",
+        "train.log_every=4",
+        "optim.warmup_steps=2",
+        *more,
+    ]
+
+
+def run(*arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
+    config = load_config("tiny", settings(*arguments))
+    vae = load(train(config))
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return vae, [json.loads(line) for line in lines]
+
+
+def linear_relative(vae: Any, seed: int = 5) -> tuple[Any, Teacher]:
+    """A teacher whose latents are those of `vae` through one matrix and an offset."""
+    torch.manual_seed(seed)
+    other = build("tiny")
+    other.load_state_dict(vae.state_dict())
+    matrix = torch.eye(4) + 0.3 * torch.randn(4, 4)
+    with torch.no_grad():
+        weight, bias = vae.quant_conv.weight[:4, :, 0, 0], vae.quant_conv.bias[:4]
+        matrix = matrix.to(weight)
+        other.to(weight.dtype)
+        other.quant_conv.weight[:4] = (matrix @ weight)[..., None, None]
+        other.quant_conv.bias[:4] = matrix @ bias + torch.tensor([1.0, -2.0, 0.5, 3.0]).to(weight)
+    return other, Teacher(other, Scaling.of(other.config), -10.0)
+
+
+def test_a_linear_relative_is_met_exactly_and_its_latents_decoded_as_the_own(tiny_vae: Any) -> None:
+    vae = tiny_vae.double()
+    other, teacher = linear_relative(vae)
+    images = torch.rand(2, 3, 48, 64, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        assert linear_start(vae, teacher, [images]) == pytest.approx(1, abs=1e-9)
+        theirs = other.encode(images).latent_dist.mode()
+        assert (vae.encode(images).latent_dist.mode() - theirs).abs().max() < 1e-6
+        assert (vae.decode(theirs).sample - before).abs().max() < 1e-6
+
+
+def test_who_speaks_the_space_already_stays(tiny_vae: Any) -> None:
+    state = {key: value.clone() for key, value in tiny_vae.state_dict().items()}
+    teacher = Teacher(tiny_vae, Scaling.of(tiny_vae.config), -10.0)
+    assert linear_start(tiny_vae, teacher, [torch.rand(1, 3, 32, 32)]) == 1
+    assert all(torch.equal(value, state[key]) for key, value in tiny_vae.state_dict().items())
+
+
+def test_a_linear_start_needs_quant_convolutions(tiny_vae: Any) -> None:
+    bare = build("tiny", use_quant_conv=False)
+    teacher = Teacher(tiny_vae, Scaling.of(tiny_vae.config), -10.0)
+    with pytest.raises(ConfigError, match="linear_start=false"):
+        linear_start(bare, teacher, [torch.rand(1, 3, 32, 32)])
+
+
+def test_latents_come_nearer_and_the_export_has_the_spaces_factors(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+) -> None:
+    vae, records = run(
+        photo_folder, tmp_path / "run", tiny_teacher, init, "model.space=sd", "train.max_steps=40"
+    )
+    assert space_of(vae) == find_space("sd")
+    fits = [record["latent_r2"] for record in records if "latent_r2" in record]
+    assert fits[-1] > fits[0]
+    validated = [record for record in records if "val_r2" in record][-1]
+    assert {"val_correlation", "val_offset", "val_teacher_student_psnr", "val_student_teacher_psnr"} <= set(
+        validated
+    )
+    images = [("noise", torch.rand(3, 40, 40) * 2 - 1)]
+    assert compare_spaces(vae, load_autoencoder(tiny_teacher), images).image_count == 1
+
+
+@pytest.mark.parametrize(("learn", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
+def test_the_other_half_stays_bit_for_bit(
+    learn: str, other: str, photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+) -> None:
+    more = ("model.space=sd", f"distil.learn={learn}", "distil.linear_start=false")
+    vae, records = run(photo_folder, tmp_path / "run", tiny_teacher, init, *more)
+    before = load(init).state_dict()
+    same = {key: torch.equal(value, before[key]) for key, value in vae.state_dict().items()}
+    assert all(equal for key, equal in same.items() if key.startswith(other))
+    assert not all(equal for key, equal in same.items() if key.startswith(learn))
+    assert same["quant_conv.weight"] == (learn == "decoder")
+    assert same["post_quant_conv.weight"] == (learn == "encoder")
+    assert all(record["total"] > 0 for record in records if "total" in record)
+
+
+def test_the_target_turns_from_the_teachers_picture_to_the_original() -> None:
+    turning = DistilConfig(turn_step=100, turn_steps=50)
+    assert [original_share(turning, step) for step in (0, 100, 125, 150, 900)] == [0, 0, 0.5, 1, 1]
+    assert original_share(DistilConfig(), 10**6) == 0
+    assert original_share(DistilConfig(target="original"), 0) == 1
+
+
+def test_pictures_and_moments_of_a_tiny_teacher_are_in_the_spaces_units(tiny_teacher: Path) -> None:
+    space, model = find_space("flux"), load_autoencoder(tiny_teacher)
+    teacher = Teacher(model, Scaling(space.shift_factor, space.scaling_factor), -7.0)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, logvar = teacher.moments(images).chunk(2, 1)
+    assert torch.equal(logvar, torch.full_like(logvar, -7.0))
+    scaled = encode_scaled(model, images)
+    assert torch.allclose((mean - space.shift_factor) * space.scaling_factor, scaled, atol=1e-6)
+    assert torch.allclose(teacher.pictures(mean), decode_scaled(model, scaled).clamp(-1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "does not say how its latent space is scaled: add model.space"),
+        (("model.space=sd3",), "16 latent channels"),
+        (("model.space=sd", "adversarial.disc_weight=0.5", "distil.learn=encoder"), "judges pictures"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(
+    more: tuple[str, ...], message: str, photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(photo_folder, tmp_path / "run", tiny_teacher, init, *more)
+
+
+def test_settings_of_a_distillation_need_one(photo_folder: Path, tmp_path: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=r"name the model in model\.init"):
+        run(photo_folder, tmp_path / "run", tiny_teacher, None, "model.space=sd", "distil.learn=decoder")
+    with pytest.raises(ConfigError, match=r"model.space=sd is of a teacher"):
+        load_config("tiny", ["model.space=sd"])
