@@ -139,7 +139,8 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
             torch.autograd.backward(*zip(*roots, strict=True))  # once: processes synchronise in it
         with synchronised_last(run, number, len(inputs), adversary.model), run.accelerator.autocast():
             target = target_of(run, each, outputs)
-            more |= adversary.backward(run.accelerator, target, outputs.reconstructions, share)
+            fakes: Any = outputs.reconstructions  # there are some: settings refuse an encoder alone here
+            more |= adversary.backward(run.accelerator, target, fakes, share)
         add(
             sums, {**more, "total": judgement.terms["nll"] + rest + weight * judgement.terms["g_loss"]}, share
         )
