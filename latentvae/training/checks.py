@@ -124,6 +124,18 @@ def _check_distil(config: Config) -> None:
         raise ConfigError(
             f"distil.learn={config.distil.learn} leaves the other half as it is; name the model in model.init"
         )
+    if config.distil.cache is not None and config.model.teacher is None:
+        raise ConfigError(f"distil.cache={config.distil.cache} keeps what a teacher computes; there is none")
+    if config.distil.cache is not None and config.data.horizontal_flip:
+        raise ConfigError(
+            "distil.cache keeps latents of images as they are, and those of a mirror image are others; set "
+            "data.horizontal_flip=false, or leave the cache out"
+        )
+    if config.distil.cache is not None and config.regularise.equivariance.probability:
+        raise ConfigError(
+            "distil.cache keeps the teacher's pictures, and regularise.equivariance asks it for pictures of "
+            "changed latents; leave one out"
+        )
     if config.distil.learn == "encoder" and config.adversarial.disc_weight:
         raise ConfigError(
             f"adversarial.disc_weight={config.adversarial.disc_weight} judges pictures, and "

@@ -12,6 +12,7 @@ import torch
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.config import EquivarianceConfig, MaskConfig
 from latentvae.training.data.crops import CropBatch
+from latentvae.training.data.teacher_cache import TeacherCrop
 from latentvae.training.module import Transform
 from latentvae.training.setup import Run
 
@@ -57,7 +58,10 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     target = images if transform is None else transform.images(images, ratio)
     # only the input is hidden: the target has all pixels
     seen = mask(images, config.mask, seed, batch.positions)
-    return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform))
+    given = None
+    if batch.teacher is not None:
+        given = TeacherCrop(*(each.to(images, non_blocking=True) for each in batch.teacher))
+    return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform, given))
 
 
 def draw_transform(

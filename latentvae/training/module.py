@@ -15,6 +15,7 @@ from latentvae.models.loading import cast, load, spatial_compression_ratio
 from latentvae.models.presets import build, nearest
 from latentvae.models.spaces import Autoencoder, latent_shape
 from latentvae.training.config import Config
+from latentvae.training.data.teacher_cache import TeacherCrop
 from latentvae.training.distillation import Teacher, frozen_half
 
 
@@ -164,6 +165,7 @@ class TrainableVAE(nn.Module):
         noise: torch.Tensor,
         latent_noise: torch.Tensor | None = None,
         transform: Transform | None = None,
+        given: TeacherCrop | None = None,
     ) -> TrainingOutputs:
         """Reconstruct images (B, C, H, W) from the latents that `noise` (B, c, h, w) picks.
 
@@ -172,9 +174,10 @@ class TrainableVAE(nn.Module):
             noise: standard normal, for the posterior.
             latent_noise: added to the latents, for a decoder that must bear a diffusion model's errors.
             transform: applied to the latents.
+            given: what the teacher made of these images earlier; None: it is asked.
         """
         if self.teacher is not None:
-            return self._distil(self.teacher, images, noise, latent_noise, transform)
+            return self._distil(self.teacher, images, noise, latent_noise, transform, given)
         moments = self.vae.encode(images).latent_dist.parameters  # (B, 2c, h, w)
         latents = _changed(Posterior(moments).at(noise), latent_noise, transform)  # (B, c, h, w)
         return TrainingOutputs(moments, self.vae.decode(latents).sample)
@@ -186,16 +189,17 @@ class TrainableVAE(nn.Module):
         noise: torch.Tensor,
         latent_noise: torch.Tensor | None,
         transform: Transform | None,
+        given: TeacherCrop | None,
     ) -> TrainingOutputs:
         """The halves apart: the student's moments beside the teacher's, pictures of the teacher's latents."""
-        teacher_moments = teacher.moments(images)
+        teacher_moments = teacher.moments(images) if given is None else given.moments
         moments = reconstructions = pictures = None
         if _learns(self.vae.encoder):
             moments = self.vae.encode(images).latent_dist.parameters
         if _learns(self.vae.decoder):
             latents = _changed(Posterior(teacher_moments).at(noise), latent_noise, transform)
             reconstructions = self.vae.decode(latents).sample
-            pictures = teacher.pictures(latents.to(images.dtype))
+            pictures = teacher.pictures(latents.to(images.dtype)) if given is None else given.picture
         return TrainingOutputs(moments, reconstructions, teacher_moments, pictures)
 
     def compile_blocks(self) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
+from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
@@ -22,6 +23,7 @@ from latentvae.training.data.crops import (
     validation_images,
 )
 from latentvae.training.data.sources import Selection, evenly
+from latentvae.training.data.teacher_cache import TeacherCache
 from latentvae.training.distillation import start_linearly
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
@@ -104,8 +106,16 @@ def set_up(config: Config, resume: str | None) -> Run:
 
     # 6. Batches, validation and records.
     channels = module.vae.config["in_channels"]
-    sequence = CropSequence(train_images, config.data, channels, config.seed)
     rank, world = accelerator.process_index, accelerator.num_processes
+    sequence = CropSequence(train_images, config.data, channels, config.seed)
+    if module.teacher is not None and config.distil.cache is not None:
+        ratio = spatial_compression_ratio(module.vae)
+        sequence.cache = TeacherCache(Path(config.distil.cache), ratio)
+        names = [train_images.name(index) for index in range(len(train_images))]
+        sequence.cache.claim(weight_hash(module.teacher.model), names, config.data.short_side)
+        with accelerator.autocast():
+            sequence.cache.fill(module.teacher, sequence, device, slice(rank, None, world))
+        accelerator.wait_for_everyone()  # each process has made a share, and all will read all
     batches = training_batches(config, sequence, state.step, rank, world)
     validation = Validation(config, train_images, val_images, channels, module.teacher)
     record = Record(folder, accelerator, state.step)

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderTiny
 
 from latentvae.base.errors import ConfigError
+from latentvae.images.tensors import from_uint8
 from latentvae.measure.spaces import compare_spaces
 from latentvae.models.exporting import export
 from latentvae.models.latents import Scaling
@@ -16,9 +17,11 @@ from latentvae.models.loading import load
 from latentvae.models.presets import build
 from latentvae.models.spaces import decode_scaled, encode_scaled, find_space, load_autoencoder, space_of
 from latentvae.training.config import DistilConfig
+from latentvae.training.data.teacher_cache import TeacherCache
 from latentvae.training.distillation import Teacher, linear_start, original_share
 from latentvae.training.loop import train
 from latentvae.training.recipes import load_config
+from latentvae.training.setup import set_up
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +185,50 @@ def test_settings_of_a_distillation_need_one(photo_folder: Path, tmp_path: Path,
         run(photo_folder, tmp_path / "run", tiny_teacher, None, "model.space=sd", "distil.learn=decoder")
     with pytest.raises(ConfigError, match=r"model.space=sd is of a teacher"):
         load_config("tiny", ["model.space=sd"])
+
+
+def test_a_kept_teacher_is_cut_as_the_images_are_and_is_not_asked_again(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    more = ("model.space=sd", f"distil.cache={cache}", "data.horizontal_flip=false")
+    run(photo_folder, tmp_path / "run", tiny_teacher, init, *more)
+    files = sorted(cache.glob("*.safetensors"))
+    assert len(files) == 4  # two of six are held out
+
+    config = load_config("tiny", settings(photo_folder, tmp_path / "again", tiny_teacher, init, *more))
+    written = [file.stat().st_mtime_ns for file in files]
+    prepared = set_up(config, None)
+    assert [file.stat().st_mtime_ns for file in files] == written
+    batch = next(iter(prepared.batches))
+    teacher = prepared.model.teacher
+    whole = [prepared.sequence.image(index) for index in range(4)]
+    for crop, moments, picture in zip(batch.pixel_values, *batch.teacher, strict=True):
+        places = [
+            (image, top, left)
+            for image in map(from_uint8, whole)
+            for top in range(0, image.shape[1] - 31, 8)
+            for left in range(0, image.shape[2] - 31, 8)
+            if torch.equal(image[:, top : top + 32, left : left + 32], crop)
+        ]
+        ((image, top, left),) = places
+        height, width = (side // 8 * 8 for side in image.shape[1:])
+        of_all = teacher.moments(image[None, :, :height, :width])
+        found = of_all[0, :, top // 8 : top // 8 + 4, left // 8 : left // 8 + 4]
+        assert torch.allclose(moments, found, atol=1e-5)
+        drawn = teacher.pictures(of_all.chunk(2, 1)[0])[0, :, top : top + 32, left : left + 32]
+        assert (picture - drawn).abs().max() < 0.01  # kept in 8 bits
+
+
+def test_a_cache_of_another_teacher_is_refused(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+) -> None:
+    cache = TeacherCache(tmp_path / "cache", 8)
+    cache.claim("one", ["a", "b"], None)
+    cache.claim("one", ["a", "b"], None)
+    with pytest.raises(ConfigError, match="made with other teacher"):
+        cache.claim("another", ["a", "b"], None)
+    with pytest.raises(ConfigError, match="made with other images and short_side"):
+        cache.claim("one", ["a"], 64)
+    with pytest.raises(ConfigError, match="mirror image"):
+        load_config("tiny", settings(photo_folder, tmp_path, tiny_teacher, init, f"distil.cache={tmp_path}"))

@@ -24,10 +24,12 @@ from latentvae.images.tensors import from_uint8, to_uint8
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data import sources
 from latentvae.training.data.sources import ImageSource
+from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
 
 logger = logging.getLogger(__name__)
 
-Item = tuple[torch.Tensor, int, list[str]]  # (C, H, W), position, skipped
+# (C, H, W), position, skipped; and what a teacher made of the crop, where a teacher's are kept
+Item = tuple[torch.Tensor, int, list[str]] | tuple[torch.Tensor, int, list[str], TeacherCrop]
 
 
 @dataclass
@@ -37,10 +39,12 @@ class CropBatch:
     pixel_values: torch.Tensor  # (B, C, H, W) in [-1, 1]
     positions: torch.Tensor  # (B,) int64: global sample index, counted from the run's start
     skipped: list[str]  # "name: reason"
+    teacher: TeacherCrop | None = None  # (B, 2c, h, w) and (B, C, H, W), where a teacher's are kept
 
     def pin_memory(self) -> "CropBatch":
         """In memory that a GPU reads while it computes; DataLoader calls it."""
-        return CropBatch(self.pixel_values.pin_memory(), self.positions, self.skipped)
+        pinned = None if self.teacher is None else TeacherCrop(*(each.pin_memory() for each in self.teacher))
+        return CropBatch(self.pixel_values.pin_memory(), self.positions, self.skipped, pinned)
 
 
 class CropSequence(Dataset[Item]):
@@ -54,9 +58,19 @@ class CropSequence(Dataset[Item]):
         config: crop, resize and flip.
         channels: of the model; 3 or 1.
         seed: of the run.
+
+    Attributes:
+        cache: of a teacher, cut as the images are, if one is set; crops then begin at multiples of its ratio.
     """
 
-    def __init__(self, source: ImageSource, config: DataConfig, channels: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        config: DataConfig,
+        channels: int,
+        seed: int,
+    ) -> None:
+        self.cache: TeacherCache | None = None
         self.source = source
         self.config = config
         self.channels = channels
@@ -75,9 +89,11 @@ class CropSequence(Dataset[Item]):
         skipped: list[str] = []
         for attempt in range(count):
             index = int(order[(offset + attempt) % count])
-            image = self.memory[index] if self.memory is not None else self.decode(index)
+            image = self.image(index)
             if isinstance(image, torch.Tensor):
-                return self._crop(image, position), position, skipped
+                crop, teacher = self._crop(image, index, position)
+                found = (crop, position, skipped)
+                return found if teacher is None else (*found, teacher)
             skipped.append(f"{self.source.name(index)}: {image}")
         raise ImageError(f"none of the {count} training images can be used; the first: {skipped[0]}")
 
@@ -87,6 +103,10 @@ class CropSequence(Dataset[Item]):
             return [self[position] for position in positions]
         except LatentVAEError as error:
             return error
+
+    def image(self, index: int) -> torch.Tensor | str:
+        """One image as `decode` gives it, from memory where all are there."""
+        return self.memory[index] if self.memory is not None else self.decode(index)
 
     def decode(self, index: int) -> torch.Tensor | str:
         """One image as uint8 (C, H, W), at least as large as a crop; or the reason why it cannot be used."""
@@ -101,15 +121,18 @@ class CropSequence(Dataset[Item]):
             return f"{width}x{height} px is smaller than data.crop={self.config.crop}"
         return to_uint8(image)
 
-    def _crop(self, image: torch.Tensor, position: int) -> torch.Tensor:
+    def _crop(
+        self, image: torch.Tensor, index: int, position: int
+    ) -> tuple[torch.Tensor, TeacherCrop | None]:
         random = np.random.default_rng((self.seed, position))  # no state: any process draws the same crop
-        size = self.config.crop
-        top = int(random.integers(image.shape[-2] - size + 1))
-        left = int(random.integers(image.shape[-1] - size + 1))
+        size, step = self.config.crop, self.cache.ratio if self.cache is not None else 1
+        top = step * int(random.integers((image.shape[-2] - size) // step + 1))
+        left = step * int(random.integers((image.shape[-1] - size) // step + 1))
         crop = image[:, top : top + size, left : left + size]
         if self.config.horizontal_flip and random.random() < 0.5:
             crop = crop.flip(-1)
-        return from_uint8(crop)
+        teacher = None if self.cache is None else self.cache.crop(index, top, left, size)
+        return from_uint8(crop), teacher
 
 
 @lru_cache(maxsize=2)  # the epoch being read, and the next while a batch spans both
@@ -212,8 +235,10 @@ def _end_workers() -> None:
 def _collate(items: list[Item] | LatentVAEError) -> CropBatch | LatentVAEError:
     if isinstance(items, LatentVAEError):
         return items
-    crops, positions, skipped = zip(*items, strict=True)
-    return CropBatch(torch.stack(crops), torch.tensor(positions), [*chain.from_iterable(skipped)])
+    crops, positions, skipped, *given = zip(*items, strict=True)
+    teacher = TeacherCrop(*map(torch.stack, zip(*given[0], strict=True))) if given else None
+    names = [*chain.from_iterable(skipped)]
+    return CropBatch(torch.stack(crops), torch.tensor(positions), names, teacher)
 
 
 def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:

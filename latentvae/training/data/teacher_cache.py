@@ -1,0 +1,105 @@
+"""What a teacher makes of whole training images, computed once and kept on disk, to be cut as the images are.
+
+A step then costs no pass of the teacher. Near the edge of a crop the teacher saw what the student does not;
+the student learns there what is likely beyond the edge.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from latentvae.base.errors import ConfigError
+from latentvae.base.files import make_folder, whole_file
+from latentvae.images.tensors import from_uint8, to_uint8
+
+MANIFEST = "teacher.json"
+
+
+class TeacherCrop(NamedTuple):
+    """Of one crop, or of a batch of them with a leading dimension."""
+
+    moments: torch.Tensor  # (2c, h, w), unscaled, float32
+    picture: torch.Tensor  # (C, H, W) in [-1, 1]: what the teacher decodes of the means
+
+
+class TeachingModel(Protocol):
+    """What is cached: see `distillation.Teacher`."""
+
+    def moments(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 2c, h, w) of images (B, C, H, W)."""
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) of latents (B, c, h, w)."""
+
+
+class TeacherCache:
+    """A folder with one file for each training image, by its number.
+
+    Args:
+        folder: made by `fill`; a killed run goes on where it stopped, as every file is whole or not there.
+        ratio: pixels to a latent along each side, which crops have to keep to.
+    """
+
+    def __init__(self, folder: Path, ratio: int) -> None:
+        self.folder, self.ratio = folder, ratio
+
+    def path(self, index: int) -> Path:
+        """The file of one image."""
+        return self.folder / f"{index:08d}.safetensors"
+
+    def claim(self, teacher: str, names: list[str], short_side: int | None) -> None:
+        """Refuse a folder that was made by another teacher or of other images.
+
+        Args:
+            teacher: hash of its weights.
+            names: of the images, in their order.
+            short_side: that images are resized to.
+
+        Raises:
+            ConfigError: says which.
+        """
+        listed = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+        wanted = {"teacher": teacher, "images": listed, "short_side": short_side}
+        file = self.folder / MANIFEST
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            other = [key for key in wanted if found.get(key) != wanted[key]]
+            if other:
+                raise ConfigError(
+                    f"distil.cache={self.folder} was made with other {' and '.join(other)}. Name another "
+                    "folder, or delete this one."
+                )
+            return
+        make_folder(self.folder)
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps(wanted), encoding="utf-8")
+
+    @torch.no_grad()
+    def fill(self, teacher: TeachingModel, sequence: Any, device: torch.device, share: slice) -> None:
+        """Compute what is not there yet of a CropSequence's images, of those whose numbers are in `share`."""
+        missing = [index for index in range(len(sequence))[share] if not self.path(index).is_file()]
+        for index in tqdm(missing, desc="teacher", unit="image", disable=len(missing) < 2):
+            image = sequence.image(index)  # uint8 (C, H, W)
+            if not isinstance(image, torch.Tensor):  # training passes it over, and says why
+                continue
+            height, width = (side // self.ratio * self.ratio for side in image.shape[-2:])
+            moments = teacher.moments(from_uint8(image)[None, :, :height, :width].to(device))
+            picture = teacher.pictures(moments.chunk(2, 1)[0])
+            tensors = {"moments": moments[0].float().cpu(), "picture": to_uint8(picture[0].float().cpu())}
+            with whole_file(self.path(index)) as partial:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+
+    def crop(self, index: int, top: int, left: int, size: int) -> TeacherCrop:
+        """The part of image `index` that begins at multiples of the ratio; only that part is read."""
+        ratio = self.ratio
+        y, x, side = top // ratio, left // ratio, size // ratio
+        with safe_open(self.path(index), "pt") as file:
+            moments = file.get_slice("moments")[:, y : y + side, x : x + side]
+            picture = file.get_slice("picture")[:, top : top + size, left : left + size]
+        return TeacherCrop(moments, from_uint8(picture))
