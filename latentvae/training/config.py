@@ -75,7 +75,7 @@ class DistilConfig(Section):
     # teacher: its picture of its own latents, a function of what the decoder is shown: nothing to guess
     target: Literal["teacher", "original"] = "teacher"
     # folder where the teacher's latents and pictures of whole training images are kept, made once (3.5 bytes
-    # a pixel with 4 channels, 5 with 16); None: the teacher runs in every step, a quarter of the work on a CPU
+    # a pixel with 4 channels, 5 with 16); None: the teacher runs in every step, a quarter of a CPU's work
     cache: str | None = None
     turn_step: int | None = Field(None, ge=0)  # step from which the target turns to the original; None: never
     turn_steps: int = Field(1000, ge=1)  # over so many steps: a sudden turn unlearns
