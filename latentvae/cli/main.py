@@ -15,7 +15,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from latentvae import __version__
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.declaring import declarations_only
 
 EXIT_BAD_INPUT = 2
 ABOUT = "Image VAEs for latent diffusion: reconstruct, encode, compress, train, export."
@@ -77,14 +76,9 @@ class _Verb(TyperCommand):
     # Any, because Typer may have a copy of click inside, whose types are not those of the package click
     def make_context(self, info_name: Any, args: Any, parent: Any = None, **extra: Any) -> Any:
         """The context of the real command: click runs `context.command`, so that takes over from here."""
-        name = str(self.name)
-        if f"latentvae.cli.{ELSEWHERE.get(name, name)}" not in sys.modules:
-            with declarations_only():  # --help ends here, and so does a mistyped option
-                declared = typer.main.get_command(load_verb(name))
-                context = declared.make_context(info_name, list(args), parent, **extra)
-                if isinstance(declared, TyperGroup) and args[0] in declared.commands:
-                    declared.commands[args[0]].make_context(args[0], args[1:], context)
-        return typer.main.get_command(load_verb(name)).make_context(info_name, args, parent, **extra)
+        return typer.main.get_command(load_verb(str(self.name))).make_context(
+            info_name, args, parent, **extra
+        )
 
 
 class _Verbs(TyperGroup):

@@ -1,6 +1,6 @@
 """Options that verbs share, and how their results are told.
 
-Nothing heavy is imported here: it is read for every `--help`.
+Nothing heavy is imported here, so that verbs without a model, and `train --help`, need not wait for torch.
 """
 
 import json

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from latentvae.cli.options import Json, print_json, tell
-from latentvae.training import batch_size, loop, machine, recipes
 
 EXIT_SAVED = 4  # stopped by a signal or train.max_minutes, after a checkpoint
 
@@ -30,6 +29,9 @@ def train(
     Recipes: tiny, digits, f8c4-small, f8c16-small, f8c4-small-gpu, f8c16-small-gpu, f8c4. Settings and their
     reasons: latentvae/training/config.py.
     """
+    # Here, so that `train --help` and a mistyped option are answered before torch has been loaded.
+    from latentvae.training import batch_size, loop, machine, recipes
+
     checked = recipes.load_config(config, settings)
     if find_batch_size:
         found = batch_size.find_batch_size(checked)
