@@ -26,8 +26,9 @@ def train(
 ) -> None:
     """Train a VAE on images (a folder, parquet, WebDataset shards); ends with an export in OUTPUT/vae.
 
-    Recipes: tiny, digits, f8c4-small, f8c16-small, f8c4-small-gpu, f8c16-small-gpu, f8c4. Settings and their
-    reasons: latentvae/training/config.py.
+    Recipes: tiny, digits, f8c4-small, f8c16-small, f8c4-small-gpu, f8c16-small-gpu, f8c4; into the latent
+    spaces of others: sd-small, sdxl-small, sd3-small, flux-small. Settings and their reasons:
+    latentvae/training/config.py.
     """
     # Here, so that `train --help` and a mistyped option are answered before torch has been loaded.
     from latentvae.training import batch_size, loop, machine, recipes
