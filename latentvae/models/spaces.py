@@ -41,7 +41,6 @@ SPACES = {
         LatentSpace("flux", 16, 0.3611, 0.1159, "FLUX.1, Chroma, HiDream, Lumina 2, Z-Image"),
     )
 }
-RATIO = 8  # of all of them
 
 
 def find_space(name: str) -> LatentSpace:

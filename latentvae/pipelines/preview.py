@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.images.saving import to_pil
+from latentvae.images.saving import save_picture, to_pil
 from latentvae.models.loading import bundled, load
 from latentvae.models.spaces import decode_scaled, space_of
 from latentvae.pipelines.checks import SwapError, find_denoiser, find_vae, packs
@@ -59,7 +59,7 @@ class Preview:
         if self._clean is not None and step % self.every == 0:
             self.picture = self._draw(self._clean)
             if self.folder is not None:
-                self.picture.save(self.folder / f"step-{step:04d}.png")
+                save_picture(self.picture, self.folder / f"step-{step:04d}.png")
             if self.on_picture is not None:
                 self.on_picture(step, self.picture)
         self.seconds += time.perf_counter() - start

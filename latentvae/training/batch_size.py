@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.training.checks import check_values
 from latentvae.training.config import Config
 from latentvae.training.data.crops import CropBatch
 from latentvae.training.machine import peak_memory, total_memory
@@ -45,12 +46,15 @@ def find_batch_size(config: Config) -> BatchFit:
     Raises:
         LatentVAEError: whatever would stop the run itself.
     """
+    check_values(config)  # before the trial changes what is checked
     with tempfile.TemporaryDirectory() as folder:
         trial = config.model_copy(deep=True)
         trial.output = folder
         trial.train.tracker = "none"
         trial.train.accumulation = 1
         trial.data.in_memory = False  # images are made up, so none need be decoded
+        trial.distil.cache = None  # nor is a teacher's: made-up images have none, and it is the larger case
+        trial.distil.linear_start = False
         trial.adversarial.disc_start = 0  # the run's largest step, not its first
         run = set_up(trial, None)
         peaks = [_peak(run, size) for size in PROBES]

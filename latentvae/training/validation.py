@@ -11,6 +11,7 @@ from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.drawing import grid
+from latentvae.images.saving import save_picture
 from latentvae.measure.evaluate import Evaluator, evaluate
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.measure.metrics import MetricsSummary
@@ -68,7 +69,7 @@ class Validation:
         rows = [[*chain(*pairs[i : i + columns])] for i in range(0, len(pairs) - columns + 1, columns)]
         picture = grid(rows, ["original", f"step {step}"] * columns)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        picture.save(folder / "samples" / f"step-{step:08d}.png")
+        save_picture(picture, folder / "samples" / f"step-{step:08d}.png")
         return evaluator.metrics.summary(), picture
 
     def beside_teacher(self, vae: AutoencoderKL) -> dict[str, float]:

@@ -92,7 +92,8 @@ class TeacherCache:
             moments = teacher.moments(from_uint8(image)[None, :, :height, :width].to(device))
             picture = teacher.pictures(moments.chunk(2, 1)[0])
             tensors = {"moments": moments[0].float().cpu(), "picture": to_uint8(picture[0].float().cpu())}
-            with whole_file(self.path(index)) as partial:
+            # durable: a name without its bytes after a power cut would be taken for a finished file
+            with whole_file(self.path(index), durable=True) as partial:
                 save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
 
     def crop(self, index: int, top: int, left: int, size: int) -> TeacherCrop:
