@@ -3,6 +3,7 @@ which shards have to be encoded.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -171,7 +172,7 @@ class PlannedShard:
     Attributes:
         keys: of its images whose files are there, sorted.
         vanished: keys of those whose files are gone, sorted; they stay in the shard.
-        record: of the shard as it is, None where it is new or its index is damaged.
+        record: of the shard as it is, None where it is new or one of its lists is damaged.
         pruned: whether images are taken out.
     """
 
@@ -197,8 +198,7 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         if self.unread:
-            what = f"nothing else says which {self.unread} images it held"
-            return f"{self.problem}: {what}; those that are there are encoded again with --prune"
+            return f"{self.problem}: nothing else says which {self.unread} images it held"
         shown = ", ".join(repr(key) for key in self.keys[:NAMED]) + ", ..." * (len(self.keys) > NAMED)
         return f"{self.problem}: {len(self.keys)} of its images cannot be encoded again ({shown})"
 
@@ -209,7 +209,7 @@ class Plan:
 
     shards: list[PlannedShard]
     dropped: list[str]
-    damaged: list[str]  # what was wrong with indexes that had to be given up
+    damaged: list[str]  # what was wrong with lists that had to be given up
     losses: list[Loss]  # images in those that are not among the images that are there
 
 
@@ -260,22 +260,41 @@ def plan_shards(
 
 
 def _loss(store: Path, record: ShardRecord, problem: str, present: set[str], known: set[str]) -> Loss | None:
-    """What giving up a shard with a damaged index would lose, if anything."""
-    held = layout.read_keys(store, record)
+    """What giving up a shard with a damaged list would lose, if anything."""
+    held = _held(store, record)
     if held is None:
         return Loss(problem, (), record.count) if record.count else None
     lost = held.difference(present, known)  # known: a killed repair may have put them elsewhere already
     return Loss(problem, tuple(sorted(lost))) if lost else None
 
 
+def _held(store: Path, record: ShardRecord) -> set[str] | None:
+    """The keys of the images in a shard with a damaged list; None where they are not known."""
+    with suppress(OSError):  # missing or not readable
+        # the index first: only the list of failures may be damaged, and older tensors do not have the keys
+        if file_sha256(layout.index_path(store, record.name)) == record.index_sha256:
+            return {entry.key for entry in layout.read_entries(store, record.name)}
+    return layout.read_keys(store, record)
+
+
 def refusal(store: Path, losses: Sequence[Loss]) -> StoreError:
     """Why nothing is repaired, and what to do."""
     named = "; ".join(map(str, losses[:NAMED]))
     more = f"; {len(losses) - NAMED} more shards" if len(losses) > NAMED else ""
+    advice = []
+    if not all(loss.unread for loss in losses):
+        advice.append(
+            "Bring the files back, name all folders that the store was made from, or give these images up "
+            "with --prune."
+        )
+    if any(loss.unread for loss in losses):  # no file that is brought back would tell
+        advice.append(
+            "Put the .jsonl back from a copy of the store; or, if no image file is missing, name all folders "
+            "that the store was made from and add --prune, which then encodes them again and loses none."
+        )
     return StoreError(
         f"{store} is damaged, and repairing it would lose images; nothing has been changed. {named}{more}. "
-        "Bring the files back, name all folders that the store was made from, or give these images up with "
-        "--prune."
+        f"{' '.join(advice)} Beware: --prune takes out all images of the store whose files are not found."
     )
 
 

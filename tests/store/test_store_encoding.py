@@ -654,7 +654,10 @@ def test_a_damaged_index_of_an_older_store_is_given_up_when_asked(
 ) -> None:
     flip(older / "latents-00001.jsonl")
     damaged = content(older)
-    words = r"latents-00001\.jsonl does not match its sha256: nothing else says which 4 images .*--prune"
+    words = (
+        r"latents-00001\.jsonl does not match its sha256: nothing else says which 4 images it held\. Put .*"
+        r" copy .*if no image file is missing, .* --prune.* takes out all images of the store whose files"
+    )
     with pytest.raises(StoreError, match=words):
         encode(tiny_vae, photos, older)
     assert content(older) == damaged
@@ -662,6 +665,31 @@ def test_a_damaged_index_of_an_older_store_is_given_up_when_asked(
     assert (report.encoded, report.images, report.dropped) == (4, 10, [])
     assert any("nothing else says" in problem for problem in report.repaired)
     assert verify(older) == []
+
+
+@pytest.mark.parametrize("kind", ["older", "tensors damaged too"])
+def test_a_damaged_list_of_failures_loses_no_image(
+    tiny_vae: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The index says what the shard holds, whether or not the tensors could."""
+    store = tmp_path / "store"
+    (photos / "2b.png").write_bytes(b"no picture")
+    with monkeypatch.context() as before:
+        if kind == "older":
+            before.setattr(shard_module, "keys_metadata", lambda entries: None)
+        encode(tiny_vae, photos, store)
+    (store / "latents-00000.failed.jsonl").unlink()
+    if kind != "older":
+        flip(store / "latents-00000.safetensors")
+    (photos / "1.png").rename(tmp_path / "1.png")
+    with pytest.raises(StoreError, match=r"1 of its images cannot be encoded again \('1\.png'\)\. Bring"):
+        encode(tiny_vae, photos, store)
+    (tmp_path / "1.png").rename(photos / "1.png")
+    report = encode(tiny_vae, photos, store)
+    assert report.repaired == ["latents-00000.failed.jsonl is missing"]
+    assert (report.encoded, report.images, report.dropped) == (4, 10, [])
+    assert [failure.key for failure in report.failures] == ["2b.png"]
+    assert verify(store) == []
 
 
 def test_keys_that_fit_no_header_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
