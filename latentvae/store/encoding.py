@@ -161,7 +161,7 @@ def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Proces
         journal.begin(settings())
     processes.share("begun", None)  # the others need the lock to be held, and the journal to be there
     if not processes.is_main:
-        held.enter_context(joined(journal.store))
+        held.enter_context(joined(journal.store, processes.rank))
 
 
 def _run(worker: "Worker", prune: bool, retry_failed: bool, held: ExitStack) -> EncodeReport:
@@ -281,11 +281,14 @@ class Worker:
         ratio = spatial_compression_ratio(self.vae)
         loader = Loader(self.sources, settings.preprocessing, ratio, settings.batch_size, settings.flips)
         writing = deque[Future[None]]()
+        disk = ThreadPoolExecutor(1, "latentvae-write")  # the model need not wait for it
         with (
             Computer(self.vae, settings.torch_dtype, threads) as computer,
             tqdm(total=total, desc="encoding", unit="image", disable=self._quiet) as bar,
-            ThreadPoolExecutor(1, "latentvae-write") as disk,  # the model need not wait for it
+            ExitStack() as ending,
         ):
+            # after Ctrl-C or an error the shard that is being written is finished, and no other begun
+            ending.callback(disk.shutdown, cancel_futures=True)
             current: Pending | None = None
             failed = 0
 

@@ -25,6 +25,7 @@ LOCK = ".lock"
 OTHERS = ".lock-others"  # a folder: the lock of each process of the run, whose name says whose it is
 FOLDER, DONE = ".run", ".run-done"  # renamed before it is deleted, so that it is never there in part
 CANNOT_MAKE = "{path} cannot be made ({reason}): choose another folder."
+PATIENCE = 0.3  # seconds: a run that starts just as another lets go is not refused
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of the file system
 
 
@@ -57,13 +58,17 @@ def locked(store: Path) -> Iterator[None]:
 
 
 @contextmanager
-def joined(store: Path) -> Iterator[None]:
+def joined(store: Path, rank: int = 0) -> Iterator[None]:
     """Have runs to come wait for this process too, even if the first one dies.
+
+    Args:
+        rank: of this process in its run.
 
     Raises:
         StoreError: the lock cannot be written.
     """
-    path = store / OTHERS / f"process {os.getpid()} on {platform.node()}"
+    # the rank tells apart what runs in containers of one host name, which number their processes alike
+    path = store / OTHERS / f"process {os.getpid()} on {platform.node()} as rank {rank}"
     with suppress(FileExistsError):
         path.parent.mkdir()
     lock = _take(path, is_singleton=True)
@@ -98,7 +103,7 @@ def _check_left(store: Path) -> None:
         folder.unlink()
     held = []
     for name in _holders(store):
-        lock = _take(folder / name)
+        lock = _take(folder / name, patience=0 if held else PATIENCE)  # once is enough for all of them
         if lock is None:
             held.append(name)
         else:
@@ -118,12 +123,12 @@ def _holders(store: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _take(path: Path, *, is_singleton: bool = False) -> FileLock | None:
-    """Lock a file; None where another has it, which a singleton's own process is not."""
+def _take(path: Path, *, is_singleton: bool = False, patience: float = PATIENCE) -> FileLock | None:
+    """Lock a file; None where another keeps it, which a singleton's own process is not."""
     # no fallback: where the system has no locks, a file that stands for one would outlive a kill
-    lock = FileLock(path, timeout=0, is_singleton=is_singleton, fallback_to_soft=False)
+    lock = FileLock(path, is_singleton=is_singleton, fallback_to_soft=False)
     try:
-        lock.acquire()
+        lock.acquire(timeout=patience)
     except Timeout:
         return None
     except OSError as error:
@@ -137,7 +142,7 @@ def _take(path: Path, *, is_singleton: bool = False) -> FileLock | None:
 
 
 def _drop(lock: FileLock) -> None:
-    """Let go of a lock, and delete its file first: whoever waits for it notices, and makes a new one."""
+    """Let go of a lock, and delete its file first: who has opened it to wait notices, and makes a new one."""
     if lock.lock_counter == 1:
         with suppress(OSError):  # Windows deletes no open file; there, letting go of the lock does
             Path(lock.lock_file).unlink()
@@ -201,8 +206,8 @@ class Journal:
             layout.place_shard(self.store, record)
         except OSError as error:
             raise StoreError(
-                f"{name} cannot be written to {self.store} ({error.strerror}). Finished shards are intact: "
-                "run the same command again when that is mended."
+                f"{name} cannot be written to {self.store} ({error.strerror or error}). Finished shards are "
+                "intact: run the same command again when that is mended."
             ) from error
         return record
 

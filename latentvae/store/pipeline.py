@@ -110,7 +110,7 @@ class Loader:
             if problem := geometry.problem(original):
                 raise ImageError(f"{name} cannot be used: {problem}")
         except OSError as error:
-            reason = f"{name} cannot be read: {error.strerror}"
+            reason = f"{name} cannot be read: {error.strerror or error}"
             return Failure(key, name, None, size_bytes, mtime_ns, reason)  # None: the next run tries again
         except ImageError as error:
             return Failure(key, name, sha256, size_bytes, mtime_ns, str(error))

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ import latentvae
 from latentvae.base.errors import ImageError, StoreError
 from latentvae.images.reading import load_image
 from latentvae.store import format as shard_module
-from latentvae.store.encoding import EncodeReport, Workload, encode_folder
+from latentvae.store.encoding import EncodeReport, Worker, Workload, encode_folder
 from latentvae.store.format import Entry, read_entries, read_manifest, tensors_path
 from latentvae.store.journal import Journal, joined, locked
 from latentvae.store.planning import plan_shards
@@ -453,6 +454,68 @@ def test_a_run_waits_for_processes_of_a_dead_one(tiny_vae: Any, photos: Path, tm
         assert [path.name for path in store.iterdir()] == [".lock-others"]
     encode(tiny_vae, photos, store)
     assert not list(store.glob(".*"))
+
+
+def test_a_run_that_starts_as_another_lets_go_is_not_refused(tmp_path: Path) -> None:
+    held = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path):
+            held.set()
+            time.sleep(0.05)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    other.join()
+
+
+def test_processes_of_one_number_and_host_do_not_refuse_each_other(tmp_path: Path) -> None:
+    """As containers that share a host name and a disk may have them."""
+    with joined(tmp_path, rank=0), joined(tmp_path, rank=1):
+        names = sorted(path.name for path in (tmp_path / ".lock-others").iterdir())
+    assert [name.partition(" as ")[2] for name in names] == ["rank 0", "rank 1"]
+
+
+def test_after_an_interrupt_no_shard_is_begun(
+    tiny_vae: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, write, written, interrupted = Worker._add, Journal.write, [], threading.Event()
+
+    def interrupted_add(worker: Worker, batch: Any, pending: Any, computer: Any) -> None:
+        if pending.name == "latents-00002":  # the first is being written, the second waits
+            interrupted.set()
+            raise KeyboardInterrupt
+        add(worker, batch, pending, computer)
+
+    def slow_write(journal: Journal, name: str, *args: Any) -> Any:
+        assert interrupted.wait(60)
+        time.sleep(0.5)
+        written.append(name)
+        return write(journal, name, *args)
+
+    monkeypatch.setattr(Worker, "_add", interrupted_add)
+    monkeypatch.setattr(Journal, "write", slow_write)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tiny_vae, photos, tmp_path / "store")
+    assert written == ["latents-00000"]
+
+
+def test_an_error_of_the_disk_without_a_number_is_named(
+    tiny_vae: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_bytes
+
+    def odd(path: Path) -> bytes:
+        if path.name == "3.png":
+            raise OSError("odd disk")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", odd)
+    (failure,) = encode(tiny_vae, photos, tmp_path / "store").failures
+    assert failure.reason == f"{photos / '3.png'} cannot be read: odd disk"
 
 
 def test_a_large_image_is_encoded_alone(
