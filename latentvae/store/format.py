@@ -1,14 +1,16 @@
 """What a store is made of: `store.json`, and shards of moments with a line of JSON for each image.
 
     store.json                  what all shards have in common, and the list of them: `Manifest`
-    latents-00000.safetensors   moments, a tensor (N, 2C, h, w) for each latent size; in the metadata the keys
-                                of its rows: {"keys": '{"moments.32x48":["a.jpg",...]}'}
+    latents-00000.safetensors   moments, a tensor (N, 2C, h, w) for each latent size, and one more for the
+                                mirror images where they are stored (moments_flipped.32x48); in the metadata
+                                the keys of the rows: {"keys": '{"moments.32x48":["a.jpg",...]}'}
     latents-00000.jsonl         its images, sorted by key: `Entry`
     latents-00000.failed.jsonl  those that could not be encoded, if there are such: `Failure`
 
-All of it is format version 1. Shards written before keys stood in the metadata have none: they are as good as
-others (nothing but the repair of a damaged index looks there), and stay byte for byte until they are encoded
-again for another reason.
+All of it is format version 1. Shards written before keys stood in the metadata have none, nor have those of
+so many images that the header would be too long: they are as good as others (nothing but the repair of a
+damaged index looks there), and their tensors stay byte for byte until they are encoded again for another
+reason.
 """
 
 import hashlib
@@ -425,7 +427,7 @@ def damage(store: str | Path, record: ShardRecord, *, tensors: bool = True) -> s
             if file_sha256(path) != sha256:
                 return f"{path.name} does not match its sha256"
         except OSError as error:
-            return f"{path.name} cannot be read ({error.strerror})"
+            return f"{path.name} cannot be read ({error.strerror or error})"
     return None
 
 
