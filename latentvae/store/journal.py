@@ -101,7 +101,7 @@ def _check_left(store: Path) -> None:
     folder = store / OTHERS
     if folder.is_file():  # what a killed run of an earlier version left
         folder.unlink()
-    held = []
+    held = list[str]()
     for name in _holders(store):
         lock = _take(folder / name, patience=0 if held else PATIENCE)  # once is enough for all of them
         if lock is None:
