@@ -11,6 +11,9 @@
 
 `error` is the class to raise, `message` what it says: a template with {path} and {reason}, not an f-string,
 because paths may hold braces.
+
+What is written is a new file that takes the name: a link to a file is replaced, not followed, and a read-only
+file is replaced too. A link to a folder is followed.
 """
 
 import hashlib
@@ -41,7 +44,7 @@ def whole_file(
 
     Args:
         durable: wait until it is on the disk, so that a power cut leaves the old or the new one too. Costs
-            milliseconds a file: for records that others are judged by, not for pictures.
+            milliseconds a file: for what others are judged by and what took hours, not for pictures.
 
     Raises:
         LatentVAEError: as `error`: it cannot be written; what was at `path` stays.
@@ -93,11 +96,13 @@ def partial_folder(final: Path) -> Iterator[Path]:
 
 def put_in_place(partial: Path, final: Path, *, durable: bool = False) -> None:
     """Rename a folder to `final`; what was there is deleted only after that, or comes back."""
+    old = final.parent / f".{final.name}.old"
+    if old.exists() and not final.exists():  # killed between the two renames: the only whole one there is
+        old.rename(final)
     let_others_read(partial)
     if durable:  # content first, then names: a rename must never be on the disk before what it names
         for path in [*partial.rglob("*"), partial]:
             fsync(path)
-    old = final.parent / f".{final.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():  # no system renames a folder over one that is not empty
         final.rename(old)
@@ -215,7 +220,7 @@ def let_others_read(folder: Path) -> None:
     mode = probe.stat().st_mode
     probe.unlink()
     for path in folder.rglob("*.safetensors"):
-        path.chmod(mode)
+        _set_mode(path, mode)
 
 
 def fsync(path: Path) -> None:
@@ -240,10 +245,11 @@ def file_sha256(path: Path) -> str:
 def _filled(partial: Path, final: Path | None, durable: bool) -> Iterator[None]:
     """A new file, then whole, then renamed to `final` if there is one; gone after any failure, Ctrl-C too."""
     try:
+        partial.unlink(missing_ok=True)  # what a kill left would lend its permissions
         partial.touch()
         mode = partial.stat().st_mode
         yield
-        partial.chmod(mode)  # safetensors lets nobody else read what it writes
+        _set_mode(partial, mode)  # safetensors lets nobody else read what it writes
         if durable:
             fsync(partial)
         if final is not None:
@@ -254,3 +260,9 @@ def _filled(partial: Path, final: Path | None, durable: bool) -> Iterator[None]:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Change permissions, where they differ: some mounts refuse to, even to what is so already."""
+    if path.stat().st_mode != mode:
+        path.chmod(mode)

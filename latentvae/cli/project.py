@@ -155,7 +155,7 @@ def _write_all(
         save_picture(picture, output / each)
     write_json(result, output / "projection.json")
     table = output / "clusters.csv"
-    with whole_file(table) as partial:
+    with whole_file(table, durable=True) as partial:
         _write_table(partial, cards)
     first, *others = (output / each for each in pictures)
     return [page, first, output / "projection.json", table, *others]

@@ -12,6 +12,7 @@ from latentvae.base.files import (
     check_folder,
     make_folder,
     partial_path,
+    put_in_place,
     staged_file,
     whole_file,
     whole_folder,
@@ -54,6 +55,55 @@ def test_a_staged_file_waits_for_its_name(tmp_path: Path) -> None:
         partial.write_text("whole")
     assert partial == partial_path(path)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(".file.partial", "whole")]
+
+
+def test_what_a_kill_left_of_a_durable_file_lends_it_no_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    partial_path(path).write_text("half")
+    partial_path(path).chmod(0o400)
+    with whole_file(path, durable=True) as partial:
+        partial.write_text("whole")
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_permissions_are_left_alone_where_they_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some mounts refuse every change of them."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with whole_file(tmp_path / "file") as partial:
+        partial.write_text("whole")
+    with whole_folder(tmp_path / "folder") as partial:
+        (partial / "model.safetensors").touch()
+    assert sorted(one.name for one in tmp_path.rglob("*")) == ["file", "folder", "model.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few people make links")
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    with whole_file(link) as partial:
+        partial.write_text("new")
+    assert (real.read_text(), link.read_text(), link.is_symlink()) == ("old", "new", False)
+
+
+def test_a_kill_between_two_renames_costs_no_folder(tmp_path: Path) -> None:
+    final, old = tmp_path / "folder", tmp_path / ".folder.old"
+    old.mkdir()
+    (old / "earlier").touch()
+    with pytest.raises(FileNotFoundError):  # the next run fails too
+        put_in_place(tmp_path / "nothing", final)
+    assert [one.name for one in final.iterdir()] == ["earlier"]
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "new").touch()
+    put_in_place(tmp_path / "partial", final)
+    assert [one.name for one in tmp_path.rglob("*")] == ["folder", "new"]
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

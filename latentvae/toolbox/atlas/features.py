@@ -74,9 +74,10 @@ class Features:
             return [self._save_parquet(path)]
         names = path.with_suffix(".json")  # .npy has no place for names
         rows = {**self.about(), "columns": self.columns, "keys": self.keys, "labels": self.labels}
-        with whole_file(names) as partial:  # in ASCII: names need not be UTF-8
+        with whole_file(names, durable=True) as partial:  # in ASCII: names need not be UTF-8
             partial.write_text(json.dumps(rows) + "\n", encoding="ascii")
-        with whole_file(path) as partial, partial.open("wb") as file:  # a name alone would get another suffix
+        # opened, because a name alone would get another suffix
+        with whole_file(path, durable=True) as partial, partial.open("wb") as file:
             np.save(file, self.values, allow_pickle=False)
         return [path, names]
 
@@ -91,7 +92,7 @@ class Features:
         table = arrow.Table.from_arrays(arrays, names=[*columns, *self.columns])
         # by this name `_is_features` knows an earlier table again
         table = table.replace_schema_metadata({"latentvae": json.dumps(self.about())})
-        with whole_file(path) as partial:
+        with whole_file(path, durable=True) as partial:
             parquet.write_table(table, partial)
         return path
 
