@@ -40,7 +40,7 @@ def reconstruct(
         try:
             rebuilt, row = evaluator.add(name.as_posix(), image)
         except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
-            session.skip(path, LatentVAEError(f"{path}: {error}"))
+            session.skip(path, error)
             continue
         place = output / name
         make_folder(place.parent)

@@ -75,12 +75,15 @@ class Evaluator:
         """The reconstruction (1, C, H, W), float32, of an image (C, H, W) in [-1, 1], and its figures.
 
         Raises:
-            LatentVAEError: another number of channels, or values that are not finite.
+            LatentVAEError: another number of channels, or values that are not finite; begins with the name.
         """
         original = image[None]  # one by one: at their own sizes images do not batch
-        result = reconstruct(self.vae, original, sample=self.sample, generator=self.generator)
-        rebuilt = result.reconstructions.float()
-        (figures,) = self.metrics.add(name, original.to(rebuilt.device), rebuilt, result.posterior.kl())
+        try:
+            result = reconstruct(self.vae, original, sample=self.sample, generator=self.generator)
+            rebuilt = result.reconstructions.float()
+            (figures,) = self.metrics.add(name, original.to(rebuilt.device), rebuilt, result.posterior.kl())
+        except LatentVAEError as error:
+            raise LatentVAEError(f"{name}: {error}") from error
         return rebuilt, figures
 
 
@@ -107,10 +110,7 @@ def evaluate(
     evaluator = Evaluator(vae, lpips, lpips_missing_reason, latents, seed)
     rfid = RFID(inception) if inception else None
     for name, image in images:
-        try:
-            reconstructions, _ = evaluator.add(name, image)
-        except LatentVAEError as error:
-            raise LatentVAEError(f"{name}: {error}") from error
+        reconstructions, _ = evaluator.add(name, image)
         if rfid is not None:
             rfid.add(image[None], reconstructions)
     figures = vars(evaluator.metrics.summary())

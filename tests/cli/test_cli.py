@@ -536,6 +536,7 @@ def test_a_model_that_overflows_skips_the_image_and_does_the_rest(latentvae_comm
     vae.save_pretrained(save)
     result = latentvae_command("reconstruct", pictures, "-m", save, "-o", "out")
     assert result.code == 2
+    assert "skipped: a.png: reconstructions" in result.err
     assert "nan or infinite values" in result.err
 
 
