@@ -8,12 +8,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -187,19 +187,6 @@ def load_image_with_info(
     size = (images.shape[2], images.shape[1])
     info = ImageInfo(*size, pixels.mode, pixels.format, pixels.notes, pixels.frames)
     return images, info
-
-
-def iter_images(
-    paths: Iterable[PathLike], *, on_error: Callable[[Path, ImageError], None], **options: Any
-) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yield (path, image) for each that loads; a bad one goes to `on_error`. Options are `load_image`'s."""
-    for path in map(Path, paths):
-        try:
-            image = load_image(path, **options)
-        except ImageError as error:
-            on_error(path, error)
-        else:
-            yield path, image
 
 
 def _composite(pixels: Pixels, background: Colour) -> torch.Tensor:

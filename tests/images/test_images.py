@@ -12,7 +12,7 @@ from image_files import png
 from PIL import Image, ImageFile, features
 
 from latentvae.base.errors import ImageError
-from latentvae.images.reading import MAX_PIXELS, find_images, iter_images, load_image, load_image_with_info
+from latentvae.images.reading import MAX_PIXELS, find_images, load_image, load_image_with_info
 from latentvae.images.saving import save_image, to_pil
 from latentvae.images.tensors import Padding, crop_padding, from_uint8, pad_to_multiple, to_uint8
 
@@ -214,18 +214,6 @@ def test_the_name_of_bytes_never_opens_a_file(tmp_path, suffix):
     Image.new("L", (8, 8), 200).save(tmp_path / f"sent{suffix}")
     sent = (tmp_path / f"sent{suffix}").read_bytes()
     assert (to_uint8(load_image(sent, name=str(tmp_path / f"secret{suffix}"))) == 200).all()
-
-
-def test_bad_files_are_reported_and_skipped(tmp_path):
-    good = [photo(tmp_path / "a.png"), photo(tmp_path / "c.png")]
-    (tmp_path / "b.png").write_text("text")
-    failed: list[Path] = []
-    loaded = list(
-        iter_images(find_images(tmp_path), on_error=lambda path, error: failed.append(path), channels=1)
-    )
-    assert [path for path, _ in loaded] == good
-    assert loaded[0][1].shape == (1, 32, 32)
-    assert failed == [tmp_path / "b.png"]
 
 
 def test_8_bits_survive_the_round_trip_and_rounding_clamps():
