@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.pipelines.doctor.activations import LOGITS, ProbeOutputs, stock_copy

@@ -5,8 +5,10 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from latentvae.base.errors import ModelError
