@@ -6,11 +6,12 @@ from typing import Annotated
 import torch
 import typer
 
-from latentvae.base.files import explained, make_folder
+from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, output_folder, tell
-from latentvae.cli.session import Session, image_channels, takes, usable_device
+from latentvae.cli.session import Session, fitting_on, image_channels, takes, usable_device
 from latentvae.images import drawing
 from latentvae.images.reading import find_images
+from latentvae.images.saving import save_picture
 from latentvae.models.latents import Scaling
 from latentvae.models.spaces import load_autoencoder
 from latentvae.pipelines import agree as agreement
@@ -18,7 +19,6 @@ from latentvae.pipelines import agree as agreement
 PICTURE = "agreement.png"
 COLUMNS = ("image", "A", "B", "B decodes A's latents", "A decodes B's latents")
 MAX_ROWS = 8  # of the picture; the figures are of all images
-CANNOT_WRITE = "{path} cannot be written ({reason}). Choose another --output."
 
 
 @takes(..., "device", "json")
@@ -35,7 +35,8 @@ def agree(
 ) -> None:
     """Say whether a diffusion model trained on A's latents can use B: each decodes the latents of both."""
     place = usable_device(session.device)
-    vaes = tuple(load_autoencoder(model, device=place) for model in (a, b))
+    with fitting_on(place):
+        vaes = tuple(load_autoencoder(model, device=place) for model in (a, b))
     agreement.check_same_shape(*vaes)
     channels = image_channels(vaes[0])  # even without photos: the picture is drawn of images too
     if photos:
@@ -44,7 +45,8 @@ def agree(
         images = agreement.probe_images(channels)
     scalings = (Scaling.of(vaes[0].config), Scaling.of(vaes[1].config))
     # speed-ups round differently, which is not what is asked about
-    copies = tuple(agreement.plain_copy(vae) for vae in vaes)
+    with fitting_on(place):
+        copies = tuple(agreement.plain_copy(vae) for vae in vaes)
     pairs = [agreement.both_ways(copies, scalings, image.to(vaes[0].device)) for image in images]
     found = agreement.agreement_of(pairs)
     picture = make_folder(output) / PICTURE
@@ -60,8 +62,7 @@ def _draw(pairs: list[agreement.Pair], path: Path) -> None:
     rows: list[list[torch.Tensor]] = [
         [row[0].cpu() for row in (pair.images, *pair.own, *pair.crossed)] for pair in pairs
     ]
-    with explained(path, message=CANNOT_WRITE):
-        drawing.grid(rows, COLUMNS).save(path)
+    save_picture(drawing.grid(rows, COLUMNS), path)
 
 
 def _lines(found: agreement.Agreement) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -208,8 +209,15 @@ def load_model(model: str | None, device: str | None, precision: str) -> Autoenc
         LatentVAEError: no such model or device, or no room on it.
     """
     place = usable_device(device)
-    try:
+    with fitting_on(place):
         return optimize(loading.load(model, dtype=DTYPES[precision], device=place))
+
+
+@contextmanager
+def fitting_on(place: torch.device) -> Iterator[None]:
+    """Turn what a device says when a model does not fit into an error that says what to do."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
 
@@ -252,8 +260,12 @@ def image_channels(vae: AutoencoderKL) -> int:
 def read_sidecar(source: str) -> dict[str, Any]:
     """What an export says of itself beside its weights; empty for models that say nothing."""
     place = Path(source)
-    # a bundled name, an export, a pipeline with one, a file in an export
-    for folder in (loading.WEIGHTS_DIR / source, place, place / "vae", place.parent):
+    # a bundled name, an export, a pipeline with one
+    folders = [loading.WEIGHTS_DIR / source, place, place / "vae"]
+    # of files alone: a folder in an export is another model, and the parent of a name is where we are
+    if place.is_file():
+        folders.append(place.parent)
+    for folder in folders:
         if (folder / exporting.SIDECAR).is_file():
             return json.loads((folder / exporting.SIDECAR).read_text(encoding="utf-8"))
     return {}

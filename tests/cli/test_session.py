@@ -1,11 +1,18 @@
-"""What the verbs share: numbers with their nouns."""
+"""What the verbs share: numbers with their nouns, sidecars of models, models that do not fit."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.cli.main import main
 from latentvae.cli.options import EXIT_SKIPPED
-from latentvae.cli.session import Session, counted
+from latentvae.cli.session import Session, counted, read_sidecar
+from latentvae.models.exporting import SIDECAR
+from latentvae.models.loading import DEFAULT_MODEL
 
 
 def finish(skipped: list[dict[str, str]], done: int) -> None:
@@ -26,3 +33,30 @@ def test_one_thing_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
             finish(skipped * number, 3)
         assert stop.value.exit_code == EXIT_SKIPPED
         assert words in capsys.readouterr().err
+
+
+def test_a_sidecar_is_read_of_the_model_that_was_named_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / SIDECAR).write_text('{"name": "here"}')
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "weights.safetensors").touch()
+    assert read_sidecar(DEFAULT_MODEL)["name"] != "here"
+    assert read_sidecar("somebody") == read_sidecar("plain") == read_sidecar(str(tmp_path / "plain")) == {}
+    assert read_sidecar(".") == read_sidecar("weights.safetensors") == {"name": "here"}
+
+
+def test_a_model_too_large_for_a_gpu_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("latentvae.cli.agree.load_autoencoder", refuse)
+    monkeypatch.setattr("latentvae.models.loading.load", refuse)
+    for arguments in (["agree", "a", "b"], ["reconstruct"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--device", "cpu"])
+        assert stop.value.code == 2
+        assert "does not fit on cpu: CUDA out of memory" in capsys.readouterr().err
