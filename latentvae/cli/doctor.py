@@ -11,6 +11,7 @@ import typer
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import check_folder, whole_file
 from latentvae.cli.options import ModelArgument, SameModel, tell
 from latentvae.cli.session import Session, read_sidecar, takes
 from latentvae.images.reading import find_images
@@ -85,11 +86,13 @@ def _check_fix(folder: Path | None, overwrite: bool) -> None:
     """Refuse a folder that the export would refuse, before minutes are spent.
 
     Raises:
-        LatentVAEError: it holds something.
+        LatentVAEError: it holds something that is not to be replaced.
     """
     if folder is None or not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not overwrite):
+    if overwrite and folder.is_dir():
+        check_folder(folder, "export", exporting.SIDECAR, instead="Choose another --fix")
+    elif not folder.is_dir() or any(folder.iterdir()):
         raise LatentVAEError(
             f"--fix {folder} is there already; wanted a new or empty folder. Choose another, or pass "
             "--overwrite to replace an earlier export."
@@ -126,7 +129,8 @@ def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> 
         path = folder / exporting.SIDECAR
         written = json.loads(path.read_text(encoding="utf-8"))
         written["latent_statistics"] = sidecar["latent_statistics"]
-        path.write_text(json.dumps(written, indent=1), encoding="utf-8")
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
 def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> card.Provenance:

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, tell
 from latentvae.cli.session import DTYPES, Session, best_device, load_model, takes
+from latentvae.images.saving import save_picture
 from latentvae.models import fingerprint, loading
 from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
 from latentvae.runtime.tiling import planning, switch
@@ -91,7 +92,7 @@ def encode(
         return  # the first process speaks for all
     # only now: the sheet shows what is on disk, decoded, and not what was about to be written
     if preview and report.images:
-        verification.contact_sheet(store, vae).save(store / verification.PREVIEW)
+        save_picture(verification.contact_sheet(store, vae), store / verification.PREVIEW)
     _tell(report, store, session.json)
 
 

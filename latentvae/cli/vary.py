@@ -10,7 +10,7 @@ import torch
 import typer
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.base.files import make_folder
+from latentvae.base.files import make_folder, whole_file
 from latentvae.cli.options import OUTPUT, Photos, Seed, output_folder, tell
 from latentvae.cli.places import check_output, root_of, short_names, with_ending, write_json
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
@@ -107,8 +107,8 @@ class _Study:
                 written.append(str(file))
                 # beside the copy, so that it can be trained on like the original
                 if caption is not None:
-                    text = json.dumps(caption, ensure_ascii=False)
-                    file.with_suffix(".json").write_text(text, encoding="utf-8")
+                    with whole_file(file.with_suffix(".json")) as partial:
+                        partial.write_text(json.dumps(caption, ensure_ascii=False), encoding="utf-8")
                 if (temperature, copy) in self._shown():
                     row.append(varied)
         self.images.append({"path": str(path), "copies": written})

@@ -490,11 +490,14 @@ def test_bad_input_ends_with_code_2(command, models, tmp_path):
 
 
 def test_fix_does_not_spend_minutes_before_it_looks_at_the_folder(command, models, monkeypatch):
-    Path("out").mkdir()
-    Path("out/latentvae.json").write_text("{}")
-    monkeypatch.setattr(rescaling, "rescale", lambda *_: pytest.fail("measured first"))
+    for name in ("out/latentvae.json", "mine/thesis.txt"):
+        Path(name).parent.mkdir()
+        Path(name).write_text("{}")
+    monkeypatch.setattr("latentvae.cli.doctor.rescale", lambda *_: pytest.fail("measured first"))
     assert command(models / "fine", "--fix", "out")[0] == 2
-    monkeypatch.undo()
+    code, _, err = command(models / "fine", "--fix", "mine", "--overwrite")
+    assert code == 2
+    assert "mine is not empty and no earlier export. Choose another --fix." in err
 
 
 def test_fix_replaces_an_earlier_export_when_told(command, models):
