@@ -62,7 +62,8 @@ def space_of(vae: Autoencoder) -> LatentSpace | None:
     """
     if isinstance(vae, AutoencoderTiny):
         return None
-    own = (vae.config["latent_channels"], vae.config["scaling_factor"], vae.config["shift_factor"] or 0.0)
+    config, names = vae.config, ("latent_channels", "scaling_factor", "shift_factor")
+    own = tuple(config.get(name) or 0.0 for name in names)  # other classes have not all of them
     for space in SPACES.values():
         if own == (space.latent_channels, space.scaling_factor, space.shift_factor):
             return space
@@ -83,9 +84,16 @@ def load_autoencoder(
     if source is None or _class_name(str(source)) != "AutoencoderTiny":
         return load(source, dtype=dtype, device=device)
     try:
-        tiny = AutoencoderTiny.from_pretrained(str(source), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        tiny, report = AutoencoderTiny.from_pretrained(
+            str(source), use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"{source} could not be loaded as an AutoencoderTiny: {error}") from error
+    broken = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    if broken:
+        raise ModelError(
+            f"{source} is no complete AutoencoderTiny: {len(broken)} keys do not fit, first {broken[0]!r}."
+        )
     return cast(tiny, dtype).to(device).eval()
 
 

@@ -69,7 +69,8 @@ class Agreement:
     @property
     def same(self) -> bool:
         """Whether a diffusion model trained on A's latents can use B."""
-        return self.score >= MIN_SCORE and self.loss <= MAX_LOSS and abs(self.scale_ratio - 1) <= MAX_CONTRAST
+        alike = self.score >= MIN_SCORE and abs(self.scale_ratio - 1) <= MAX_CONTRAST
+        return alike and self.loss <= MAX_LOSS and self.decodes
 
     @property
     def decodes(self) -> bool:
@@ -179,7 +180,10 @@ def plain_copy(vae: Autoencoder) -> Autoencoder:
             "pipeline."
         )
     if isinstance(vae, AutoencoderTiny):  # nothing of ours is ever put on one
-        return copy.deepcopy(vae).float().eval().requires_grad_(False)
+        tiny = copy.deepcopy(vae).float().eval().requires_grad_(False)
+        tiny.disable_tiling()
+        tiny.disable_slicing()
+        return tiny
     return stock_copy(vae)
 
 

@@ -41,7 +41,9 @@ def swap(
         allow_new_latent_space: skip the comparison of latents with those of the present VAE, for a denoiser
             that is or will be trained on the latents of this one.
         use: "decode" where this VAE need only draw the denoiser's latents (text to image), "both" where its
-            own latents must be the denoiser's too (image to image, inpainting). None: as the pipeline does.
+            own latents must be the denoiser's too (image to image, inpainting). None: as the pipeline does;
+            pipelines made of its parts later, such as by `AutoPipelineForImage2Image.from_pipe`, are not
+            looked at.
 
     Returns:
         The VAE that was there, without hooks; None if there was none.
@@ -54,6 +56,10 @@ def swap(
     if isinstance(vae, str):
         vae = load(vae)
     check_autoencoder(vae)
+    if use not in (None, "decode", "both"):
+        raise checks.SwapError(
+            f"use={use!r} came; wanted 'decode', 'both', or None for what the pipeline does."
+        )
     name, old = checks.find_vae(pipe)
     if vae is old:  # it may carry this pipeline's own hooks, which the checks would refuse
         return old

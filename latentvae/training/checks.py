@@ -4,6 +4,7 @@
 may have changed them, and at this machine. What only weights can tell is refused where they load (module.py).
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from latentvae.models.exporting import SIDECAR
 from latentvae.models.presets import nearest, preset_config
 from latentvae.training import checkpoint
 from latentvae.training.adversary import GROUPS, smallest_input
-from latentvae.training.config import Config, DataConfig, ModelConfig, OptimConfig
+from latentvae.training.config import Config, DataConfig, DistilConfig, ModelConfig, OptimConfig
 from latentvae.training.data.sources import parts
 
 
@@ -38,6 +39,8 @@ def check_start(config: Config, resume: str | None) -> Path | None:
     _check_writable(folder)
     for setting, source in (("init", config.model.init), ("teacher", config.model.teacher)):
         check_exported(setting, source)
+    if start is not None:
+        _check_same_space(config.model, start)
     return start
 
 
@@ -120,12 +123,25 @@ def _check_ratio(config: Config) -> None:
 
 
 def _check_distil(config: Config) -> None:
+    if config.model.teacher is None and config.distil != DistilConfig():
+        raise ConfigError(
+            "settings of distil.* say how to learn from a teacher, and there is none; set model.mode=distil "
+            "and model.teacher, or leave them out"
+        )
+    if config.model.teacher is not None and config.regularise.mask.probability:
+        raise ConfigError(
+            "regularise.mask hides parts of what the encoder sees, and the teacher would be shown them "
+            "hidden too; leave the mask or the teacher out"
+        )
+    if config.distil.turn_step is not None and config.distil.target == "original":
+        raise ConfigError(
+            f"distil.turn_step={config.distil.turn_step} turns the target to the original, which "
+            "distil.target=original begins with; leave one out"
+        )
     if config.distil.learn != "both" and config.model.init is None:
         raise ConfigError(
             f"distil.learn={config.distil.learn} leaves the other half as it is; name the model in model.init"
         )
-    if config.distil.cache is not None and config.model.teacher is None:
-        raise ConfigError(f"distil.cache={config.distil.cache} keeps what a teacher computes; there is none")
     if config.distil.cache is not None and config.data.horizontal_flip:
         raise ConfigError(
             "distil.cache keeps latents of images as they are, and those of a mirror image are others; set "
@@ -226,6 +242,18 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"output={folder} cannot be written to. Choose another output.")
     # an export of this run's may be replaced; anything else is somebody's
     check_folder(folder / "vae", "export", SIDECAR, instead="Choose another output", error=ConfigError)
+
+
+def _check_same_space(model: ModelConfig, start: Path) -> None:
+    """Under another teacher a run would export the latents of one with the factors of the other."""
+    saved = json.loads((start / "state.json").read_text(encoding="utf-8")).get("config", {}).get("model", {})
+    for name in ("teacher", "space"):
+        before, now = saved.get(name), getattr(model, name)
+        if before != now and "teacher" in saved:
+            raise ConfigError(
+                f"{start} was trained with model.{name}={before}, and now it is {now}. Keep it, or export "
+                "the checkpoint and start a new run with model.init."
+            )
 
 
 def check_exported(name: str, path: str | None) -> None:

@@ -68,7 +68,7 @@ class DistilConfig(Section):
     """How a student learns a teacher's latent space; only with model.mode=distil."""
 
     # both, or one half alone (the other is given by model.init): each is a problem of its own, and the
-    # encoder's passes cost a quarter of the decoder's
+    # encoder's passes cost a quarter of the decoder's. A linear start maps both ends of the latents even so
     learn: Literal["both", "encoder", "decoder"] = "both"
     # with model.init: map its latents to the teacher's by least squares first; saves thousands of crops
     linear_start: bool = True

@@ -13,6 +13,7 @@ from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.config import EquivarianceConfig, MaskConfig
 from latentvae.training.data.crops import CropBatch
 from latentvae.training.data.teacher_cache import TeacherCrop
+from latentvae.training.distillation import original_share
 from latentvae.training.module import Transform
 from latentvae.training.setup import Run
 
@@ -61,7 +62,10 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     given = None
     if batch.teacher is not None:
         given = TeacherCrop(*(each.to(images, non_blocking=True) for each in batch.teacher))
-    return Inputs(target, (seen, noise(Stream.POSTERIOR), latent_noise, transform, given))
+    # once the target is the original alone, the teacher need not draw
+    with_pictures = original_share(run.config.distil, run.state.step) < 1
+    arguments = (seen, noise(Stream.POSTERIOR), latent_noise, transform, given, with_pictures)
+    return Inputs(target, arguments)
 
 
 def draw_transform(

@@ -137,8 +137,10 @@ def _changed(
     return latents if transform is None else transform.latents(latents)
 
 
-def _learns(half: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in half.parameters())
+def _learns(*parts: nn.Module | None) -> bool:
+    return any(
+        parameter.requires_grad for part in parts if part is not None for parameter in part.parameters()
+    )
 
 
 class TrainableVAE(nn.Module):
@@ -166,6 +168,7 @@ class TrainableVAE(nn.Module):
         latent_noise: torch.Tensor | None = None,
         transform: Transform | None = None,
         given: TeacherCrop | None = None,
+        with_pictures: bool = True,
     ) -> TrainingOutputs:
         """Reconstruct images (B, C, H, W) from the latents that `noise` (B, c, h, w) picks.
 
@@ -175,9 +178,10 @@ class TrainableVAE(nn.Module):
             latent_noise: added to the latents, for a decoder that must bear a diffusion model's errors.
             transform: applied to the latents.
             given: what the teacher made of these images earlier; None: it is asked.
+            with_pictures: whether the teacher's pictures are wanted, and not the originals alone.
         """
         if self.teacher is not None:
-            return self._distil(self.teacher, images, noise, latent_noise, transform, given)
+            return self._distil(self.teacher, images, noise, latent_noise, transform, given, with_pictures)
         moments = self.vae.encode(images).latent_dist.parameters  # (B, 2c, h, w)
         latents = _changed(Posterior(moments).at(noise), latent_noise, transform)  # (B, c, h, w)
         return TrainingOutputs(moments, self.vae.decode(latents).sample)
@@ -190,16 +194,20 @@ class TrainableVAE(nn.Module):
         latent_noise: torch.Tensor | None,
         transform: Transform | None,
         given: TeacherCrop | None,
+        with_pictures: bool,
     ) -> TrainingOutputs:
         """The halves apart: the student's moments beside the teacher's, pictures of the teacher's latents."""
         teacher_moments = teacher.moments(images) if given is None else given.moments
         moments = reconstructions = pictures = None
-        if _learns(self.vae.encoder):
+        if _learns(self.vae.encoder, self.vae.quant_conv):
             moments = self.vae.encode(images).latent_dist.parameters
-        if _learns(self.vae.decoder):
+        if _learns(self.vae.decoder, self.vae.post_quant_conv):
             latents = _changed(Posterior(teacher_moments).at(noise), latent_noise, transform)
             reconstructions = self.vae.decode(latents).sample
-            pictures = teacher.pictures(latents.to(images.dtype)) if given is None else given.picture
+            if given is not None:
+                pictures = given.picture
+            elif with_pictures:
+                pictures = teacher.pictures(latents.to(images.dtype))
         return TrainingOutputs(moments, reconstructions, teacher_moments, pictures)
 
     def compile_blocks(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import spatial_compression_ratio
+from latentvae.models.spaces import latent_shape
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
 from latentvae.training.config import Config
@@ -23,8 +24,8 @@ from latentvae.training.data.crops import (
     validation_images,
 )
 from latentvae.training.data.sources import Selection, evenly
-from latentvae.training.data.teacher_cache import TeacherCache
-from latentvae.training.distillation import start_linearly
+from latentvae.training.data.teacher_cache import TeacherCache, provenance
+from latentvae.training.distillation import Teacher, start_linearly
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
 from latentvae.training.module import TrainableVAE
@@ -109,13 +110,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     rank, world = accelerator.process_index, accelerator.num_processes
     sequence = CropSequence(train_images, config.data, channels, config.seed)
     if module.teacher is not None and config.distil.cache is not None:
-        ratio = spatial_compression_ratio(module.vae)
-        sequence.cache = TeacherCache(Path(config.distil.cache), ratio)
-        names = [train_images.name(index) for index in range(len(train_images))]
-        sequence.cache.claim(weight_hash(module.teacher.model), names, config.data.short_side)
-        with accelerator.autocast():
-            sequence.cache.fill(module.teacher, sequence, device, slice(rank, None, world))
-        accelerator.wait_for_everyone()  # each process has made a share, and all will read all
+        sequence.cache = keep_teacher(config, module.teacher, sequence, accelerator)
     batches = training_batches(config, sequence, state.step, rank, world)
     validation = Validation(config, train_images, val_images, channels, module.teacher)
     record = Record(folder, accelerator, state.step)
@@ -133,6 +128,24 @@ def set_up(config: Config, resume: str | None) -> Run:
     run = Run(config, accelerator, folder, state, model, loss, sequence, batches, validation, record)
     announce(run, start)
     return run
+
+
+def keep_teacher(
+    config: Config, teacher: Teacher, sequence: CropSequence, accelerator: Accelerator
+) -> TeacherCache:
+    """What the teacher makes of all training images, on disk; each process computes a share of it."""
+    ratio = latent_shape(teacher.model)[1]
+    cache = TeacherCache(Path(str(config.distil.cache)), ratio)
+    made = provenance(sequence.source, config, weight_hash(teacher.model), ratio)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if accelerator.is_main_process:
+        cache.claim(made, write=True)
+    accelerator.wait_for_everyone()
+    cache.claim(made, write=False)
+    with accelerator.autocast():
+        cache.fill(teacher, sequence, accelerator.device, config.train.dtype, slice(rank, None, world))
+    accelerator.wait_for_everyone()  # all will read what each has made
+    return cache
 
 
 def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accelerator: Accelerator) -> None:

@@ -331,6 +331,8 @@ def test_text_to_image_only_asks_for_the_decoder() -> None:
         swap(again, copy.deepcopy(vae))
     with pytest.raises(LatentSpaceError):
         swap(pipe, copy.deepcopy(vae), use="both")
+    with pytest.raises(SwapError, match="use='draw' came"):
+        swap(again, copy.deepcopy(vae), use="draw")  # type: ignore[arg-type]
     swap(again, copy.deepcopy(vae), use="decode")
     assert swap(pipe, vae) is not vae
 

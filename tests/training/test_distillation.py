@@ -1,14 +1,16 @@
 """A student in its teacher's latent space: linear start, halves apart, targets, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
 
-from latentvae.base.errors import ConfigError
+from latentvae.base.errors import ConfigError, ModelError
 from latentvae.images.tensors import from_uint8
 from latentvae.measure.spaces import compare_spaces
 from latentvae.models.exporting import export
@@ -17,9 +19,10 @@ from latentvae.models.loading import load
 from latentvae.models.presets import build
 from latentvae.models.spaces import decode_scaled, encode_scaled, find_space, load_autoencoder, space_of
 from latentvae.training.config import DistilConfig
-from latentvae.training.data.teacher_cache import TeacherCache
+from latentvae.training.data.teacher_cache import MANIFEST, TeacherCache
 from latentvae.training.distillation import Teacher, linear_start, original_share
 from latentvae.training.loop import train
+from latentvae.training.module import TrainableVAE, freeze
 from latentvae.training.recipes import load_config
 from latentvae.training.setup import set_up
 
@@ -224,11 +227,70 @@ def test_a_cache_of_another_teacher_is_refused(
     photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
 ) -> None:
     cache = TeacherCache(tmp_path / "cache", 8)
-    cache.claim("one", ["a", "b"], None)
-    cache.claim("one", ["a", "b"], None)
+    made = {"teacher": "one", "space": "sd", "images": "a"}
+    cache.claim(made, write=True)
+    cache.claim(made, write=False)
     with pytest.raises(ConfigError, match="made with other teacher"):
-        cache.claim("another", ["a", "b"], None)
-    with pytest.raises(ConfigError, match="made with other images and short_side"):
-        cache.claim("one", ["a"], 64)
+        cache.claim({**made, "teacher": "another"}, write=False)
+    with pytest.raises(ConfigError, match="made with other space, images"):
+        cache.claim({**made, "space": "sdxl", "images": "b"}, write=False)
+    (tmp_path / "cache" / MANIFEST).write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        cache.claim(made, write=False)
+    with pytest.raises(ConfigError, match="holds other files"):
+        TeacherCache(photo_folder, 8).claim(made, write=True)
     with pytest.raises(ConfigError, match="mirror image"):
         load_config("tiny", settings(photo_folder, tmp_path, tiny_teacher, init, f"distil.cache={tmp_path}"))
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, 8)
+    cache.path(3).write_bytes(b"no tensors")
+    for index in (3, 4):
+        with pytest.raises(ConfigError, match=cache.path(index).name):
+            cache.crop(index, 0, 0, 32)
+
+
+def test_a_run_does_not_go_on_under_another_teacher(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+) -> None:
+    chosen = settings(photo_folder, tmp_path / "run", tiny_teacher, init, "model.space=sd")
+    train(load_config("tiny", chosen))
+    with pytest.raises(ConfigError, match=r"model\.space=sd, and now it is sdxl"):
+        train(load_config("tiny", [*chosen, "model.space=sdxl", "train.max_steps=14"]), "latest")
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_half_whose_quant_convolution_learns_is_run(tiny_vae: Any, half: str) -> None:
+    freeze(tiny_vae, [f"{half}.*"])  # by hand, and not the convolution beside it
+    teacher = Teacher(tiny_vae, Scaling.of(tiny_vae.config), -10.0)
+    outputs = TrainableVAE(tiny_vae, teacher)(torch.rand(1, 3, 32, 32), torch.zeros(1, 4, 4, 4))
+    assert outputs.moments.requires_grad
+    assert outputs.reconstructions.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("distil.learn=decoder",), "there is none"),
+        (("model.mode=distil", "model.teacher=f8c4-small", "regularise.mask.probability=0.5"), "hidden too"),
+        (
+            ("model.mode=distil", "model.teacher=f8c4-small", "distil.target=original", "distil.turn_step=5"),
+            "begins with",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(more: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("tiny", list(more))
+
+
+def test_an_incomplete_tiny_autoencoder_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_teacher, folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["something.else"] = torch.zeros(1)
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match="no complete AutoencoderTiny"):
+        load_autoencoder(folder)

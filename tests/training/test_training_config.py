@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from latentvae.base.errors import ConfigError
+from latentvae.models.spaces import SPACES
 from latentvae.training.config import Config
 from latentvae.training.recipes import load_config, recipes
 
@@ -36,7 +37,11 @@ def test_the_recipes_are_the_files_that_people_edit():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_needs_nothing_but_a_data_folder(name):
     config = load_config(name, ["data.train=photos"])
-    assert config.model.preset == {"digits": "tiny"}.get(name, name.removesuffix("-gpu"))
+    preset = {"digits": "tiny"}.get(name, name.removesuffix("-gpu"))
+    if config.model.mode == "distil":  # named by the space, of the shape of what it starts from
+        assert (config.model.space, config.model.init) == (name.removesuffix("-small"), config.model.preset)
+        preset = {4: "f8c4-small", 16: "f8c16-small"}[SPACES[config.model.space].latent_channels]
+    assert config.model.preset == preset
     assert config.output == f"runs/{name}"
     assert config.data.train == "photos"
     assert load_config(name).data.train is None
@@ -303,7 +308,8 @@ def test_a_schedule_longer_than_the_run_is_refused():
 @pytest.mark.parametrize("name", [None, *RECIPES])
 def test_the_resolved_config_round_trips_through_yaml(tmp_path, name):
     settings = ["data.train=photos", "optim.betas=[0.8, 0.95]", "loss.kl_weight=1e-7", "seed=7"]
-    config = load_config(name, [*settings, "model.overrides.latent_channels=6"])
+    started = name is not None and load_config(name).model.init is not None  # whose shape is its own
+    config = load_config(name, settings if started else [*settings, "model.overrides.latent_channels=6"])
     path = write(tmp_path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     assert load_config(path) == config
 

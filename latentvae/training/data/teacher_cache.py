@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from latentvae.base.errors import ConfigError
 from latentvae.base.files import make_folder, whole_file
 from latentvae.images.tensors import from_uint8, to_uint8
+from latentvae.training.config import Config
 
 MANIFEST = "teacher.json"
 
@@ -53,35 +54,41 @@ class TeacherCache:
         """The file of one image."""
         return self.folder / f"{index:08d}.safetensors"
 
-    def claim(self, teacher: str, names: list[str], short_side: int | None) -> None:
-        """Refuse a folder that was made by another teacher or of other images.
+    def claim(self, made: dict[str, Any], write: bool) -> None:
+        """Refuse a folder whose content depends on other things than this run's.
 
         Args:
-            teacher: hash of its weights.
-            names: of the images, in their order.
-            short_side: that images are resized to.
+            made: what it depends on, as JSON values (see `provenance`).
+            write: whether to begin an empty folder; of several processes one does, before the others look.
 
         Raises:
-            ConfigError: says which.
+            ConfigError: says what differs, or that the folder is somebody else's.
         """
-        listed = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-        wanted = {"teacher": teacher, "images": listed, "short_side": short_side}
         file = self.folder / MANIFEST
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            other = [key for key in wanted if found.get(key) != wanted[key]]
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{file} is damaged ({error}). Delete {self.folder}, which can be made again."
+                ) from error
+            other = [key for key in made if found.get(key) != made[key]]
             if other:
                 raise ConfigError(
-                    f"distil.cache={self.folder} was made with other {' and '.join(other)}. Name another "
+                    f"distil.cache={self.folder} was made with other {', '.join(other)}. Name another "
                     "folder, or delete this one."
                 )
-            return
-        make_folder(self.folder)
-        with whole_file(file) as partial:
-            partial.write_text(json.dumps(wanted), encoding="utf-8")
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ConfigError(f"distil.cache={self.folder} holds other files. Name a folder of its own.")
+        elif write:
+            make_folder(self.folder)
+            with whole_file(file, durable=True) as partial:
+                partial.write_text(json.dumps(made), encoding="utf-8")
 
     @torch.no_grad()
-    def fill(self, teacher: TeachingModel, sequence: Any, device: torch.device, share: slice) -> None:
+    def fill(
+        self, teacher: TeachingModel, sequence: Any, device: torch.device, dtype: torch.dtype, share: slice
+    ) -> None:
         """Compute what is not there yet of a CropSequence's images, of those whose numbers are in `share`."""
         missing = [index for index in range(len(sequence))[share] if not self.path(index).is_file()]
         for index in tqdm(missing, desc="teacher", unit="image", disable=len(missing) < 2):
@@ -89,7 +96,7 @@ class TeacherCache:
             if not isinstance(image, torch.Tensor):  # training passes it over, and says why
                 continue
             height, width = (side // self.ratio * self.ratio for side in image.shape[-2:])
-            moments = teacher.moments(from_uint8(image)[None, :, :height, :width].to(device))
+            moments = teacher.moments(from_uint8(image)[None, :, :height, :width].to(device, dtype))
             picture = teacher.pictures(moments.chunk(2, 1)[0])
             tensors = {"moments": moments[0].float().cpu(), "picture": to_uint8(picture[0].float().cpu())}
             # durable: a name without its bytes after a power cut would be taken for a finished file
@@ -100,7 +107,39 @@ class TeacherCache:
         """The part of image `index` that begins at multiples of the ratio; only that part is read."""
         ratio = self.ratio
         y, x, side = top // ratio, left // ratio, size // ratio
-        with safe_open(self.path(index), "pt") as file:
-            moments = file.get_slice("moments")[:, y : y + side, x : x + side]
-            picture = file.get_slice("picture")[:, top : top + size, left : left + size]
+        try:
+            with safe_open(self.path(index), "pt") as file:
+                moments = file.get_slice("moments")[:, y : y + side, x : x + side]
+                picture = file.get_slice("picture")[:, top : top + size, left : left + size]
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{self.path(index)} cannot be read ({error}). Delete it, and start again: it is made anew."
+            ) from error
         return TeacherCrop(moments, from_uint8(picture))
+
+
+def provenance(source: Any, config: Config, teacher: str, ratio: int) -> dict[str, Any]:
+    """What the content of a cache depends on: teacher, units, precision, images with their sizes and times.
+
+    Args:
+        source: of the images: a length, and a name for each.
+        config: of the run.
+        teacher: hash of its weights.
+        ratio: pixels to a latent along each side.
+    """
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        name = source.name(index)
+        digest.update(f"{name}\n".encode("utf-8", "surrogateescape"))
+        if (path := Path(name)).is_file():  # rows and members of archives have a name only
+            status = path.stat()
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return {
+        "teacher": teacher,
+        "space": config.model.space,
+        "logvar": config.distil.logvar,
+        "ratio": ratio,
+        "precision": config.train.precision,
+        "short_side": config.data.short_side,
+        "images": digest.hexdigest(),
+    }
