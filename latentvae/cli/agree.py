@@ -28,7 +28,7 @@ def agree(
     b: Annotated[str, typer.Argument(help="Model to take its place. Both as --model of the other verbs.")],
     photos: Annotated[
         list[Path] | None,
-        typer.Argument(help="Images or folders. Default: a sample picture and synthetic extremes."),
+        typer.Argument(help="Images or folders. Default: crops of a sample picture."),
     ] = None,
     output: Annotated[Path, output_folder("Folder for the picture.")] = OUTPUT,
     size: Annotated[int, typer.Option(min=16, help="Largest side of the images' centres, pixels.")] = 256,
@@ -91,6 +91,8 @@ def _lines(found: agreement.Agreement) -> list[str]:
         verdict = "The same latent space: what was trained on A's latents can use B."
     elif found.fits("both"):
         verdict = "Nearly the same latent space: good for text and image to image, not for a cache."
+    elif found.encodes:
+        verdict = "A understands B's latents, but B does not draw A's as A does: B encodes for A only."
     elif found.decodes:
         verdict = "B decodes A's latents: good for text to image; its own latents are not A's."
     else:

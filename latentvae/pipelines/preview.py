@@ -195,14 +195,13 @@ def preview(
     if earlier is not None:
         earlier.close()
     device = torch.device(getattr(pipe, "_execution_device", own.device))
-    if vae is None:
-        vae = _small_sibling(own, device) or own
-    if isinstance(vae, str):
-        vae = load(vae, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if vae is own:
+    chosen: Any = vae if vae is not None else _small_sibling(own, device) or own
+    if isinstance(chosen, str):
+        chosen = load(chosen, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if chosen is own:
         _check_own(own)
         return Preview(pipe, output, own, pipeline_scaling(pipe, own), every, on_picture)
-    return Preview(pipe, output, vae, Scaling.of(vae.config), every, on_picture)
+    return Preview(pipe, output, chosen, Scaling.of(chosen.config), every, on_picture)
 
 
 def _check_scheduler(pipe: Any) -> None:
