@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.resnet import ResnetBlock2D, Upsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from latentvae.runtime.kernels import groupnorm, winograd
