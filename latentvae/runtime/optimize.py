@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D, Upsample2D
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from latentvae.base.errors import ModelError
