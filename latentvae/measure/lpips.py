@@ -5,10 +5,15 @@ Metric", CVPR 2018, equation 1; linear heads v0.1 of the authors' `lpips` packag
 """
 
 import importlib.util
+import logging
 import os
 import pickle
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +23,11 @@ from torchvision import models
 
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
 
+logger = logging.getLogger(__name__)
+
 LPIPSNet = Literal["alex", "squeeze", "vgg"]
+
+PATIENCE = 1.5  # seconds for the weights' server to answer
 
 WEIGHTS_ENV = "LATENTVAE_LPIPS"
 
@@ -182,7 +191,7 @@ def smallest_side(net: LPIPSNet) -> int:
     return _BACKBONES[net].min_size
 
 
-def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool = False) -> LPIPS:
+def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool | None = None) -> LPIPS:
     """Load LPIPS with pretrained weights, or fail: never with a random backbone.
 
     Args:
@@ -190,7 +199,8 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool 
         weights: a .safetensors file keyed as torchvision's `model.features` ("0.weight", or
             "features.0.weight"), or a folder with files named alexnet*, squeezenet1_1*, vgg16*. None looks at
             the environment variable LATENTVAE_LPIPS (file or folder), then in torchvision's cache.
-        download: let torchvision's weights be fetched into its cache when they are found nowhere.
+        download: fetch torchvision's weights into its cache when they are found nowhere, with a progress bar.
+            None: if HF_HUB_OFFLINE is not set and their server answers within a second or two.
 
     Returns:
         A module on the CPU in float32, frozen, in eval mode.
@@ -211,7 +221,7 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool 
     return LPIPS(net, backbone, _heads(net))
 
 
-def _find(net: LPIPSNet, weights: str | Path | None, download: bool) -> Path:
+def _find(net: LPIPSNet, weights: str | Path | None, download: bool | None) -> Path:
     """Look for weights at the given path, or else in the environment's, or else in torchvision's cache."""
     place = weights or os.environ.get(WEIGHTS_ENV)
     reason = f"{WEIGHTS_ENV} is not set"
@@ -226,13 +236,35 @@ def _find(net: LPIPSNet, weights: str | Path | None, download: bool) -> Path:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if cached.is_file():
         return cached
-    if not download:
-        raise _missing(net, f"{reason}, and torchvision's cache has no {cached}")
+    if not (_may_download(url) if download is None else download):
+        raise _missing(net, f"{reason}, torchvision's cache has no {cached.name}, and there is no connection")
+    logger.info("fetching %s of LPIPS, once: %s to %s", _BACKBONES[net].model, url, cached)
     try:
         torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise _missing(net, f"{reason}, and downloading {url} failed ({error})") from error
     return cached
+
+
+def _may_download(url: str) -> bool:
+    """Whether a download may be tried and would not hang: its server takes a connection in time.
+
+    Asked first because a machine without a route can wait minutes for a name, which no figure is worth.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    host = str(urlsplit(url).hostname)
+    answered: list[bool] = []
+
+    def knock() -> None:
+        with suppress(OSError), socket.create_connection((host, 443), timeout=PATIENCE):
+            answered.append(True)
+
+    # a thread of its own that nobody waits for: looking up a name has no time limit
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answered)
 
 
 def _in_place(net: LPIPSNet, place: Path) -> Path | None:
@@ -249,10 +281,8 @@ def _in_place(net: LPIPSNet, place: Path) -> Path | None:
 def _missing(net: LPIPSNet, reason: str) -> MissingWeightsError:
     model = _BACKBONES[net].model
     return MissingWeightsError(
-        f"no weights for LPIPS '{net}': {reason}. Either give a path (a {model}*.safetensors keyed "
-        f"as torchvision's model.features, or its folder), by an option or the environment variable "
-        f"{WEIGHTS_ENV}; or fill torchvision's cache while online:\n"
-        f"  python -c \"import torchvision; torchvision.models.{model}(weights='DEFAULT')\""
+        f"no weights for LPIPS '{net}': {reason}. Run once online (or torchvision.models.{model}"
+        f"(weights='DEFAULT')), or name a path of {model}*.safetensors by an option or {WEIGHTS_ENV}."
     )
 
 

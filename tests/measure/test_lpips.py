@@ -1,8 +1,10 @@
 """LPIPS: the right weights or an error, and the distance and gradient of the lpips package."""
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,6 +305,50 @@ def test_a_failed_download_is_a_missing_weights_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(MissingWeightsError, match="offline"):
         load_lpips("vgg", download=True)
+
+
+def test_weights_are_fetched_where_their_server_answers_and_never_offline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked: list[str] = []
+
+    def fetch(url: str, **options: object) -> None:
+        asked.append(url)
+        cached = tmp_path / "checkpoints" / url.rsplit("/", 1)[-1]
+        cached.parent.mkdir()
+        torch.save(torchvision_features("squeeze").state_dict(), cached)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    with pytest.raises(MissingWeightsError, match="there is no connection"):
+        load_lpips("squeeze")  # HF_HUB_OFFLINE, which all tests set
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(perceptual.socket, "create_connection", refuse)
+    with pytest.raises(MissingWeightsError, match="there is no connection"):
+        load_lpips("squeeze")
+    assert not asked
+    monkeypatch.setattr(perceptual.socket, "create_connection", lambda *address, **options: nullcontext())
+    with caplog.at_level("INFO"):
+        assert load_lpips("squeeze").net == "squeeze"
+    assert len(asked) == 1
+    assert str(tmp_path) in caplog.text  # where they went
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    answer = threading.Event()
+    monkeypatch.setattr(perceptual, "PATIENCE", 0.05)
+    monkeypatch.setattr(perceptual.socket, "create_connection", lambda *address, **options: answer.wait(30))
+    try:
+        with pytest.raises(MissingWeightsError, match="there is no connection") as caught:
+            load_lpips("vgg")
+    finally:
+        answer.set()
+    assert "\n" not in str(caught.value)  # one line
+
+
+def refuse(*address: object, **options: object) -> None:
+    raise OSError("no route")
 
 
 def test_a_wrong_file_names_the_key(tmp_path: Path) -> None:
