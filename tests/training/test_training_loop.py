@@ -557,7 +557,7 @@ def test_seeds_differ(photos, tmp_path):
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
 import torch
 from safetensors.torch import save_file
 import test_training_loop as tests
@@ -599,7 +599,7 @@ def run_two_processes(code: str, *arguments: object) -> tuple[list[int], str]:
 
 def weights_of_two(folder: Path, precision: str, chosen: list[str]) -> list[torch.Tensor]:
     """The weights of both ranks after three steps."""
-    codes, errors = run_two_processes(TWO_PROCESSES, Path(__file__).parents[1], folder, precision, *chosen)
+    codes, errors = run_two_processes(TWO_PROCESSES, Path(__file__).parent, folder, precision, *chosen)
     assert codes == [0, 0], errors
     return [load_file(folder / f"{rank}.safetensors")["weights"] for rank in (0, 1)]
 
