@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,7 +68,7 @@ def encode(
     """
     vae, weights = _prepare(session)
     threads = threads or _cores(vae, batch_size or 8)
-    try:
+    with _pausable():
         report = encoding.encode_folder(
             vae,
             photos,
@@ -84,16 +84,25 @@ def encode(
             weights_sha256=weights,
             workload=encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
         )
-    # Ctrl-C is how long runs are paused, so it is no failure and needs no stack trace
+    if os.environ.get("RANK", "0") == "0":  # the first process speaks for all
+        _draw(vae, store, preview and bool(report.images))
+        _tell(report, store, session.json)
+
+
+def _draw(vae: AutoencoderKL, store: Path, wanted: bool) -> None:
+    """The contact sheet; after the run, so that it shows what is on disk, decoded."""
+    if wanted:
+        save_picture(verification.contact_sheet(store, vae), store / verification.PREVIEW)
+
+
+@contextmanager
+def _pausable() -> Iterator[None]:
+    """Ctrl-C is how long runs are paused, so it is no failure and needs no stack trace."""
+    try:
+        yield
     except KeyboardInterrupt:
         typer.echo("stopped: finished shards are kept, and the same command goes on after them.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    if os.environ.get("RANK", "0") != "0":
-        return  # the first process speaks for all
-    # only now: the sheet shows what is on disk, decoded, and not what was about to be written
-    if preview and report.images:
-        save_picture(verification.contact_sheet(store, vae), store / verification.PREVIEW)
-    _tell(report, store, session.json)
 
 
 def _prepare(session: Session) -> tuple[AutoencoderKL, str]:

@@ -60,16 +60,8 @@ def export(
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     vae, state = _load_any(source, ema)
-    provenance = card.Provenance(
-        name=name,
-        licence=licence,
-        # the run knows its parent; of other models people must say it
-        base_model=base_model or state.get("config", {}).get("model", {}).get("init"),
-        trained_on=trained_on,
-        training=training or (f"{state['step']} steps" if state else "not stated"),
-        metrics=_read_metrics(metrics) if metrics else {},
-        config=state.get("config", {}),
-    )
+    said = {"name": name, "licence": licence, "trained_on": trained_on}
+    provenance = _provenance(state, base_model, training, metrics, said)
     if push_to_hub:
         # before the statistics: what the hub would refuse costs no minutes
         publishing.check_publishable(push_to_hub, provenance)
@@ -84,14 +76,38 @@ def export(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )
-    url = None
-    if push_to_hub:
-        url = publishing.publish(folder, push_to_hub, subfolder=subfolder, private=private)
+    url = _upload(folder, push_to_hub, subfolder, private)
     figures = statistics.as_dict() if statistics else None
     result = {"export": str(folder), "latent_statistics": figures, "hub": url}
     notes = [*program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]
     tell(result, [f"Exported {folder}, reloaded in diffusers without a difference.", *notes], session.json)
     session.finish(statistics.image_count if statistics else 0)
+
+
+def _upload(folder: Path, repository: str | None, subfolder: str, private: bool) -> str | None:
+    """Where the export lies on the hub now; None where no repository was named."""
+    if not repository:
+        return None
+    return publishing.publish(folder, repository, subfolder=subfolder, private=private)
+
+
+def _provenance(
+    state: dict[str, Any],
+    base_model: str | None,
+    training: str | None,
+    metrics: Path | None,
+    said: dict[str, str],
+) -> card.Provenance:
+    """For the card: what people say, and else what a run's `state` knows."""
+    config = state.get("config", {})
+    return card.Provenance(
+        # the run knows its parent; of other models people must say it
+        base_model=base_model or config.get("model", {}).get("init"),
+        training=training or (f"{state['step']} steps" if state else "not stated"),
+        metrics=_read_metrics(metrics) if metrics else {},
+        config=config,
+        **said,
+    )
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

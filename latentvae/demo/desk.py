@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -196,15 +197,15 @@ class Desk:
         return events
 
 
-class Tab:
+class Tab(ABC):
     """A tab of the page: its handlers, which are endpoints too, and its layout."""
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
 
+    @abstractmethod
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it: to the page's model picker, and to its own being opened."""
-        raise NotImplementedError
 
 
 def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[..., Any]:

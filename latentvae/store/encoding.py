@@ -132,13 +132,11 @@ def encode_folder(
             encoded again, and `prune` was not given; the disk is full; a process is gone.
         ImageError: no image.
     """
-    processes, folder = Processes(), Path(store)
+    processes, folder, journal = Processes(), Path(store), Journal(Path(store))
     policy, weights = planning.preprocessing(vae, size, crop), weights_sha256 or weight_hash(vae)
-    journal = Journal(folder)
 
     def settings() -> Manifest:  # once the store is held: another run may have made it till then
-        old = journal.settings()
-        sizes = (batch_size, shard_size)
+        old, sizes = journal.settings(), (batch_size, shard_size)
         return planning.settle(vae, folder, old, dtype, policy, flips, *sizes, weights_sha256=weights)
 
     try:
