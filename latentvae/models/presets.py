@@ -1,6 +1,7 @@
-"""The shapes of VAE that we train, as configs of stock `diffusers.AutoencoderKL`."""
+"""The shapes of VAE that we train, as configs of stock `diffusers.AutoencoderKL`, and latent spaces by name."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -115,3 +116,37 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A question naming the closest known word, to end a message with; empty where none is close."""
     match = get_close_matches(word, list(known), n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a family of pipelines agrees on: the shape of latents, and how they are scaled."""
+
+    name: str
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float
+    used_by: str
+
+
+# Factors as in the configs of the original VAEs; all have 8 x 8 pixels to one latent.
+SPACES = {
+    space.name: space
+    for space in (
+        LatentSpace("sd", 4, 0.18215, 0.0, "Stable Diffusion 1.x and 2.x, DiT, PixArt-alpha, LCM"),
+        LatentSpace("sdxl", 4, 0.13025, 0.0, "SDXL, PixArt-Sigma, AuraFlow, Kolors, Playground"),
+        LatentSpace("sd3", 16, 1.5305, 0.0609, "Stable Diffusion 3 and 3.5"),
+        LatentSpace("flux", 16, 0.3611, 0.1159, "FLUX.1, Chroma, HiDream, Lumina 2, Z-Image"),
+    )
+}
+
+
+def find_space(name: str) -> LatentSpace:
+    """A space by its name.
+
+    Raises:
+        ModelError: no such space; names the known ones.
+    """
+    if name not in SPACES:
+        raise ModelError(f"unknown latent space {name!r}.{nearest(name, SPACES)} Known: {', '.join(SPACES)}.")
+    return SPACES[name]

@@ -5,7 +5,6 @@ that made them. An AutoencoderKL gives unscaled ones; an AutoencoderTiny (TAESD 
 ones and no variance. The functions here speak scaled latents with both.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,43 +14,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from latentvae.base.errors import ModelError
 from latentvae.models.latents import scale, unscale
 from latentvae.models.loading import cast, load, spatial_compression_ratio
-from latentvae.models.presets import nearest
+from latentvae.models.presets import SPACES, LatentSpace
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """What a family of pipelines agrees on: the shape of latents, and how they are scaled."""
-
-    name: str
-    latent_channels: int
-    scaling_factor: float
-    shift_factor: float
-    used_by: str
-
-
-# Factors as in the configs of the original VAEs; all have 8 x 8 pixels to one latent.
-SPACES = {
-    space.name: space
-    for space in (
-        LatentSpace("sd", 4, 0.18215, 0.0, "Stable Diffusion 1.x and 2.x, DiT, PixArt-alpha, LCM"),
-        LatentSpace("sdxl", 4, 0.13025, 0.0, "SDXL, PixArt-Sigma, AuraFlow, Kolors, Playground"),
-        LatentSpace("sd3", 16, 1.5305, 0.0609, "Stable Diffusion 3 and 3.5"),
-        LatentSpace("flux", 16, 0.3611, 0.1159, "FLUX.1, Chroma, HiDream, Lumina 2, Z-Image"),
-    )
-}
-
-
-def find_space(name: str) -> LatentSpace:
-    """A space by its name.
-
-    Raises:
-        ModelError: no such space; names the known ones.
-    """
-    if name not in SPACES:
-        raise ModelError(f"unknown latent space {name!r}.{nearest(name, SPACES)} Known: {', '.join(SPACES)}.")
-    return SPACES[name]
 
 
 def space_of(vae: Autoencoder) -> LatentSpace | None:

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from latentvae.base.errors import ConfigError
 from latentvae.models.latents import Posterior, Scaling
-from latentvae.models.spaces import Autoencoder, find_space, latent_shape, load_autoencoder, take_factors
+from latentvae.models.presets import find_space
+from latentvae.models.spaces import Autoencoder, latent_shape, load_autoencoder, take_factors
 from latentvae.training.config import Config, DistilConfig
 
 FACTORS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of a latent space

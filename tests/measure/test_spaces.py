@@ -10,15 +10,8 @@ import torch
 import latentvae
 from latentvae.base.errors import LatentVAEError, ModelError
 from latentvae.measure.spaces import WAYS, compare_spaces
-from latentvae.models.spaces import (
-    SPACES,
-    decode_scaled,
-    encode_scaled,
-    find_space,
-    latent_shape,
-    space_of,
-    take_factors,
-)
+from latentvae.models.presets import SPACES, find_space
+from latentvae.models.spaces import decode_scaled, encode_scaled, latent_shape, space_of, take_factors
 
 
 @pytest.fixture

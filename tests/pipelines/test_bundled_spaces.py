@@ -8,7 +8,8 @@ import torch
 from pipelines import CASES
 
 import latentvae
-from latentvae.models.spaces import SPACES, load_autoencoder, space_of
+from latentvae.models.presets import SPACES
+from latentvae.models.spaces import load_autoencoder, space_of
 from latentvae.pipelines.agree import agree
 from latentvae.pipelines.checks import LatentSpaceError
 from latentvae.pipelines.preview import preview

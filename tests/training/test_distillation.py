@@ -16,8 +16,8 @@ from latentvae.measure.spaces import compare_spaces
 from latentvae.models.exporting import export
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import load
-from latentvae.models.presets import build
-from latentvae.models.spaces import decode_scaled, encode_scaled, find_space, load_autoencoder, space_of
+from latentvae.models.presets import build, find_space
+from latentvae.models.spaces import decode_scaled, encode_scaled, load_autoencoder, space_of
 from latentvae.training.config import DistilConfig
 from latentvae.training.data.teacher_cache import MANIFEST, TeacherCache
 from latentvae.training.distillation import Teacher, linear_start, original_share

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from latentvae.base.errors import ConfigError
-from latentvae.models.spaces import SPACES
+from latentvae.models.presets import SPACES
 from latentvae.training.config import Config
 from latentvae.training.recipes import load_config, recipes
 

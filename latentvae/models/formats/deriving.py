@@ -5,19 +5,19 @@ from typing import Any
 
 from latentvae.base.errors import ModelError
 from latentvae.models.formats.stored import StoredVAE
-from latentvae.models.presets import block_types, nearest
+from latentvae.models.presets import SPACES, block_types, nearest
 
 SD_WIDTHS = (128, 256, 512, 512)
 LDM_GROUPS = 32  # LDM's code has no other
-SD_SCALING = 0.18215
+SD_SCALING = SPACES["sd"].scaling_factor
 SAMPLE_SIZE = 512
 
-# Part of a key that only whole checkpoints of that kind have: name, latent channels, scaling and shift factor
+# Part of a key that only whole checkpoints of that kind have: name, and latent space
 FAMILIES = {
-    "conditioner.embedders.": ("Stable Diffusion XL", 4, 0.13025, 0.0),
-    ".joint_blocks.": ("Stable Diffusion 3", 16, 1.5305, 0.0609),
-    "double_blocks.": ("Flux", 16, 0.3611, 0.1159),
-    "cond_stage_model.": ("Stable Diffusion", 4, SD_SCALING, 0.0),
+    "conditioner.embedders.": ("Stable Diffusion XL", SPACES["sdxl"]),
+    ".joint_blocks.": ("Stable Diffusion 3", SPACES["sd3"]),
+    "double_blocks.": ("Flux", SPACES["flux"]),
+    "cond_stage_model.": ("Stable Diffusion", SPACES["sd"]),
 }
 _LEVELS = {
     "ldm": r"encoder\.down\.(\d+)\.block\.(\d+)\..+",
@@ -94,10 +94,11 @@ def _factors(stored: StoredVAE, config: dict[str, Any]) -> tuple[float, float, s
     """scaling_factor, shift_factor, and where they come from."""
     start = f"{stored.path} has no config; it was derived from the tensors' shapes. "
     end = " Put a config.json beside it to say otherwise."
-    for part, (name, channels, scaling, shift) in FAMILIES.items():
+    for part, (name, space) in FAMILIES.items():
         # both: a merged file may carry keys of one family and the VAE of another
-        fits = is_sd_shaped(config) and config["latent_channels"] == channels
+        fits = is_sd_shaped(config) and config["latent_channels"] == space.latent_channels
         if fits and any(part in key for key in stored.others):
+            scaling, shift = space.scaling_factor, space.shift_factor
             factors = (
                 f"scaling_factor={scaling:g}, shift_factor={shift:g}: those of {name}, whose keys it has."
             )
