@@ -1,4 +1,4 @@
-"""The shapes of VAE that we train, as configs of stock `diffusers.AutoencoderKL`, and latent spaces by name."""
+"""The shapes of VAE that we train, as configs of stock `diffusers.AutoencoderKL`; latent spaces by name."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
