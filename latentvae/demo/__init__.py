@@ -3,3 +3,7 @@
 May import every room but cli, which starts it. Read page.py first: it names the tabs.
 In: pictures of visitors. Out: pictures, figures, and files to take home.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

@@ -2,3 +2,7 @@
 
 In: images and a model. Out: figures, each with the protocol that gave it.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

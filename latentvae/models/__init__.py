@@ -2,3 +2,7 @@
 
 In: a name, folder, file or hub id. Out: a model, its latents, exports that stock diffusers loads.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

@@ -2,3 +2,7 @@
 
 In: a pipeline and a VAE. Out: the pipeline with that VAE in it, or why that cannot work.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

@@ -2,3 +2,7 @@
 
 In: any AutoencoderKL. Out: the same object with other forwards, undone by `restore`.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

@@ -2,3 +2,7 @@
 
 In: folders of images. Out: a folder of shards, and datasets that read it.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

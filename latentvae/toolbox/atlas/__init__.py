@@ -3,3 +3,7 @@
 May import: store, models, images, base; none of the other three rooms of the toolbox. In: latents, with their
 images and labels where there are any. Out: tables, clusters, points, pictures, one HTML page.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

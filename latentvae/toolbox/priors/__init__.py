@@ -3,3 +3,7 @@
 May import: store, models, base; none of the other three rooms of the toolbox. In: a store of latents of one
 size. Out: a `Prior` (one folder), and new images from it. `loading` knows all kinds; no kind knows `loading`.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

@@ -3,3 +3,7 @@
 Imports images and base, and of training its settings alone (config). In: what data.train and data.val name.
 Out: batches of crops, and validation images.
 """
+
+from latentvae.base import lazy
+
+__getattr__ = lazy.importer(__name__)

@@ -1,0 +1,31 @@
+from .base.errors import LatentVAEError as LatentVAEError
+from .images.reading import find_images as find_images
+from .images.reading import load_image as load_image
+from .images.saving import save_image as save_image
+from .measure.evaluate import evaluate as evaluate
+from .models.exporting import export as export
+from .models.formats.writing import save as save
+from .models.latents import Posterior as Posterior
+from .models.latents import compute_latent_statistics as compute_latent_statistics
+from .models.latents import decode as decode
+from .models.latents import encode as encode
+from .models.latents import reconstruct as reconstruct
+from .models.latents import scale as scale
+from .models.latents import unscale as unscale
+from .models.loading import bundled as bundled
+from .models.loading import load as load
+from .models.presets import PRESETS as PRESETS
+from .models.presets import build as build
+from .pipelines.agree import agree as agree
+from .pipelines.preview import preview as preview
+from .pipelines.swap import swap as swap
+from .runtime.optimize import optimize as optimize
+from .runtime.patches import restore as restore
+from .runtime.tiling.planning import plan as plan
+from .runtime.tiling.switch import enable_exact_tiling as enable_exact_tiling
+from .store.buckets import BucketBatchSampler as BucketBatchSampler
+from .store.dataset import LatentDataset as LatentDataset
+from .store.encoding import encode_folder as encode_folder
+from .store.webdataset import export_webdataset as export_webdataset
+
+__version__: str

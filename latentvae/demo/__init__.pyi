@@ -1,0 +1,17 @@
+from . import compare as compare
+from . import compress as compress
+from . import desk as desk
+from . import fill as fill
+from . import guard as guard
+from . import interpolate as interpolate
+from . import latents_file as latents_file
+from . import loaded_models as loaded_models
+from . import odd as odd
+from . import page as page
+from . import reconstruct as reconstruct
+from . import sample as sample
+from . import server as server
+from . import theme as theme
+from . import vary as vary
+from . import views as views
+from . import widgets as widgets

@@ -1,0 +1,5 @@
+from . import evaluate as evaluate
+from . import lpips as lpips
+from . import metrics as metrics
+from . import rfid as rfid
+from . import spaces as spaces

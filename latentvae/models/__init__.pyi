@@ -1,0 +1,9 @@
+from . import card as card
+from . import exporting as exporting
+from . import fingerprint as fingerprint
+from . import formats as formats
+from . import latents as latents
+from . import loading as loading
+from . import presets as presets
+from . import publishing as publishing
+from . import spaces as spaces

@@ -1,0 +1,10 @@
+from . import buckets as buckets
+from . import dataset as dataset
+from . import encoding as encoding
+from . import format as format
+from . import journal as journal
+from . import pipeline as pipeline
+from . import planning as planning
+from . import processes as processes
+from . import verification as verification
+from . import webdataset as webdataset

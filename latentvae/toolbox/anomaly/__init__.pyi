@@ -1,0 +1,3 @@
+from . import calibration as calibration
+from . import roc as roc
+from . import terms as terms

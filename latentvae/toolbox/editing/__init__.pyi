@@ -1,0 +1,3 @@
+from . import fill as fill
+from . import interpolate as interpolate
+from . import vary as vary

@@ -1,0 +1,5 @@
+from . import crops as crops
+from . import datasets as datasets
+from . import sources as sources
+from . import tars as tars
+from . import teacher_cache as teacher_cache
