@@ -1,20 +1,19 @@
 """`latentvae agree`: whether two models speak the same latent space, as figures and a picture."""
 
-from pathlib import Path
-from typing import Annotated
+from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+from latentvae import images, models, pipelines, runtime
 from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, output_folder, tell
-from latentvae.cli.session import Session, fitting_on, image_channels, takes, usable_device
-from latentvae.images import drawing
-from latentvae.images.reading import find_images
-from latentvae.images.saving import save_picture
-from latentvae.models.latents import Scaling
-from latentvae.models.spaces import load_autoencoder
-from latentvae.pipelines import agree as agreement
+from latentvae.cli.session import Session, image_channels, takes
+
+if TYPE_CHECKING:
+    import torch
 
 PICTURE = "agreement.png"
 COLUMNS = ("image", "A", "B", "B decodes A's latents", "A decodes B's latents")
@@ -34,39 +33,43 @@ def agree(
     size: Annotated[int, typer.Option(min=16, help="Largest side of the images' centres, pixels.")] = 256,
 ) -> None:
     """Say whether a diffusion model trained on A's latents can use B: each decodes the latents of both."""
-    place = usable_device(session.device)
-    with fitting_on(place):
-        vaes = tuple(load_autoencoder(model, device=place) for model in (a, b))
+    agreement, devices = pipelines.agree, runtime.devices
+    place = devices.usable_device(session.device)
+    with devices.fitting_on(place):
+        vaes = tuple(models.spaces.load_autoencoder(model, device=place) for model in (a, b))
     agreement.check_same_shape(*vaes)
     channels = image_channels(vaes[0])  # even without photos: the picture is drawn of images too
     if photos:
-        images = [image for _, image in session.read_centres(find_images(photos), channels, size)]
+        files = images.reading.find_images(photos)
+        centres = [image for _, image in session.read_centres(files, channels, size)]
     else:
-        images = agreement.probe_images(channels)
-    scalings = (Scaling.of(vaes[0].config), Scaling.of(vaes[1].config))
+        centres = agreement.probe_images(channels)
+    scale_of = models.latents.Scaling.of
+    scalings = (scale_of(vaes[0].config), scale_of(vaes[1].config))
     # speed-ups round differently, which is not what is asked about
-    with fitting_on(place):
+    with devices.fitting_on(place):
         copies = tuple(agreement.plain_copy(vae) for vae in vaes)
-    pairs = [agreement.both_ways(copies, scalings, image.to(vaes[0].device)) for image in images]
+    pairs = [agreement.both_ways(copies, scalings, image.to(vaes[0].device)) for image in centres]
     found = agreement.agreement_of(pairs)
     picture = make_folder(output) / PICTURE
     _draw(pairs[:MAX_ROWS], picture)
     result = {"a": a, "b": b, **found.as_dict(), "picture": str(picture), "skipped": session.skipped}
     tell(result, [*_lines(found), f"\nLook at {picture}."], session.json)
-    session.finish(len(images))
+    session.finish(len(centres))
 
 
-def _draw(pairs: list[agreement.Pair], path: Path) -> None:
+def _draw(pairs: list[pipelines.agree.Pair], path: Path) -> None:
     """A row for each image: as it is, through each model, and decoded by each from the other's latents."""
     # (1, C, h, w) each, because images differ in size
     rows: list[list[torch.Tensor]] = [
         [row[0].cpu() for row in (pair.images, *pair.own, *pair.crossed)] for pair in pairs
     ]
-    save_picture(drawing.grid(rows, COLUMNS), path)
+    images.saving.save_picture(images.drawing.grid(rows, COLUMNS), path)
 
 
-def _lines(found: agreement.Agreement) -> list[str]:
+def _lines(found: pipelines.agree.Agreement) -> list[str]:
     """The figures, with what each was wanted to be, and the verdict."""
+    agreement = pipelines.agree
     figures: list[tuple[str, str]] = [
         ("agreement of latents", f"{found.score:.4f} (1: the same; wanted: {agreement.MIN_SCORE} or more)"),
         ("correlation", f"{found.correlation:.4f}"),

@@ -1,31 +1,26 @@
 """`latentvae anomaly fit | score`: which images are odd, compared with normal ones."""
 
-import csv
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from __future__ import annotations
 
-import torch
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from latentvae import images, measure
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder, whole_file
 from latentvae.base.optional import need
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, short_names, with_ending, write_json
 from latentvae.cli.session import Session, takes
-from latentvae.images import drawing, reading, saving, tensors
-from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.toolbox.anomaly import roc
-from latentvae.toolbox.anomaly.calibration import (
-    Calibration,
-    Verdict,
-    calibrate,
-    check_place,
-    load_calibration,
-)
-from latentvae.toolbox.anomaly.terms import TERMS, look
-from latentvae.toolbox.atlas.labels import match_labels, read_table
+from latentvae.toolbox import anomaly as judging
+from latentvae.toolbox import atlas
+
+if TYPE_CHECKING:
+    import torch
 
 SHOWN = 20  # rows of the table that are printed; the CSV has all
 
@@ -48,16 +43,15 @@ def fit(
     ] = True,
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
-    check_place(calibration)
-    files = reading.find_images(normal)
+    judging.calibration.check_place(calibration)
+    files = images.reading.find_images(normal)
     make_folder(calibration.parent)  # before minutes of looking
     vae = session.load()
     network, reason = session.find_lpips() if lpips else (None, "--no-lpips")
     looks = []
     for path, image, _ in session.read_images(files):
         try:
-            # without its map of errors, which is as large as the image
-            looks.append(replace(look(vae, image[None], network), error=torch.empty(0), lonely=None))
+            looks.append(judging.terms.look(vae, image[None], network).without_maps())
         except LatentVAEError as error:
             # LPIPS pools until nothing is left of a small image; the other terms do without it
             small = network is not None and min(image.shape[-2:]) < network.min_size
@@ -66,7 +60,7 @@ def fit(
     if not looks:
         session.finish(0)
     # the net is kept with the quantiles: `score` must use the same
-    made = calibrate(vae, looks, session.lpips_net if network else None)
+    made = judging.calibration.calibrate(vae, looks, session.lpips_net if network else None)
     made.save(calibration)
     result = {
         "calibration": str(calibration),
@@ -80,11 +74,11 @@ def fit(
     session.finish(len(looks))
 
 
-def _lines_of_fit(made: Calibration, count: int, reason: str | None) -> list[str]:
+def _lines_of_fit(made: judging.calibration.Calibration, count: int, reason: str | None) -> list[str]:
     """What is usual, for people."""
     lines = [f"{count} normal images; median and 95 % quantile:"]
     for name, values in made.quantiles.items():
-        means = TERMS.get(name, "all terms as one")
+        means = judging.terms.TERMS.get(name, "all terms as one")
         lines.append(f"{name:10} {values[50]:10.4g} {values[95]:10.4g}  {means}")
     # of normal images that have nothing in common every one is odd by its layout
     alike = "alike, so all terms count" if len(made.counted) > 1 else "not alike, so one term counts"
@@ -113,10 +107,10 @@ def score(
     `alone` counts, by how unlike the rest of itself it is; half-way is what one normal image in twenty has.
     """
     check_output(output, photos)
-    usual = load_calibration(calibration)
+    usual = judging.calibration.load_calibration(calibration)
     # before the model is loaded
     _check_term(by, list(usual.quantiles))
-    files = reading.find_images(photos)
+    files = images.reading.find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
     if labels is not None:
         need("sklearn")  # for the ROC: said before minutes of looking
@@ -148,7 +142,7 @@ def _check_term(name: str, known: list[str]) -> None:
         raise LatentVAEError(f"this calibration has no term {name!r}; choose one of {', '.join(known)}.")
 
 
-def _load_network(usual: Calibration, session: Session) -> LPIPS | None:
+def _load_network(usual: judging.calibration.Calibration, session: Session) -> measure.lpips.LPIPS | None:
     """The LPIPS network of the calibration; an error where its weights are not there.
 
     Without it scores would be of fewer terms than the quantiles that they are compared with.
@@ -156,13 +150,13 @@ def _load_network(usual: Calibration, session: Session) -> LPIPS | None:
     if usual.lpips_net is None:
         return None
     net: Any = usual.lpips_net  # a string in the file; load_lpips refuses what it does not know
-    return load_lpips(net, session.lpips_weights).to(session.vae.device)
+    return measure.lpips.load_lpips(net, session.lpips_weights).to(session.vae.device)
 
 
 @dataclass(frozen=True)
 class _Judge:
-    usual: Calibration
-    network: LPIPS | None
+    usual: judging.calibration.Calibration
+    network: measure.lpips.LPIPS | None
     output: Path
 
 
@@ -173,7 +167,7 @@ def _judge_all(
     rows = []
     for path, image, _ in session.read_images(files):
         try:
-            verdict = judge.usual.judge(look(session.vae, image[None], judge.network))
+            verdict = judge.usual.judge(judging.terms.look(session.vae, image[None], judge.network))
         except LatentVAEError as error:
             session.skip(path, LatentVAEError(f"{path}: {error}"))
             continue
@@ -186,14 +180,16 @@ def _judge_all(
     return rows
 
 
-def _write_heat(place: Path, image: torch.Tensor, verdict: Verdict) -> None:
+def _write_heat(place: Path, image: torch.Tensor, verdict: judging.calibration.Verdict) -> None:
     """Draw an image beside its heat map."""
+    drawing = images.drawing
     # (3, H, W)
-    heat = tensors.from_uint8(drawing.colour_heat(verdict.heat.numpy()))
+    heat = images.tensors.from_uint8(drawing.colour_heat(verdict.heat.numpy()))
     # a grey image must have the three channels of its heat map to stand beside it
     colour = image if image.shape[0] == 3 else image.expand(3, -1, -1)
     title = f"score {verdict.score:.2f} (white: {drawing.HEAT_WHITE} x usual worst)"
-    saving.save_picture(drawing.grid([[colour, heat]], [place.name.removesuffix(".heat.png"), title]), place)
+    name = place.name.removesuffix(".heat.png")
+    images.saving.save_picture(drawing.grid([[colour, heat]], [name, title]), place)
 
 
 def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
@@ -202,12 +198,12 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
     Raises:
         LatentVAEError: not a CSV of name,label, or not exactly one label for each image.
     """
-    table = read_table(path)
+    table = atlas.labels.read_table(path)
     for name, label in table.items():
         if label not in ("0", "1"):
             raise LatentVAEError(f"{path} has the line {f'{name},{label}'!r}; wanted NAME,0 or NAME,1.")
     # whole: a missing label would leave an image out of the ROC without a word
-    match_labels(path, table, names, whole=True)
+    atlas.labels.match_labels(path, table, names, whole=True)
     if len(set(table.values())) < 2:
         raise LatentVAEError(
             f"{path} labels every image {next(iter(table.values()))}; an ROC needs images of both kinds. "
@@ -218,13 +214,14 @@ def read_labels(path: Path, names: set[str]) -> dict[str, bool]:
 
 def _write_roc(output: Path, rows: list[dict[str, Any]], odd: dict[str, bool]) -> dict[str, float]:
     """The area under the ROC of the score and of every term alone; draws the score's."""
+    roc = judging.roc
     labels = [odd[row["name"]] for row in rows]
     scores = [row["score"] for row in rows]
     areas = {"score": roc.auroc(scores, labels)}
     # of each term alone, because which one tells depends on what is odd
     areas |= {name: roc.auroc([row["terms"][name] for row in rows], labels) for name in rows[0]["terms"]}
     title = f"AUROC {areas['score']:.3f}, {sum(labels)} odd of {len(labels)}"
-    saving.save_picture(roc.draw_roc(roc.roc_curve(scores, labels), title), output / "roc.png")
+    images.saving.save_picture(roc.draw_roc(roc.roc_curve(scores, labels), title), output / "roc.png")
     return areas
 
 

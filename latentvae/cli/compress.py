@@ -1,17 +1,17 @@
 """`latentvae compress` and `latentvae decompress`: a photograph as one small file, and back."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from latentvae import codec, images, measure
 from latentvae.base.errors import CodecError
 from latentvae.base.files import check_file, whole_file
 from latentvae.cli.options import tell
 from latentvae.cli.session import Session, image_channels, takes
-from latentvae.codec import compression
-from latentvae.images import reading, saving
-from latentvae.measure.metrics import Metrics
 
 SUFFIX = ".lvae"
 CANNOT_WRITE = "{path} cannot be written ({reason}): use a folder that exists, yours."
@@ -30,20 +30,20 @@ def compress(
     # one file in, one file out: OUT could not name those of a folder
     if _kind_of(photo) == "folder":
         raise CodecError(f"{photo} is a folder; wanted one image: call `latentvae compress` once for each.")
-    files = reading.find_images([photo])
+    files = images.reading.find_images([photo])
     # before the model is loaded: arguments in the wrong order would cost the photograph
     _check_file(output)
     vae = session.load()  # in fp32: the hash in the file is that of the exact weights
     lpips, reason = session.find_lpips()
-    metrics = Metrics(lpips=lpips, lpips_missing_reason=reason)
+    metrics = measure.metrics.Metrics(lpips=lpips, lpips_missing_reason=reason)
     for path, image, info in session.read_images(files):
         original = image[None].to(vae.device)  # (1, C, H, W)
-        data = compression.compress(vae, original, quality=quality)
+        data = codec.compression.compress(vae, original, quality=quality)
         # durable: the photograph may be deleted once this is there
         with whole_file(output, CodecError, CANNOT_WRITE, durable=True) as partial:
             partial.write_bytes(data)
         # measured on what the file gives, and not on what the encoder has in hand
-        decoded = compression.decode_payload(vae, *compression.unpack(data))
+        decoded = codec.compression.decode_payload(vae, *codec.compression.unpack(data))
         metrics.add(path.name, original, decoded)
         _report(metrics.summary(), output, len(data), quality, info, session.json)
     session.finish(1 - len(session.skipped))
@@ -61,13 +61,13 @@ def decompress(
     """Decompress an image that `latentvae compress` wrote, with the same model."""
     _check_picture(output, overwrite)
     # before the model: a damaged file is refused at once
-    header, payload = compression.read_lvae(source)
+    header, payload = codec.compression.read_lvae(source)
     vae = session.load()
     # other weights would decode something, and nobody could tell
-    compression.check_model(vae, header)
+    codec.compression.check_model(vae, header)
     image_channels(vae)
     session.fit(source, *header.padded)  # height and width with the padding, which is decoded too
-    saving.save_image(compression.decode_payload(vae, header, payload), output)
+    images.saving.save_image(codec.compression.decode_payload(vae, header, payload), output)
     result = {"file": str(output), "width": header.width, "height": header.height}
     tell(result, [f"{output}: {header.width}x{header.height} px"], session.json)
 
@@ -101,8 +101,8 @@ def _check_picture(path: Path, overwrite: bool) -> None:
     Raises:
         CodecError: a name that ends in no format there is, a folder that is not there, or a file that is.
     """
-    if path.suffix.lower() not in saving.SAVE_OPTIONS:
-        known = ", ".join(saving.SAVE_OPTIONS)
+    if path.suffix.lower() not in images.saving.SAVE_OPTIONS:
+        known = ", ".join(images.saving.SAVE_OPTIONS)
         raise CodecError(f"{path} came as the picture to write; wanted a name that ends in {known}.")
     if _kind_of(path.parent) != "folder" or _kind_of(path) == "folder":
         raise CodecError(f"{path} cannot be written: use a folder that exists, and a new name in it.")
@@ -110,7 +110,7 @@ def _check_picture(path: Path, overwrite: bool) -> None:
 
 
 def _report(
-    summary: Any, output: Path, size: int, quality: int, info: reading.ImageInfo, as_json: bool
+    summary: Any, output: Path, size: int, quality: int, info: images.reading.ImageInfo, as_json: bool
 ) -> None:
     """Print the figures of one compressed image of `size` bytes."""
     bpp = 8 * size / (info.width * info.height)  # of the whole file: header and padding count

@@ -5,10 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from latentvae import models, runtime
 from latentvae.cli.options import Json, tell
-from latentvae.cli.session import DTYPES
-from latentvae.models.formats import programs, writing
-from latentvae.models.loading import load
 
 
 def convert(
@@ -32,13 +30,13 @@ def convert(
     json: Json = False,
 ) -> None:
     """Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by --dtype."""
-    writing.check_targets(output, to, overwrite)  # before a large file is read
+    models.formats.writing.check_targets(output, to, overwrite)  # before a large file is read
     # as it is stored: no weight may change but by --dtype
-    vae = load(source, dtype=None)
-    wanted = DTYPES[dtype] if dtype else vae.dtype
-    writing.save(vae, output, to, dtype=wanted, prefix=prefix, overwrite=overwrite)
+    vae = models.loading.load(source, dtype=None)
+    wanted = runtime.devices.DTYPES[dtype] if dtype else vae.dtype
+    models.formats.writing.save(vae, output, to, dtype=wanted, prefix=prefix, overwrite=overwrite)
     # diffusers itself takes every config; the other programs guess parts of it
-    notes = programs.program_notes(vae.config) if to != "diffusers" else []
+    notes = models.formats.programs.program_notes(vae.config) if to != "diffusers" else []
     name = str(wanted).removeprefix("torch.")
     result = {"output": str(output), "format": to, "dtype": name, "notes": notes}
     tell(result, [f"Wrote {output}, read back in stock diffusers without a difference.", *notes], json)

@@ -1,25 +1,25 @@
 """`latentvae decode`: a store's latents as pictures."""
 
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 from tqdm import tqdm
 
+from latentvae import images, models, runtime, store
 from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.base.files import make_folder
 from latentvae.cli.options import Sample, Seed, StoreArgument, tell
 from latentvae.cli.places import with_ending
 from latentvae.cli.session import IMAGE_OPTIONS, Session, takes
 from latentvae.cli.stores import load_same_model, skip_shard, whole_shards
-from latentvae.images.saving import save_image
-from latentvae.models import loading
-from latentvae.models.latents import decode as decode_latents
-from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
-from latentvae.store import format
-from latentvae.store.dataset import LatentDataset
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
 
 BATCH_PIXELS = 1 << 20  # more in one batch is no faster
 
@@ -35,7 +35,9 @@ def decode(
     seed: Seed = 0,
 ) -> None:
     """Decode a store to pictures: KEY.png for each image, of the size that was encoded, without padding."""
-    dataset = LatentDataset(source, mode="sample" if sample else "mode", seed=seed, scaled=False)
+    dataset = store.dataset.LatentDataset(
+        source, mode="sample" if sample else "mode", seed=seed, scaled=False
+    )
     # before the folder is made: another model leaves nothing behind
     load_same_model(session, dataset)
     make_folder(output)
@@ -50,7 +52,7 @@ def decode(
     session.finish(len(written))
 
 
-def _batches(dataset: LatentDataset, session: Session) -> Iterator[list[int]]:
+def _batches(dataset: store.dataset.LatentDataset, session: Session) -> Iterator[list[int]]:
     """Image numbers shard by shard, of one latent size each, one by one where they are decoded in tiles.
 
     Images of a damaged shard are skipped.
@@ -66,11 +68,10 @@ def _batches(dataset: LatentDataset, session: Session) -> Iterator[list[int]]:
             continue
         # one size, one batch: the images of a shard have several where they were not cropped
         for tensor, numbers in of_size.items():
-            height, width = (
-                loading.spatial_compression_ratio(vae) * side for side in format.latent_size(tensor)
-            )
+            height, width = _pixels(vae, store.format.latent_size(tensor))
+            free = runtime.memory.SHARE * runtime.memory.free_memory(vae.device)
             # rounded down to no image at all, one is still tried: it may be tiled
-            fitting = SHARE * free_memory(vae.device) // ordinary_peak(vae, height, width)
+            fitting = free // runtime.memory.ordinary_peak(vae, height, width)
             size = int(max(1, min(BATCH_PIXELS // (height * width), fitting)))
             # tiles are of one image at a time
             if session.tile_size:
@@ -78,26 +79,30 @@ def _batches(dataset: LatentDataset, session: Session) -> Iterator[list[int]]:
             yield from (numbers[at : at + size] for at in range(0, len(numbers), size))
 
 
+def _pixels(vae: AutoencoderKL, latents: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the images of latents of this height and width."""
+    ratio = models.loading.spatial_compression_ratio(vae)
+    height, width = (ratio * side for side in latents)
+    return height, width
+
+
 def _decode_batch(
-    dataset: LatentDataset, session: Session, numbers: list[int], output: Path
+    dataset: store.dataset.LatentDataset, session: Session, numbers: list[int], output: Path
 ) -> list[dict[str, Any]]:
     """Write the pictures of some images of one latent size; returns what a report says of them."""
     try:
         entries = [dataset.entry(number) for number in numbers]
-        latents = torch.stack([dataset[number]["latents"] for number in numbers])  # (B, C, h, w)
-        height, width = (loading.spatial_compression_ratio(session.vae) * side for side in latents.shape[-2:])
-        # all of the batch have this size
-        session.fit(Path(entries[0].key), height, width)
+        latents = [dataset[number]["latents"] for number in numbers]  # (C, h, w) each
+        # all of the batch have one size
+        session.fit(Path(entries[0].key), *_pixels(session.vae, latents[0].shape[-2:]))
     except LatentVAEError as error:
         session.skip_all([str(number) for number in numbers], error)
         return []
-    with torch.no_grad():
-        images = decode_latents(session.vae, latents).cpu()
     written = []
-    for entry, image in zip(entries, images, strict=True):
+    decoded = store.dataset.decoded_images(session.vae, entries, latents)
+    for entry, image in zip(entries, decoded, strict=True):
         try:
-            # without the padding that made the size a multiple of the ratio
-            written.append(_write_picture(entry.image_padding.crop(image), entry.key, output))
+            written.append(_write_picture(image, entry.key, output))
         except LatentVAEError as error:
             session.skip(entry.key, error)
     return written
@@ -107,7 +112,7 @@ def _write_picture(image: torch.Tensor, key: str, output: Path) -> dict[str, Any
     """Save one picture (C, H, W) under the name its key gives it."""
     place = output / picture_name(key)
     make_folder(place.parent)
-    save_image(image, place)
+    images.saving.save_image(image, place)
     return {"key": key, "picture": str(place), "width": image.shape[-1], "height": image.shape[-2]}
 
 

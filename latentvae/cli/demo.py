@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from latentvae import demo as page
 from latentvae.base.optional import need
 
 
@@ -21,6 +22,4 @@ def demo(
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
     need("gradio", message="the demo needs {package}, which is not installed: pip install latentvae[{extra}]")
-    from latentvae.demo.server import serve  # gradio is an extra: without it, say how to get it
-
-    serve(model or [], host, port)
+    page.server.serve(model or [], host, port)

@@ -1,23 +1,27 @@
 """`latentvae doctor`: whether a model survives half precision, and a rescaled copy that does."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from diffusers import AutoencoderKL
 
+from latentvae import images, models, pipelines
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_folder, whole_file
 from latentvae.cli.options import ModelArgument, SameModel, tell
 from latentvae.cli.session import Session, read_sidecar, takes
-from latentvae.images.reading import find_images
-from latentvae.models import card, exporting, loading
-from latentvae.pipelines.doctor.diagnosis import MIN_PSNR, Diagnosis, DtypeReport, diagnose, synthetic_probes
-from latentvae.pipelines.doctor.rescaling import Rescaling, UnfixableError, rescale
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentvae.pipelines.doctor.diagnosis import Diagnosis, DtypeReport
+    from latentvae.pipelines.doctor.rescaling import Rescaling
 
 EXIT_OVERFLOWS = 5
 TABLE_LAYERS = 8  # rows; --json has all layers
@@ -51,7 +55,7 @@ def doctor(
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
-    session.model = name = model or same or loading.DEFAULT_MODEL
+    session.model = name = model or same or models.loading.DEFAULT_MODEL
     _check_fix(fix, overwrite)
     # in fp32: what the halves are compared with
     vae = session.load()
@@ -72,12 +76,13 @@ def _examine(
     vae: AutoencoderKL, probes: dict[str, torch.Tensor], rescaled: bool
 ) -> tuple[Diagnosis, Rescaling | None, str | None]:
     """The model's diagnosis; if asked for, the rescaled copy, or why there is none."""
+    doctor = pipelines.doctor
     if not rescaled:
-        return diagnose(vae, probes), None, None
+        return doctor.diagnosis.diagnose(vae, probes), None, None
     try:
-        rescaling = rescale(vae, probes)
+        rescaling = doctor.rescaling.rescale(vae, probes)
     # the diagnosis is printed all the same: it says where to look
-    except UnfixableError as error:
+    except doctor.rescaling.UnfixableError as error:
         return error.diagnosis, None, str(error)
     return rescaling.before, rescaling, None
 
@@ -91,7 +96,7 @@ def _check_fix(folder: Path | None, overwrite: bool) -> None:
     if folder is None or not folder.exists():
         return
     if overwrite and folder.is_dir():
-        check_folder(folder, "export", exporting.SIDECAR, instead="Choose another --fix")
+        check_folder(folder, "export", models.exporting.SIDECAR, instead="Choose another --fix")
     elif not folder.is_dir() or any(folder.iterdir()):
         raise LatentVAEError(
             f"--fix {folder} is there already; wanted a new or empty folder. Choose another, or pass "
@@ -100,7 +105,7 @@ def _check_fix(folder: Path | None, overwrite: bool) -> None:
 
 
 def _read_probes(
-    session: Session, images: list[Path] | None, size: int
+    session: Session, named: list[Path] | None, size: int
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Synthetic extremes and the centres of images, by name, and how many images there are.
 
@@ -109,34 +114,37 @@ def _read_probes(
     """
     channels = session.vae.config["in_channels"]
     # synthetic extremes have any number of channels, so that such a model can be examined too
-    if channels not in (1, 3) and images:
+    if channels not in (1, 3) and named:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
-    paths = find_images(images or [loading.SAMPLE_PICTURE]) if channels in (1, 3) else []
+    found = named or [models.loading.SAMPLE_PICTURE]
+    paths = images.reading.find_images(found) if channels in (1, 3) else []
     centres = session.read_centres(paths, channels, size)
     # the sample picture lies in the package: its folder says nothing to people
-    probes = {str(path) if images else path.name: image for path, image in centres}
-    return {**probes, **synthetic_probes(channels, size)}, len(probes)
+    probes = {str(path) if named else path.name: image for path, image in centres}
+    return {**probes, **pipelines.doctor.diagnosis.synthetic_probes(channels, size)}, len(probes)
 
 
 def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
     """Export the copy, its card and sidecar those of the source where it has them, saying what was done."""
     # licence and data are those of the source, because its weights are
     sidecar = read_sidecar(source)
-    exporting.export(
+    models.exporting.export(
         rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite
     )
     if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
-        path = folder / exporting.SIDECAR
+        path = folder / models.exporting.SIDECAR
         written = json.loads(path.read_text(encoding="utf-8"))
         written["latent_statistics"] = sidecar["latent_statistics"]
         with whole_file(path) as partial:
             partial.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> card.Provenance:
+def _provenance(rescaling: Rescaling, source: str, sidecar: dict[str, Any]) -> models.card.Provenance:
     """The source's, and what was done to it."""
-    known = {field.name: sidecar[field.name] for field in fields(card.Provenance) if field.name in sidecar}
-    origin = card.Provenance(**known)
+    known = {
+        field.name: sidecar[field.name] for field in fields(models.card.Provenance) if field.name in sidecar
+    }
+    origin = models.card.Provenance(**known)
     if source.count("/") == 1 and not Path(source).exists():
         origin.base_model = source  # a hub id
     done = "nothing had to be rescaled"
@@ -247,9 +255,8 @@ def verdict(diagnosis: Diagnosis) -> str:
     if fp16.first_overflow:
         return f"fp16 overflows at {fp16.first_overflow.layer}: use bf16 or fp32, or try --fix OUT."
     if not diagnosis.fp16_works:
-        return (
-            f"fp16 is finite, but only {fp16.worst_psnr:.1f} dB from fp32 (wanted: {MIN_PSNR:g}): use fp32."
-        )
+        wanted = pipelines.doctor.diagnosis.MIN_PSNR
+        return f"fp16 is finite, but only {fp16.worst_psnr:.1f} dB from fp32 (wanted: {wanted:g}): use fp32."
     # finite on the probes is not finite on everything
     if top.headroom < THIN_HEADROOM:
         return (

@@ -1,24 +1,23 @@
 """`latentvae encode`: images to a store of latents."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
-from diffusers import AutoencoderKL
 
+from latentvae import images, models, runtime, store
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, tell
-from latentvae.cli.session import DTYPES, Session, best_device, load_model, takes
-from latentvae.images.saving import save_picture
-from latentvae.models import fingerprint, loading
-from latentvae.runtime.memory import SHARE, free_memory, ordinary_peak
-from latentvae.runtime.tiling import planning, switch
-from latentvae.store import encoding, verification
+from latentvae.cli.session import Session, takes
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
@@ -30,7 +29,7 @@ SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
 def encode(
     session: Session,
     photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
-    store: Annotated[
+    folder: Annotated[
         Path,
         typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE"),
     ],
@@ -67,12 +66,13 @@ def encode(
     A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
     """
     vae, weights = _prepare(session)
-    threads = threads or _cores(vae, batch_size or 8)
+    # a batch holds at most so many pixels, however large its images are
+    threads = threads or runtime.memory.batches_at_once(vae, 512, 512 * (batch_size or 8))
     with _pausable():
-        report = encoding.encode_folder(
+        report = store.encoding.encode_folder(
             vae,
             photos,
-            store,
+            folder,
             dtype=dtype,
             size=size,
             crop=crop,
@@ -82,17 +82,18 @@ def encode(
             prune=prune,
             retry_failed=retry_failed,
             weights_sha256=weights,
-            workload=encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
+            workload=store.encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
         )
     if os.environ.get("RANK", "0") == "0":  # the first process speaks for all
-        _draw(vae, store, preview and bool(report.images))
-        _tell(report, store, session.json)
+        _draw(vae, folder, preview and bool(report.images))
+        _tell(report, folder, session.json)
 
 
-def _draw(vae: AutoencoderKL, store: Path, wanted: bool) -> None:
+def _draw(vae: AutoencoderKL, folder: Path, wanted: bool) -> None:
     """The contact sheet; after the run, so that it shows what is on disk, decoded."""
     if wanted:
-        save_picture(verification.contact_sheet(store, vae), store / verification.PREVIEW)
+        sheet = store.verification.contact_sheet(folder, vae)
+        images.saving.save_picture(sheet, folder / store.verification.PREVIEW)
 
 
 @contextmanager
@@ -107,43 +108,36 @@ def _pausable() -> Iterator[None]:
 
 def _prepare(session: Session) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
-    vae = load_model(session.model, _own_device(session.device), "fp32")
+    vae = runtime.devices.load_model(session.model, _own_device(session.device), "fp32")
     # before they are rounded: `decode` compares the hash with that of weights that are not
-    weights = fingerprint.weight_hash(vae)
-    if vae.dtype != DTYPES[session.precision]:
-        loading.cast(vae, DTYPES[session.precision])
+    weights = models.fingerprint.weight_hash(vae)
+    dtype = runtime.devices.DTYPES[session.precision]
+    if vae.dtype != dtype:
+        models.loading.cast(vae, dtype)
     tile_large(vae)
     return vae, weights
 
 
 def _own_device(device: str | None) -> str:
     """Of this process: each process of a machine gets a GPU of its own."""
-    device = device or best_device()
+    device = device or runtime.devices.best_device()
     # torchrun sets LOCAL_RANK: without it every process would take GPU 0
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
-def _cores(vae: AutoencoderKL, batch_size: int) -> int:
-    """How many batches a CPU can work on at once: one per core, as far as memory goes."""
-    free = SHARE * free_memory(vae.device)
-    # a batch holds at most so many pixels, however large its images are
-    each = ordinary_peak(vae, 512, 512 * batch_size)
-    # each works with one core: convolutions of small batches do not fill several
-    return max(1, min(torch.get_num_threads(), int(free // each)))
-
-
 def tile_large(vae: AutoencoderKL) -> None:
     """Have images with a side above `TILE` tiled exactly, however much memory there is."""
-    switch.enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
+    runtime.tiling.switch.enable_exact_tiling(vae, TILE, memory=TILED_MEMORY)
 
 
-def _room_for(vae: AutoencoderKL, threads: int) -> encoding.Room:
+def _room_for(vae: AutoencoderKL, threads: int) -> store.encoding.Room:
     """Have large images encoded alone, where several at once would not fit into memory."""
 
     def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
         # on a GPU one batch is worked on at a time
         many = threads if vae.device.type == "cpu" else 1
-        needed, free = plan_peak(vae, height, width), SHARE * free_memory(vae.device)
+        needed = plan_peak(vae, height, width)
+        free = runtime.memory.SHARE * runtime.memory.free_memory(vae.device)
         if needed > free:
             raise ImageError(
                 f"{path} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
@@ -157,10 +151,10 @@ def _room_for(vae: AutoencoderKL, threads: int) -> encoding.Room:
 
 def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     """Bytes above the weights that encoding an image takes, tiled as the VAE is set to."""
-    return planning.plan(vae, height, width).encode.peak_bytes
+    return runtime.tiling.planning.plan(vae, height, width).encode.peak_bytes
 
 
-def _tell(report: encoding.EncodeReport, store: Path, as_json: bool) -> None:
+def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> None:
     """Print what was done, and end with exit code 3 where images failed.
 
     Raises:
@@ -175,15 +169,15 @@ def _tell(report: encoding.EncodeReport, store: Path, as_json: bool) -> None:
         )
     rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
     waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
-    line = f"{report.images} images in {store}; {report.encoded} files done now{rate}{waited}."
-    tell({"store": str(store), **report.as_dict()}, [line], as_json)
+    line = f"{report.images} images in {folder}; {report.encoded} files done now{rate}{waited}."
+    tell({"store": str(folder), **report.as_dict()}, [line], as_json)
     if report.failures:
         typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
         sys.stdout.flush()  # the result goes before the message of the exit, also into a pipe
         raise typer.Exit(EXIT_SKIPPED)
 
 
-def _changes(report: encoding.EncodeReport) -> Iterator[str]:
+def _changes(report: store.encoding.EncodeReport) -> Iterator[str]:
     """What became of images that were in the store; many are counted."""
     for what, names in (
         ("gone, still in the store (--prune takes them out)", report.vanished),

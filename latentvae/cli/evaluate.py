@@ -1,18 +1,20 @@
 """`latentvae evaluate`: PSNR, SSIM, LPIPS, rate and rFID over a folder."""
 
-from pathlib import Path
-from typing import Annotated
+from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+from latentvae import images, measure
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
 from latentvae.cli.options import Photos, Sample, Seed, tell
 from latentvae.cli.places import short_names
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
-from latentvae.images.reading import find_images
-from latentvae.measure.evaluate import evaluate as measure
-from latentvae.measure.rfid import Inception, load_inception
+
+if TYPE_CHECKING:
+    import torch
 
 
 @takes("model", "sample", "seed", *LPIPS_OPTIONS, ..., *IMAGE_OPTIONS)
@@ -40,16 +42,16 @@ def evaluate(
     """Measure reconstructions of images, each at its own size, and print a table."""
     if inception_weights is not None and not rfid:
         raise LatentVAEError("--inception-weights was given without --rfid, which uses them: add --rfid.")
-    files = find_images(paths)
+    files = images.reading.find_images(paths)
     names = short_names(files, paths)
     vae = session.load()
     lpips, reason = session.find_lpips()
     inception, rfid_reason = _find_inception(inception_weights, vae.device) if rfid else (None, None)
     # a generator: one image is in memory at a time
-    images = ((names[path].as_posix(), image) for path, image, _ in session.read_images(files))
+    read = ((names[path].as_posix(), image) for path, image, _ in session.read_images(files))
     try:
-        summary = measure(
-            vae, images, lpips, reason, "sample" if sample else "mode", seed, inception, rfid_reason
+        summary = measure.evaluate.evaluate(
+            vae, read, lpips, reason, "sample" if sample else "mode", seed, inception, rfid_reason
         )
     except LatentVAEError:
         if len(session.skipped) == len(files):
@@ -59,10 +61,12 @@ def evaluate(
     session.finish(len(summary.images))
 
 
-def _find_inception(weights: Path | None, device: torch.device) -> tuple[Inception | None, str | None]:
+def _find_inception(
+    weights: Path | None, device: torch.device
+) -> tuple[measure.rfid.Inception | None, str | None]:
     """rFID's network, or None and the reason. Weights that were named and cannot be used are an error."""
     try:
-        return load_inception(weights).to(device), None
+        return measure.rfid.load_inception(weights).to(device), None
     except MissingWeightsError as error:
         # what was asked for by name must not be left out silently
         if weights is not None:

@@ -1,22 +1,20 @@
 """`latentvae export`: from a training checkpoint, or any model, to a folder that stock diffusers loads."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from diffusers import AutoencoderKL
 
+from latentvae import images, models, training
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import output_folder, tell
 from latentvae.cli.session import Session, takes
-from latentvae.images.reading import find_images
-from latentvae.models import card, exporting, latents, loading, publishing
-from latentvae.models.formats.programs import program_notes
-from latentvae.training import validation
-from latentvae.training.checkpoint import MANIFEST, resolve
-from latentvae.training.config import DataConfig
-from latentvae.training.data import crops, sources
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
@@ -64,10 +62,10 @@ def export(
     provenance = _provenance(state, base_model, training, metrics, said)
     if push_to_hub:
         # before the statistics: what the hub would refuse costs no minutes
-        publishing.check_publishable(push_to_hub, provenance)
+        models.publishing.check_publishable(push_to_hub, provenance)
     session.vae = vae  # as it is: speed-ups are not exported
     statistics = _measure(session, images, state)
-    folder = exporting.export(
+    folder = models.exporting.export(
         vae,
         output,
         statistics=statistics,
@@ -79,7 +77,7 @@ def export(
     url = _upload(folder, push_to_hub, subfolder, private)
     figures = statistics.as_dict() if statistics else None
     result = {"export": str(folder), "latent_statistics": figures, "hub": url}
-    notes = [*program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]
+    notes = [*models.formats.programs.program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]
     tell(result, [f"Exported {folder}, reloaded in diffusers without a difference.", *notes], session.json)
     session.finish(statistics.image_count if statistics else 0)
 
@@ -88,7 +86,7 @@ def _upload(folder: Path, repository: str | None, subfolder: str, private: bool)
     """Where the export lies on the hub now; None where no repository was named."""
     if not repository:
         return None
-    return publishing.publish(folder, repository, subfolder=subfolder, private=private)
+    return models.publishing.publish(folder, repository, subfolder=subfolder, private=private)
 
 
 def _provenance(
@@ -97,10 +95,10 @@ def _provenance(
     training: str | None,
     metrics: Path | None,
     said: dict[str, str],
-) -> card.Provenance:
+) -> models.card.Provenance:
     """For the card: what people say, and else what a run's `state` knows."""
     config = state.get("config", {})
-    return card.Provenance(
+    return models.card.Provenance(
         # the run knows its parent; of other models people must say it
         base_model=base_model or config.get("model", {}).get("init"),
         training=training or (f"{state['step']} steps" if state else "not stated"),
@@ -128,28 +126,31 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 def _find_checkpoint(source: Path) -> Path | None:
     """The checkpoint that `source` is, or the newest whole one of the run it is; None for others."""
+    checkpoint = training.checkpoint
     # a checkpoint that was named is checked, and no other taken in its place
-    if (source / MANIFEST).is_file():
-        return resolve(str(source), source.parent)
+    if (source / checkpoint.MANIFEST).is_file():
+        return checkpoint.resolve(str(source), source.parent)
     # of a run the newest that is whole: a kill may have cut the last one short
     if (source / "checkpoints").is_dir():
-        return resolve("latest", source / "checkpoints")
+        return checkpoint.resolve("latest", source / "checkpoints")
     return None
 
 
 def _load_any(source: str, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
     """The model of a checkpoint and its state.json; of anything else the model, and nothing."""
     checkpoint = _find_checkpoint(Path(source))
-    return (loading.load(source), {}) if checkpoint is None else _load_checkpoint(checkpoint, ema)
+    return (models.loading.load(source), {}) if checkpoint is None else _load_checkpoint(checkpoint, ema)
 
 
 def _load_checkpoint(checkpoint: Path, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
     """The model in a checkpoint, and its state.json."""
-    vae = loading.load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
+    vae = models.loading.load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
     return vae, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> latents.LatentStatistics | None:
+def _measure(
+    session: Session, images: Path | None, state: dict[str, Any]
+) -> models.latents.LatentStatistics | None:
     """Latent statistics of `images`, or of the run's own data; None where a parent's factors stay.
 
     Raises:
@@ -171,25 +172,26 @@ def _measure(session: Session, images: Path | None, state: dict[str, Any]) -> la
     return _measure_training_data(session.vae, state["config"]["data"])
 
 
-def _measure_files(session: Session, images: Path) -> latents.LatentStatistics:
+def _measure_files(session: Session, place: Path) -> models.latents.LatentStatistics:
     """Latent statistics of whole images, evenly chosen."""
-    paths = find_images(images)
+    paths = images.reading.find_images(place)
     # evenly: files that follow each other are often of one scene
-    some = sources.evenly(len(paths), STATISTICS_IMAGES)
+    some = training.data.sources.evenly(len(paths), STATISTICS_IMAGES)
     read = session.read_images([paths[number] for number in some])
     try:
-        return latents.compute_latent_statistics(session.vae, (image[None] for _, image, _ in read))
+        return models.latents.compute_latent_statistics(session.vae, (image[None] for _, image, _ in read))
     except ValueError:
         session.finish(0)  # says that no image could be read at all
         raise
 
 
-def _measure_training_data(vae: AutoencoderKL, config: dict[str, Any]) -> latents.LatentStatistics:
+def _measure_training_data(vae: AutoencoderKL, config: dict[str, Any]) -> models.latents.LatentStatistics:
     """Latent statistics of what the run was trained on, as the run itself measures them at its end."""
     try:
         # the config may be of an older version, or its folder gone: both end in the same advice
-        data = DataConfig.model_validate(config)
-        return validation.training_statistics(vae, crops.split_sources(data)[0], data)
+        data = training.config.DataConfig.model_validate(config)
+        source, _ = training.data.crops.split_sources(data)
+        return training.validation.training_statistics(vae, source, data)
     except (LatentVAEError, ValueError) as error:
         raise LatentVAEError(
             f"latent statistics need images, and the run's own cannot be used: {error} Pass --images FOLDER, "

@@ -9,7 +9,7 @@ from latentvae.base.files import make_folder
 from latentvae.cli.gathering import Grid, Labels, Request, Size, Sources, gather
 from latentvae.cli.options import tell
 from latentvae.cli.session import Session, takes
-from latentvae.toolbox.atlas.features import check_format
+from latentvae.toolbox import atlas
 
 
 @takes("model", ..., "device", "json")
@@ -27,7 +27,7 @@ def features(
     has them all in one table.
     """
     # before the model: an ending that cannot be written, or a file that is no earlier table
-    check_format(output)
+    atlas.features.check_format(output)
     make_folder(output.parent)  # before minutes of encoding
     found = gather(session, Request(sources, grid, labels, size, with_pictures=False))
     if found.gallery.keys:  # none: all were skipped, and no empty table is written

@@ -1,23 +1,25 @@
 """`latentvae fill`: missing pixels from the known ones."""
 
+from __future__ import annotations
+
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from latentvae import images, runtime
 from latentvae.base.errors import ImageError
 from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, Seed, output_folder, tell
 from latentvae.cli.places import with_ending, write_json
 from latentvae.cli.session import Session, image_channels, takes
-from latentvae.images import drawing, reading, saving
-from latentvae.runtime.memory import free_memory, ordinary_peak
-from latentvae.runtime.tiling.fitting import TILE_SIZES
-from latentvae.toolbox.editing import fill as filling
+from latentvae.toolbox import editing
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
 
 GRADIENTS = 4  # times the memory of a decoding that its gradients take: up to 3.6, measured on f8c4-small
 
@@ -65,18 +67,18 @@ def fill(
     """
     vae = session.load()
     # (1, C, H, W); (H, W); as images, or None
-    images, missing, complete = _read_inputs(image_channels(vae), image, mask, original)
-    height, width = images.shape[-2:]
+    known, missing, complete = _read_inputs(image_channels(vae), image, mask, original)
+    height, width = known.shape[-2:]
     # before anything is written: a refusal leaves no folder
     side = tile_size or _fitting_side(session, image, height, width, method)
     make_folder(output)
     options = {"method": method, "steps": steps, "blend": blend, "seed": seed}
-    result = _complete_image(vae, images, missing, side, **options)
+    result = _complete_image(vae, known, missing, side, **options)
     about = {"image": str(image), "mask": str(mask), **options}
     # null in JSON where the image was filled in as a whole
     tiles = side if side < max(height, width) else None
     figures = {**about, "tile_size": tiles, **_measure(result, missing, complete)}
-    figures |= _write_pictures(output / image.name, images, missing, result, complete)
+    figures |= _write_pictures(output / image.name, known, missing, result, complete)
     write_json(figures, output / with_ending(image.name, ".fill.json"))
     tell(figures, _lines(figures), session.json)
 
@@ -89,36 +91,37 @@ def _read_inputs(
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.
     """
-    images, missing = reading.load_image(image, channels=channels)[None], _load_mask(mask)
-    _check_size(image, images, mask, missing)
-    complete = None if original is None else reading.load_image(original, channels=channels)[None]
+    load = images.reading.load_image
+    known, missing = load(image, channels=channels)[None], _load_mask(mask)
+    _check_size(image, known, mask, missing)
+    complete = None if original is None else load(original, channels=channels)[None]
     if complete is not None:
-        _check_size(image, images, original, complete[0, 0])
-    return images, missing, complete
+        _check_size(image, known, original, complete[0, 0])
+    return known, missing, complete
 
 
 def _complete_image(
-    vae: AutoencoderKL, images: torch.Tensor, missing: torch.Tensor, side: int, **options: Any
-) -> filling.Filling:
+    vae: AutoencoderKL, known: torch.Tensor, missing: torch.Tensor, side: int, **options: Any
+) -> editing.fill.Filling:
     """Fill in, in windows where the image is larger than `side`, with a count of the steps."""
     # without a total: how many windows touch the hole is not known beforehand
     with tqdm(unit=" steps") as bar:
-        if side >= max(images.shape[-2:]):
-            return filling.fill(vae, images, missing, progress=bar.update, **options)
-        return filling.fill_in_windows(vae, images, missing, side, progress=bar.update, **options)
+        if side >= max(known.shape[-2:]):
+            return editing.fill.fill(vae, known, missing, progress=bar.update, **options)
+        return editing.fill.fill_in_windows(vae, known, missing, side, progress=bar.update, **options)
 
 
 def _load_mask(mask: Path) -> torch.Tensor:
     """Which pixels (H, W) are white, or nearer to white than to black; transparent ones are not."""
     # on black, so that what a painter left transparent is known, and not missing; > 0 is above mid-grey
-    return reading.load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
+    return images.reading.load_image(mask, channels=1, background=(0, 0, 0))[0] > 0
 
 
-def _check_size(image: Path, images: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
+def _check_size(image: Path, known: torch.Tensor, other: Path | None, plane: torch.Tensor) -> None:
     """Raises ImageError where a mask, or the original, is of another size than the image."""
     # one of another size could be scaled, but then it would mark other pixels
-    if plane.shape != images.shape[-2:]:
-        (height, width), (wanted_height, wanted_width) = plane.shape, images.shape[-2:]
+    if plane.shape != known.shape[-2:]:
+        (height, width), (wanted_height, wanted_width) = plane.shape, known.shape[-2:]
         raise ImageError(
             f"{other} is {width} x {height} px, but {image} is {wanted_width} x {wanted_height} px: make it "
             "the same size (upright, as the image is shown), without blurring a mask"
@@ -138,22 +141,25 @@ def _fitting_side(session: Session, image: Path, height: int, width: int, method
         session.fit(image, height, width)
         return max(height, width)
     # tiling keeps no activations, but gradients need all of them: only smaller inputs help
-    free = free_memory(vae.device)
-    if GRADIENTS * ordinary_peak(vae, height, width) <= free:
+    peak, free = runtime.memory.ordinary_peak, runtime.memory.free_memory(vae.device)
+    if GRADIENTS * peak(vae, height, width) <= free:
         return max(height, width)
     # from the largest: the fewer windows, the fewer seams to blend
-    for side in TILE_SIZES:
-        if GRADIENTS * ordinary_peak(vae, side, side) <= free:
+    sides = runtime.tiling.fitting.TILE_SIZES
+    for side in sides:
+        if GRADIENTS * peak(vae, side, side) <= free:
             typer.echo(f"Too large for gradients at once: filled in windows of {side} px.", err=True)
             return side
-    needed = GRADIENTS * ordinary_peak(vae, TILE_SIZES[-1], TILE_SIZES[-1])
+    needed = GRADIENTS * peak(vae, sides[-1], sides[-1])
     raise ImageError(
         f"{image} of {width}x{height} px would take about {needed / 1e9:.1f} GB for the gradients even in "
         f"windows, and {free / 1e9:.1f} GB are free: use --method project."
     )
 
 
-def _measure(result: filling.Filling, missing: torch.Tensor, complete: torch.Tensor | None) -> dict[str, Any]:
+def _measure(
+    result: editing.fill.Filling, missing: torch.Tensor, complete: torch.Tensor | None
+) -> dict[str, Any]:
     """The weights of the blend, the share that was missing and, with an original, PSNR in the hole."""
     figures: dict[str, Any] = {
         "missing_share": float(missing.float().mean()),
@@ -164,7 +170,7 @@ def _measure(result: filling.Filling, missing: torch.Tensor, complete: torch.Ten
     # an empty hole has no error to average
     if complete is not None and missing.any():
         parts = {"filled": result.images, "smooth": result.smooth, "decoded": result.decoded}
-        found = {name: filling.hole_psnr(part, complete, missing) for name, part in parts.items()}
+        found = {name: editing.fill.hole_psnr(part, complete, missing) for name, part in parts.items()}
         # JSON has no infinity
         figures["psnr_in_hole"] = {name: value if isfinite(value) else None for name, value in found.items()}
     return figures
@@ -172,19 +178,20 @@ def _measure(result: filling.Filling, missing: torch.Tensor, complete: torch.Ten
 
 def _write_pictures(
     place: Path,
-    images: torch.Tensor,
+    known: torch.Tensor,
     missing: torch.Tensor,
-    result: filling.Filling,
+    result: editing.fill.Filling,
     complete: torch.Tensor | None,
 ) -> dict[str, str]:
     """Save the filled image and a comparison; return their paths."""
     endings = (".filled.png", ".comparison.png")
     filled, compared = (place.with_name(with_ending(place.name, ending)) for ending in endings)
-    saving.save_image(result.images, filled)
+    images.saving.save_image(result.images, filled)
     # in the order of what was done, so that the picture reads from left to right
-    parts = {"known": images.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
+    parts = {"known": known.masked_fill(missing, 0.0), "smooth": result.smooth, "decoded": result.decoded}
     parts |= {"filled": result.images} | ({} if complete is None else {"original": complete})
-    saving.save_picture(drawing.grid([[part[0].cpu() for part in parts.values()]], list(parts)), compared)
+    row = [part[0].cpu() for part in parts.values()]
+    images.saving.save_picture(images.drawing.grid([row], list(parts)), compared)
     return {"filled": str(filled), "comparison": str(compared)}
 
 

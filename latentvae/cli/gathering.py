@@ -1,25 +1,23 @@
 """What `project` and `features` begin with: the pooled latents of images, or of a store of latents."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from tqdm import tqdm
 
+from latentvae import images, models, store
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.places import root_of, short_names
 from latentvae.cli.session import Session
 from latentvae.cli.stores import load_same_model, whole_shards
-from latentvae.images import captions, reading
-from latentvae.models import fingerprint
-from latentvae.models.latents import decode, encode
-from latentvae.store import format
-from latentvae.store.dataset import LatentDataset, original_image
-from latentvae.toolbox.atlas import page
-from latentvae.toolbox.atlas.gallery import Gallery, stored_images
-from latentvae.toolbox.atlas.labels import label_of, match_labels, read_table
+from latentvae.toolbox import atlas
+
+if TYPE_CHECKING:
+    import torch
 
 Sources = Annotated[
     list[Path],
@@ -53,7 +51,7 @@ Size = Annotated[
 class Gathering:
     """The images that were found, and notes for people."""
 
-    gallery: Gallery
+    gallery: atlas.gallery.Gallery
     notes: list[str] = field(default_factory=list)
 
 
@@ -75,7 +73,7 @@ def gather(session: Session, request: Request) -> Gathering:
         LatentVAEError: no image, no such model or device, labels that do not match, a store beside others.
     """
     # a store lies in a folder too: its manifest tells it from one of images
-    stores = [source for source in request.sources if (source / format.MANIFEST).is_file()]
+    stores = [source for source in request.sources if (source / store.format.MANIFEST).is_file()]
     if stores and len(request.sources) > 1:
         raise LatentVAEError(
             f"the store {stores[0]} came beside {len(request.sources) - 1} other path(s): name one store "
@@ -88,46 +86,46 @@ def _labels(path: Path | None, names: list[str]) -> dict[str, str] | None:
     """The table, where one was named, if it is of these images; `names` holds the skipped ones too."""
     if path is None:
         return None
-    table = read_table(path)
-    match_labels(path, table, names, whole=False)
+    table = atlas.labels.read_table(path)
+    atlas.labels.match_labels(path, table, names, whole=False)
     return table
 
 
 def _side(request: Request, count: int) -> int:
     """Pixels of the pictures that are kept, as large as a page of so many shows them; 0: none are."""
-    return page.picture_side(count) if request.with_pictures else 0
+    return atlas.page.picture_side(count) if request.with_pictures else 0
 
 
 def _from_images(session: Session, request: Request) -> Gathering:
-    files = reading.find_images(request.sources)
+    files = images.reading.find_images(request.sources)
     names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
     labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
     vae = session.load()
-    found = Gathering(Gallery(fingerprint.weight_hash(vae), request.grid, _side(request, len(files))))
+    weights, side = models.fingerprint.weight_hash(vae), _side(request, len(files))
+    found = Gathering(atlas.gallery.Gallery(weights, request.grid, side))
+    captions = images.captions
     captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
     for path, image, _ in session.read_images(files, longest=request.size):
         caption, notes = captions.read_caption(path, root_of(path, request.sources))
         found.notes += [f"{names[path]}: {note}" for note in notes]
         try:
-            with torch.no_grad():
-                latents = encode(vae, image[None])[0].mode()  # (1, C, h, w)
-            found.gallery.add(names[path], label_of(caption), latents, image)
+            found.gallery.add_image(vae, names[path], atlas.labels.label_of(caption), image)
         except LatentVAEError as error:
             session.skip(path, LatentVAEError(f"{path}: {error}"))
     found.gallery.label(labels)
     return found
 
 
-def _from_store(session: Session, store: Path, request: Request) -> Gathering:
-    dataset = LatentDataset(store, mode="mode", scaled=False)
+def _from_store(session: Session, folder: Path, request: Request) -> Gathering:
+    dataset = store.dataset.LatentDataset(folder, mode="mode", scaled=False)
     if session.model is not None:  # otherwise no model is needed: the store holds the latents
         load_same_model(session, dataset)
     side = _side(request, len(dataset))
-    found = Gathering(Gallery(dataset.manifest.weights_sha256, request.grid, side))
+    found = Gathering(atlas.gallery.Gallery(dataset.manifest.weights_sha256, request.grid, side))
     pictures = _Pictures(dataset, session)
     with tqdm(total=len(dataset), unit="image", disable=len(dataset) < 2) as progress:
         for _, numbers in whole_shards(dataset, session):
-            for each in stored_images(dataset.reader, numbers):
+            for each in atlas.gallery.stored_images(dataset.reader, numbers):
                 image, decoded = None, False
                 if request.with_pictures:
                     image, decoded = pictures.of(each.index, each.latents)
@@ -143,7 +141,7 @@ def _from_store(session: Session, store: Path, request: Request) -> Gathering:
 class _Pictures:
     """Pictures of a store's images: from their files, else decoded, else none."""
 
-    dataset: LatentDataset
+    dataset: store.dataset.LatentDataset
     session: Session
     loaded: bool = False
     reason: str | None = None  # why there is no model to decode with
@@ -153,7 +151,7 @@ class _Pictures:
     def of(self, index: int, latents: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
         """The image (C, H, W), and whether it was decoded."""
         entry = self.dataset.entry(index)
-        image = original_image(entry, self.dataset.manifest)
+        image = store.dataset.original_image(entry, self.dataset.manifest)
         if image is not None:
             return image, False
         if not self.loaded and self.reason is None:  # with the first file that is gone, and once
@@ -166,8 +164,8 @@ class _Pictures:
             self.missing += 1
             return None, False
         self.decoded += 1
-        with torch.no_grad():
-            return decode(self.session.vae, latents, entry.image_padding)[0].clamp(-1, 1).cpu(), True
+        (picture,) = store.dataset.decoded_images(self.session.vae, [entry], latents)
+        return picture.clamp(-1, 1), True
 
     def notes(self) -> list[str]:
         """What a person should know of them."""

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from latentvae import models
 from latentvae.cli.options import Json, ModelArgument, SameModel, tell
 from latentvae.cli.session import read_sidecar
-from latentvae.models.loading import DEFAULT_MODEL, bundled, describe, load
 
 
 def info(
@@ -14,10 +14,10 @@ def info(
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics."""
     # named here, because the sidecar is looked for under it
-    model = model or same or DEFAULT_MODEL
-    figures = describe(load(model))
+    model = model or same or models.loading.DEFAULT_MODEL
+    figures = models.loading.describe(models.loading.load(model))
     figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
-    figures["bundled_models"] = bundled()
+    figures["bundled_models"] = models.loading.bundled()
     tell(figures, _lines(figures), json)
 
 

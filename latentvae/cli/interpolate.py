@@ -1,20 +1,23 @@
 """`latentvae interpolate`: frames between images, as a strip, an animation and figures."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
+from latentvae import images, runtime
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, counted, takes
-from latentvae.images import reading, saving
-from latentvae.runtime.memory import free_memory
-from latentvae.toolbox.editing import interpolate as ways
+from latentvae.toolbox import editing
+
+if TYPE_CHECKING:
+    import torch
 
 COPIES = 1.5  # of all frames that memory holds at once: an animation's are bytes
 
@@ -43,11 +46,12 @@ def interpolate(
     separate: Annotated[bool, typer.Option("--separate", help="Write every frame as a PNG too.")] = False,
 ) -> None:
     """Interpolate between images: writes a strip, an animation and the size of each step."""
-    routes: tuple[ways.Route, ...] = ("linear", "spherical") if route == "both" else (route,)
+    ways = editing.interpolate
+    routes: tuple[editing.interpolate.Route, ...] = ("linear", "spherical") if route == "both" else (route,)
     # frames that lie among the images would be ends of the next way
     for place in [output, *(output / name for name in routes if separate)]:
         check_output(place, paths)
-    files = reading.find_images(paths)
+    files = images.reading.find_images(paths)
     vae = session.load()
     make_folder(output)
     # steps in LPIPS tell jumps; without its weights the rms of pixels has to do
@@ -57,14 +61,14 @@ def interpolate(
         read = _match_first(session, read)
     # the first image again: of its own frame the animation leaves one out
     used = [*read, next(iter(read))] if closed else list(read)
-    images = [read[path] for path in used]  # (C, H, W) each
-    _check_room((len(images) - 1) * (frames - 1) + 1, images[0])
+    ends = [read[path] for path in used]  # (C, H, W) each
+    _check_room((len(ends) - 1) * (frames - 1) + 1, ends[0])
     results = []
     for name in routes:
-        found = ways.interpolate(vae, images, frames, name, progress=True)
+        found = ways.interpolate(vae, ends, frames, name, progress=True)
         steps = ways.step_sizes(found.frames, lpips)
         results.append(_figures(name, found, steps))
-        saving.save_picture(ways.strip(found, steps), output / f"{name}.strip.png")
+        images.saving.save_picture(ways.strip(found, steps), output / f"{name}.strip.png")
         if animation != "none":  # which is endless: the way back to the first image ends before it
             shown = found.frames[:-1] if closed else found.frames
             ways.save_animation(shown, output / f"{name}.{animation}", fps)
@@ -93,7 +97,7 @@ def _check_room(count: int, image: torch.Tensor) -> None:
     """Raises ImageError where so many frames of the image's size would not fit into memory."""
     channels, height, width = image.shape
     needed = COPIES * count * channels * height * width * 4  # float32
-    free = free_memory(torch.device("cpu"))  # frames leave the GPU one by one
+    free = runtime.memory.free_memory(image.device)  # the CPU's: frames leave the GPU one by one
     if needed > free:
         raise ImageError(
             f"{count} frames of {width}x{height} px would take {needed / 1e9:.1f} GB, and "
@@ -107,10 +111,12 @@ def _match_first(session: Session, read: dict[Path, torch.Tensor]) -> dict[Path,
     first, *_ = read
     height, width = read[first].shape[-2:]
     session.fit(first, height, width)
-    return {path: ways.match_size(image, height, width) for path, image in read.items()}
+    return {path: editing.interpolate.match_size(image, height, width) for path, image in read.items()}
 
 
-def _figures(route: str, found: ways.Interpolation, steps: list[ways.Step]) -> dict[str, Any]:
+def _figures(
+    route: str, found: editing.interpolate.Interpolation, steps: list[editing.interpolate.Step]
+) -> dict[str, Any]:
     """Every step, and how long and how even the way is, as JSON values."""
     summary: dict[str, Any] = {"route": route, "positions": found.positions}
     for name in ("lpips", "rms"):
@@ -124,10 +130,10 @@ def _figures(route: str, found: ways.Interpolation, steps: list[ways.Step]) -> d
     return summary
 
 
-def _write_frames(folder: Path, found: ways.Interpolation) -> None:
+def _write_frames(folder: Path, found: editing.interpolate.Interpolation) -> None:
     """Save every frame as a PNG, numbered in order."""
     for number, frame in enumerate(found.frames):
-        saving.save_image(frame, folder / f"{number:04d}.png")
+        images.saving.save_image(frame, folder / f"{number:04d}.png")
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

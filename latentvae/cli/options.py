@@ -1,7 +1,4 @@
-"""Options that verbs share, and how their results are told.
-
-Nothing heavy is imported here, so that verbs without a model, and `train --help`, need not wait for torch.
-"""
+"""Options that verbs share, and how their results are told."""
 
 import json
 from collections.abc import Iterable

@@ -1,5 +1,7 @@
 """`latentvae prior fit`: learn what latents look like, so that new ones can be drawn."""
 
+from __future__ import annotations
+
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -7,16 +9,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from latentvae import images, runtime, store
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder
 from latentvae.base.optional import need
 from latentvae.cli.options import EXIT_INTERRUPTED, tell
-from latentvae.cli.session import Session, takes, usable_device
+from latentvae.cli.session import Session, takes
 from latentvae.cli.stores import load_same_model
-from latentvae.images.reading import find_images
-from latentvae.store import dataset, encoding, format
-from latentvae.toolbox.priors import diffusion, latent_set, mixture
-from latentvae.toolbox.priors.prior import Prior, PriorCard, check_target
+from latentvae.toolbox import priors
 
 Kind = Literal["gaussian", "mixture", "diffusion"]
 
@@ -34,8 +34,11 @@ def verbs() -> None:
 @takes(..., "model", "device", "json")
 def fit(
     session: Session,
-    store: Annotated[
-        Path, typer.Argument(help="Store that `encode` wrote, or a folder of images.", show_default=False)
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STORE", help="Store that `encode` wrote, or a folder of images.", show_default=False
+        ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="PRIOR", help="Folder to write.", show_default=False)],
     kind: Annotated[
@@ -69,16 +72,17 @@ def fit(
     Kinds: gaussian (mean and covariance, seconds), mixture (of several), diffusion (a network, minutes).
     A folder of images is encoded first, by --model at --size.
     """
+    diffusion = priors.diffusion
     settings = diffusion.DiffusionSettings(steps, batch_size, lr, width=width, by_class=by_class, seed=seed)
     # before the latents are read, which may take minutes
-    place = usable_device(session.device)
+    place = runtime.devices.usable_device(session.device)
     _check(kind, settings, folder)
-    latents = _read(session, store, size)
-    made: Prior
+    latents = _read(session, source, size)
+    made: priors.prior.Prior
     if kind == "diffusion":
         made = diffusion.fit_diffusion(latents, settings, device=place)
     else:
-        made = mixture.fit_mixture(
+        made = priors.mixture.fit_mixture(
             latents, components=components if kind == "mixture" else 1, rank=rank, seed=seed
         )
     # Ctrl-C ends the fit early, and other kinds know no steps
@@ -92,19 +96,19 @@ def fit(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _check(kind: Kind, settings: diffusion.DiffusionSettings, folder: Path) -> None:
+def _check(kind: Kind, settings: priors.diffusion.DiffusionSettings, folder: Path) -> None:
     """Refuse, before minutes of training, what could not be trained or saved.
 
     Raises:
         LatentVAEError: settings out of range or of another kind, a missing extra, a folder of other things.
     """
     if kind == "diffusion":
-        diffusion.check_settings(settings)
+        priors.diffusion.check_settings(settings)
     elif settings.by_class:
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
     else:
         need("sklearn")  # for principal components and mixtures
-    check_target(folder.resolve())  # "." has no name, and no parent to write beside it
+    priors.prior.check_target(folder.resolve())  # "." has no name, and no parent to write beside it
     make_folder(folder.resolve().parent)
 
 
@@ -116,43 +120,44 @@ def _free_place(folder: Path) -> Path:
     """
     # what was stopped may be worse than what is there
     place = folder.with_name(f"{folder.name}.stopped") if folder.exists() else folder
-    check_target(place.resolve())
+    priors.prior.check_target(place.resolve())
     return place
 
 
-def _read(session: Session, store: Path, size: int | None) -> latent_set.LatentSet:
+def _read(session: Session, source: Path, size: int | None) -> priors.latent_set.LatentSet:
     """The latents of a store; of a folder of images after encoding it to a store that is then thrown away.
 
     Raises:
         LatentVAEError: neither of both.
     """
-    if not store.is_dir() or (store / format.MANIFEST).is_file():
-        if not store.exists():
-            raise LatentVAEError(f"{store} does not exist; wanted a latent store, or a folder of images.")
-        latents = latent_set.LatentSet(store, progress=True)
+    latent_set = priors.latent_set
+    if not source.is_dir() or (source / store.format.MANIFEST).is_file():
+        if not source.exists():
+            raise LatentVAEError(f"{source} does not exist; wanted a latent store, or a folder of images.")
+        latents = latent_set.LatentSet(source, progress=True)
         if session.model is not None:  # a check: the latents alone are learned from
-            load_same_model(session, dataset.LatentDataset(store))
+            load_same_model(session, store.dataset.LatentDataset(source))
         return latents
-    find_images(store)  # its error says what was wanted
+    images.reading.find_images(source)  # its error says what was wanted
     if size is None:
-        raise LatentVAEError(f"{store} is a folder of images: say at what --size to crop and encode them.")
+        raise LatentVAEError(f"{source} is a folder of images: say at what --size to crop and encode them.")
     # the prior keeps no images, so the store is of no use after it
     with tempfile.TemporaryDirectory() as scratch:
         vae = session.load()
-        report = encoding.encode_folder(
+        report = store.encoding.encode_folder(
             vae,
-            store,
+            source,
             Path(scratch) / "store",
             size=size,
             crop=True,
-            workload=encoding.Workload(progress=True),
+            workload=store.encoding.Workload(progress=True),
         )
         for failure in report.failures:
             typer.echo(f"failed: {failure.reason}", err=True)
         return latent_set.LatentSet(Path(scratch) / "store")
 
 
-def _lines(card: PriorCard, folder: Path) -> list[str]:
+def _lines(card: priors.prior.PriorCard, folder: Path) -> list[str]:
     """What was learned, for people."""
     shape, learned = "x".join(map(str, card.latent_shape)), card.fit
     lines = [f"{card.kind} prior of {card.images} images, latents {shape}, VAE {card.weights_sha256[:12]}."]

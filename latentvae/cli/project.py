@@ -1,13 +1,15 @@
 """`latentvae project`: a map of images by their latents, clusters, and how both agree with labels."""
 
+from __future__ import annotations
+
 import csv
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import typer
 
+from latentvae import images
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder, whole_file
 from latentvae.base.optional import need
@@ -15,12 +17,15 @@ from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sour
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import Session, takes
-from latentvae.images.saving import save_picture
-from latentvae.toolbox.atlas import projection, scatter
-from latentvae.toolbox.atlas.clusters import Clustering, cluster, few_label_accuracy, nmi
-from latentvae.toolbox.atlas.gallery import Gallery
-from latentvae.toolbox.atlas.labels import count_labelled
-from latentvae.toolbox.atlas.page import Card, write_page
+from latentvae.toolbox import atlas
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from latentvae.toolbox.atlas.clusters import Clustering
+    from latentvae.toolbox.atlas.gallery import Gallery
+    from latentvae.toolbox.atlas.page import Card
+    from latentvae.toolbox.atlas.projection import Projection
 
 NEAR = 8  # neighbours of each image that the page shows
 MANY = 1000  # images from which on finding clusters takes seconds
@@ -64,8 +69,8 @@ def project(
     values = gallery.features.values  # (N, features)
     if len(values) < 2:
         raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
-    mapped = projection.project(values, method, seed)
-    grouped = cluster(values, clusters, seed, progress=len(values) >= MANY)
+    mapped = atlas.projection.project(values, method, seed)
+    grouped = atlas.clusters.cluster(values, clusters, seed, progress=len(values) >= MANY)
     result = _summarise(found, mapped, grouped, seed) | {"skipped": session.skipped}
     cards = _make_cards(gallery, mapped, grouped)
     files = _write_all(output, title or sources[0].resolve().name, cards, mapped, result)
@@ -74,9 +79,7 @@ def project(
     session.finish(len(gallery))
 
 
-def _summarise(
-    found: Gathering, mapped: projection.Projection, grouped: Clustering, seed: int
-) -> dict[str, Any]:
+def _summarise(found: Gathering, mapped: Projection, grouped: Clustering, seed: int) -> dict[str, Any]:
     """What projection.json holds."""
     gallery = found.gallery
     return {
@@ -99,18 +102,19 @@ def _measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str])
     raw = gallery.raw()
     if raw is None:
         notes.append("Raw pixels are not compared: the files of some images are gone.")
+    clusters = atlas.clusters
     # pixels are the bar: a latent space that separates no better has learned nothing of what is labelled
     tables: dict[str, np.ndarray] = {"latents": gallery.features.values} | (
         {} if raw is None else {"pixels": raw}
     )
-    agreement = {"latents": nmi(grouped.numbers, gallery.labels)}
+    agreement = {"latents": clusters.nmi(grouped.numbers, gallery.labels)}
     if raw is not None:
         # as many clusters as the latents have, or their number would decide; k-means needs as many points
-        same = min(grouped.count, _distinct(raw))
-        agreement["pixels"] = nmi(cluster(raw, same, seed).numbers, gallery.labels)
+        same = min(grouped.count, clusters.distinct(raw))
+        agreement["pixels"] = clusters.nmi(clusters.cluster(raw, same, seed).numbers, gallery.labels)
     try:
         few = {
-            name: asdict(few_label_accuracy(table, gallery.labels, PER_CLASS, seed=seed))
+            name: asdict(clusters.few_label_accuracy(table, gallery.labels, PER_CLASS, seed=seed))
             for name, table in tables.items()
         }
     # too few labels of a class are no reason to lose the map
@@ -120,39 +124,35 @@ def _measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str])
     return {"nmi": agreement, "few_labels": few}
 
 
-def _distinct(rows: np.ndarray) -> int:
-    """How many rows differ."""
-    return len(np.unique(rows, axis=0))
-
-
-def _make_cards(gallery: Gallery, mapped: projection.Projection, grouped: Clustering) -> list[Card]:
+def _make_cards(gallery: Gallery, mapped: Projection, grouped: Clustering) -> list[Card]:
     """What the page shows of each image."""
     # (N, NEAR), by the features and not by the map, which distorts
-    near = projection.neighbours(gallery.features.values, NEAR).tolist()
+    near = atlas.projection.neighbours(gallery.features.values, NEAR).tolist()
     points = mapped.points.tolist()  # (N, 2)
     rows = zip(
         gallery.keys, gallery.labels, grouped.numbers.tolist(), points, gallery.pictures, near, strict=True
     )
     return [
-        Card(key, label, number, (x, y), picture, others)
+        atlas.page.Card(key, label, number, (x, y), picture, others)
         for key, label, number, (x, y), picture, others in rows
     ]
 
 
 def _write_all(
-    output: Path, name: str, cards: list[Card], mapped: projection.Projection, result: dict[str, Any]
+    output: Path, name: str, cards: list[Card], mapped: Projection, result: dict[str, Any]
 ) -> list[Path]:
     """Write page, pictures, figures and table; the page first in what is returned."""
     about = f"{len(cards):,} images, {_axes_text(mapped)}, {result['clusters']['count']} clusters"
     page = output / "projection.html"
     with whole_file(page) as partial:
-        partial.write_text(write_page(cards, name, about, _figure_rows(result)), encoding="utf-8")
+        partial.write_text(atlas.page.write_page(cards, name, about, _figure_rows(result)), encoding="utf-8")
+    scatter = atlas.scatter
     pictures = {"projection.png": scatter.draw_scatter(cards, f"{name}: {about}", _axis_names(mapped))}
     drawn = scatter.draw_pictures(cards)
     if drawn is not None:  # there may be no pictures: files gone, and no model to decode with
         pictures["projection-pictures.png"] = drawn
     for each, picture in pictures.items():
-        save_picture(picture, output / each)
+        images.saving.save_picture(picture, output / each)
     write_json(result, output / "projection.json")
     table = output / "clusters.csv"
     with whole_file(table, durable=True) as partial:
@@ -169,7 +169,7 @@ def _write_table(path: Path, cards: list[Card]) -> None:
         writer.writerows([card.key, card.label, card.cluster, *card.point] for card in cards)
 
 
-def _axes_text(mapped: projection.Projection) -> str:
+def _axes_text(mapped: Projection) -> str:
     """What the map is, in words."""
     # UMAP has no variance to explain, and its axes mean nothing
     if mapped.explained is None:
@@ -177,7 +177,7 @@ def _axes_text(mapped: projection.Projection) -> str:
     return f"PCA ({100 * sum(mapped.explained):.0f} % of the variance)"
 
 
-def _axis_names(mapped: projection.Projection) -> tuple[str, str]:
+def _axis_names(mapped: Projection) -> tuple[str, str]:
     """What to write along the axes."""
     if mapped.explained is None:
         return "UMAP 1", "UMAP 2"
@@ -212,15 +212,13 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _lines(
-    found: Gathering, mapped: projection.Projection, grouped: Clustering, result: dict[str, Any]
-) -> list[str]:
+def _lines(found: Gathering, mapped: Projection, grouped: Clustering, result: dict[str, Any]) -> list[str]:
     """The figures for people."""
     gallery = found.gallery
     lines = [
         f"{len(gallery)} images, {gallery.features.values.shape[1]} features each; map: {_axes_text(mapped)}."
     ]
-    sizes = ", ".join(map(str, np.bincount(grouped.numbers)))
+    sizes = ", ".join(map(str, grouped.sizes))
     chosen = (
         f", chosen by silhouette ({grouped.silhouettes[grouped.count]:.2f})" if grouped.silhouettes else ""
     )
@@ -229,9 +227,8 @@ def _lines(
         lines.append("No labels: --labels, captions or subfolders would give them.")
     else:
         names = len(set(gallery.labels) - {""})
-        lines.append(
-            f"{names} labels of {count_labelled(gallery.labels)} images, from {SOURCES[gallery.labels_from]}."
-        )
+        count = atlas.labels.count_labelled(gallery.labels)
+        lines.append(f"{names} labels of {count} images, from {SOURCES[gallery.labels_from]}.")
     if rows := _figure_rows(result):
         lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
         lines += [f"{what:34}{latents:>16}{pixels:>16}" for what, latents, pixels in rows]

@@ -1,19 +1,21 @@
 """`latentvae reconstruct`: through the model and back, as pictures and figures."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from latentvae import images, measure, models
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, Sample, Seed, output_folder, tell
 from latentvae.cli.places import short_names, with_ending
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
-from latentvae.images import drawing, reading, saving
-from latentvae.measure.evaluate import Evaluator
-from latentvae.models.loading import SAMPLE_PICTURE
+
+if TYPE_CHECKING:
+    import torch
 
 
 @takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS)
@@ -27,13 +29,13 @@ def reconstruct(
     seed: Seed = 0,
 ) -> None:
     """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
-    sources = paths or [SAMPLE_PICTURE]
-    files = reading.find_images(sources)
+    sources = paths or [models.loading.SAMPLE_PICTURE]
+    files = images.reading.find_images(sources)
     names = short_names(files, sources)
     vae = session.load()
     make_folder(output)
     lpips, reason = session.find_lpips()
-    evaluator = Evaluator(vae, lpips, reason, "sample" if sample else "mode", seed)
+    evaluator = measure.evaluate.Evaluator(vae, lpips, reason, "sample" if sample else "mode", seed)
     written: list[dict[str, Any]] = []
     for path, image, info in session.read_images(files):
         name = names[path]
@@ -58,12 +60,13 @@ def _write_pictures(
     """Save the reconstruction and the comparison; return their paths for the report."""
     plain = place.with_name(with_ending(place.name, ".reconstruction.png"))
     compared = place.with_name(with_ending(place.name, ".comparison.png"))
-    saving.save_image(reconstruction, plain)
+    images.saving.save_image(reconstruction, plain)
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
     # no column where the network is missing: the picture has no place for the reason
     if row.lpips is not None:
         figures["LPIPS"] = f"{row.lpips:.4f}"
-    saving.save_picture(drawing.comparison(image, reconstruction, figures, place.name), compared)
+    picture = images.drawing.comparison(image, reconstruction, figures, place.name)
+    images.saving.save_picture(picture, compared)
     return {"reconstruction": str(plain), "comparison": str(compared), "notes": notes}
 
 

@@ -1,20 +1,23 @@
 """`latentvae sample`: new images from a prior."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
+from latentvae import images
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, output_folder, tell
 from latentvae.cli.places import write_json
 from latentvae.cli.session import Session, image_channels, takes
-from latentvae.images import drawing, saving
-from latentvae.toolbox.priors import loading, prior, sampling
+from latentvae.toolbox import priors
+
+if TYPE_CHECKING:
+    import torch
 
 GRID = 64  # images at most that the grid shows
 HONEST = (
@@ -47,13 +50,14 @@ def sample(
     if folder is not None and size is not None:
         raise LatentVAEError("--size is for sampling without a prior; a prior has the size of its latents.")
     # before the model: a wrong folder is said at once
-    made = loading.load_prior(folder) if folder is not None else None
+    made = priors.loading.load_prior(folder) if folder is not None else None
     vae = session.load()
     image_channels(vae)
-    chosen = made or prior.StandardNormal(vae, size or 256, size or 256)
+    chosen = made or priors.prior.StandardNormal(vae, size or 256, size or 256)
     # latents of one VAE are noise to another
     chosen.check(vae)
     labels = [label] * count if label is not None else None
+    sampling = priors.sampling
     # before the folder is made: a refused request leaves nothing
     sampling.check_request(chosen, count, seed, 0, labels)
     make_folder(output / "samples")
@@ -84,21 +88,12 @@ def _write(
     for image in (image for batch in batches for image in batch):
         # the seed is in the name, so that another seed replaces nothing
         paths.append(output / f"samples/seed{result['seed']}-{len(paths):05d}.png")
-        saving.save_image(image, paths[-1])
+        images.saving.save_image(image, paths[-1])
         # not all of them: memory must not grow with --count
         shown += [image] * (len(shown) < GRID)
-    saving.save_picture(_sheet(torch.stack(shown)), output / "samples.png")
+    images.saving.save_picture(images.drawing.sheet(shown), output / "samples.png")
     result["size"] = list(shown[0].shape[-2:])
     result["images"] = [
         {"path": str(path), **({"label": labels[n]} if labels else {})} for n, path in enumerate(paths)
     ]
     write_json(result, output / "samples.json")
-
-
-def _sheet(images: torch.Tensor) -> Any:
-    """Images (N, C, H, W) in [-1, 1] in a grid that is about as wide as high."""
-    columns = math.ceil(math.sqrt(len(images)))
-    missing = -len(images) % columns  # cells that the last row lacks: white
-    cells = [*images, *torch.ones(missing, *images.shape[1:])]
-    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
-    return drawing.grid(rows, [""] * columns)

@@ -3,32 +3,28 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 from typer.models import ArgumentInfo
 
+from latentvae import images, measure, models, runtime
 from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError
 from latentvae.cli import options
-from latentvae.images import reading, resizing
-from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.models import exporting, loading
-from latentvae.runtime.optimize import optimize
-from latentvae.runtime.tiling.fitting import tile_to_fit
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
 
 # for `takes`, of verbs that measure, and of verbs that work on images of any size
 LPIPS_OPTIONS = ("lpips_net", "lpips_weights")
 IMAGE_OPTIONS = ("device", "precision", "tile_size", "store", "json")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -49,18 +45,19 @@ class Session:
     tile_size: options.TileSize = None
     store: options.Store = None
     json: options.Json = False
-    vae: AutoencoderKL = field(init=False)
+    vae: "AutoencoderKL" = field(init=False)
     skipped: list[dict[str, str]] = field(init=False, default_factory=list)
 
-    def load(self) -> AutoencoderKL:
+    def load(self) -> "AutoencoderKL":
         """The model: it takes seconds, so whatever can be refused without it is refused before."""
-        self.vae = load_model(self.model, self.device, self.precision)
+        self.vae = runtime.devices.load_model(self.model, self.device, self.precision)
         return self.vae
 
-    def find_lpips(self) -> tuple[LPIPS | None, str | None]:
+    def find_lpips(self) -> "tuple[measure.lpips.LPIPS | None, str | None]":
         """The LPIPS network, or None and the reason. Named weights that cannot be used are an error."""
         try:
-            return load_lpips(self.lpips_net, self.lpips_weights).to(self.vae.device), None
+            network = measure.lpips.load_lpips(self.lpips_net, self.lpips_weights)
+            return network.to(self.vae.device), None
         except MissingWeightsError as error:
             if self.lpips_weights is not None:
                 raise
@@ -68,11 +65,11 @@ class Session:
 
     def fit(self, path: Path, height: int, width: int) -> None:
         """Have the model tile an image of so many pixels if it must; ImageError where even that fails."""
-        tile_to_fit(self.vae, path, height, width, self.tile_size, self.store)
+        runtime.tiling.fitting.tile_to_fit(self.vae, path, height, width, self.tile_size, self.store)
 
     def read_images(
         self, paths: list[Path], longest: int | None = None
-    ) -> Iterator[tuple[Path, torch.Tensor, reading.ImageInfo]]:
+    ) -> "Iterator[tuple[Path, torch.Tensor, images.reading.ImageInfo]]":
         """(path, image, info) of each file that can be read and fits into memory; the others are skipped.
 
         While an image (C, H, W) is out, the model tiles if it must. With `longest`, larger images are shrunk
@@ -82,9 +79,9 @@ class Session:
         channels = image_channels(self.vae)
         for path in tqdm(paths, unit="image", disable=len(paths) < 2):
             try:
-                image, info = reading.load_image_with_info(path, channels=channels)
+                image, info = images.reading.load_image_with_info(path, channels=channels)
                 if longest is not None:
-                    image = resizing.thumbnail(image, longest)
+                    image = images.resizing.thumbnail(image, longest)
                 self.fit(path, *image.shape[-2:])
             except ImageError as error:
                 self.skip(path, error)
@@ -94,7 +91,7 @@ class Session:
 
     def read_centres(
         self, paths: list[Path], channels: int, size: int
-    ) -> Iterator[tuple[Path, torch.Tensor]]:
+    ) -> "Iterator[tuple[Path, torch.Tensor]]":
         """(path, centre) of each file that can be read: at most `size` x `size` pixels, (1, C, h, w).
 
         Raises:
@@ -103,7 +100,7 @@ class Session:
         found = 0
         for path in paths:
             try:
-                image = reading.load_image(path, channels=channels)
+                image = images.reading.load_image(path, channels=channels)
             except ImageError as error:
                 self.skip(path, error)
                 continue
@@ -159,15 +156,15 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        own = dict(signature(verb).parameters)  # in the order of the verb
+        # in the order of the verb; evaluated, because many annotations of verbs are strings
+        own = dict(signature(verb, eval_str=True).parameters)
         del own["session"]
-        hints = get_type_hints(Session, include_extras=True)
         shared = {
             option.name: Parameter(
                 option.name,
                 Parameter.POSITIONAL_OR_KEYWORD,
                 default=option.default,
-                annotation=hints[option.name],
+                annotation=option.type,
             )
             for option in fields(Session)
             # a verb's own option of that name wins, with its own help: --tile-size of `fill`
@@ -202,48 +199,7 @@ def _is_argument(parameter: Parameter) -> bool:
     return any(isinstance(each, ArgumentInfo) for each in getattr(parameter.annotation, "__metadata__", ()))
 
 
-def load_model(model: str | None, device: str | None, precision: str) -> AutoencoderKL:
-    """The model, optimized, at this precision.
-
-    Raises:
-        LatentVAEError: no such model or device, or no room on it.
-    """
-    place = usable_device(device)
-    with fitting_on(place):
-        return optimize(loading.load(model, dtype=DTYPES[precision], device=place))
-
-
-@contextmanager
-def fitting_on(place: torch.device) -> Iterator[None]:
-    """Turn what a device says when a model does not fit into an error that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
-
-
-def usable_device(device: str | None) -> torch.device:
-    """The device that was named, or the best one.
-
-    Raises:
-        LatentVAEError: it is not there.
-    """
-    try:
-        place = torch.device(device or best_device())
-        torch.empty(1, device=place)  # a name that torch knows may be of a GPU that is not there
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
-        raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
-    return place
-
-
-def best_device() -> str:
-    """cuda, mps or cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def image_channels(vae: AutoencoderKL) -> int:
+def image_channels(vae: "AutoencoderKL") -> int:
     """1 or 3, as the model takes.
 
     Raises:
@@ -261,13 +217,14 @@ def read_sidecar(source: str) -> dict[str, Any]:
     """What an export says of itself beside its weights; empty for models that say nothing."""
     place = Path(source)
     # a bundled name, an export, a pipeline with one
-    folders = [loading.WEIGHTS_DIR / source, place, place / "vae"]
+    folders = [models.loading.WEIGHTS_DIR / source, place, place / "vae"]
     # of files alone: a folder in an export is another model, and the parent of a name is where we are
     if place.is_file():
         folders.append(place.parent)
     for folder in folders:
-        if (folder / exporting.SIDECAR).is_file():
-            return json.loads((folder / exporting.SIDECAR).read_text(encoding="utf-8"))
+        sidecar = folder / models.exporting.SIDECAR
+        if sidecar.is_file():
+            return json.loads(sidecar.read_text(encoding="utf-8"))
     return {}
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
+from latentvae import store
 from latentvae.cli.options import Json, StoreArgument, tell
-from latentvae.store import format, webdataset
 
 
 def shards(
@@ -17,9 +17,9 @@ def shards(
     json: Json = False,
 ) -> None:
     """Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on."""
-    count = format.read_manifest(source).count
+    count = store.format.read_manifest(source).count
     with tqdm(total=count, unit="image", disable=count < 2) as progress:
-        tars = webdataset.export_webdataset(
+        tars = store.webdataset.export_webdataset(
             source, output, images_per_shard=images_per_shard, progress=progress.update
         )
     # the names are numbered, so the last tells them all

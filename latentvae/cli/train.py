@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from latentvae import training
 from latentvae.cli.options import Json, print_json, tell
 
 EXIT_SAVED = 4  # stopped by a signal or train.max_minutes, after a checkpoint
@@ -30,21 +31,18 @@ def train(
     spaces of others: sd-small, sdxl-small, sd3-small, flux-small. Settings and their reasons:
     latentvae/training/config.py.
     """
-    # Here, so that `train --help` and a mistyped option are answered before torch has been loaded.
-    from latentvae.training import batch_size, loop, machine, recipes
-
-    checked = recipes.load_config(config, settings)
+    checked = training.recipes.load_config(config, settings)
     if find_batch_size:
-        found = batch_size.find_batch_size(checked)
+        found = training.batch_size.find_batch_size(checked)
         tell(asdict(found), [found.advice()], json)
         return
     try:
-        exported = loop.train(checked, resume)
-    except loop.TrainingInterrupted as stop:
+        exported = training.loop.train(checked, resume)
+    except training.loop.TrainingInterrupted as stop:
         typer.echo(str(stop), err=True)
-        if json and machine.is_first_process():
+        if json and training.machine.is_first_process():
             print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
         raise typer.Exit(EXIT_SAVED) from stop
-    if machine.is_first_process():  # of several that all come here one speaks
+    if training.machine.is_first_process():  # of several that all come here one speaks
         result = {"export": str(exported), "output": checked.output}
         tell(result, [f"Exported {exported}. Try: latentvae reconstruct --model {exported}"], json)

@@ -1,22 +1,27 @@
 """`latentvae vary`: copies of images that differ as their posteriors allow, and by how much."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
+from latentvae import images, measure
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder, whole_file
 from latentvae.cli.options import OUTPUT, Photos, Seed, output_folder, tell
 from latentvae.cli.places import check_output, root_of, short_names, with_ending, write_json
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
-from latentvae.images import captions, drawing, reading, resizing, saving
-from latentvae.measure.lpips import LPIPS
-from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
+from latentvae.toolbox import editing
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.toolbox.editing.vary import Distance, Reference, Spread, Variations
 
 COPIES = "copies"  # folder below the output that holds nothing but copies, to train from
 ALIKE, VISIBLE = 0.02, 0.1  # of the latents' own standard deviation: noise that nobody sees, and a little
@@ -47,24 +52,26 @@ def vary(
     """
     # copies of copies would drift further from run to run
     check_output(output, paths)
-    files = reading.find_images(paths)
+    files = images.reading.find_images(paths)
     names = short_names(files, paths)
     vae = session.load()
     make_folder(output / COPIES)
     # each once, and from the least: the figures read as a curve
     study = _Study(sorted(set(temperature or [1.0])), copies, *session.find_lpips())
+    captions = images.captions
     captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
     for path, image, _ in session.read_images(files):
         caption, notes = captions.read_caption(path, root_of(path, paths))
         try:
-            study.add(path, image, Variations(vae, image, seed), output / COPIES / names[path], caption)
+            variations = editing.vary.Variations(vae, image, seed)
+            study.add(path, image, variations, output / COPIES / names[path], caption)
         except LatentVAEError as error:  # NaN: half precision overflows in many VAEs
             session.skip(path, LatentVAEError(f"{path}: {error}"))
             continue
         study.notes += [f"{names[path].as_posix()}: {note}" for note in notes]
     if study.images:
         sheet = output / "contact-sheet.png"
-        saving.save_picture(study.sheet(), sheet)
+        images.saving.save_picture(study.sheet(), sheet)
         result = {**study.result(), "seed": seed, "skipped": session.skipped}
         write_json(result, output / "variations.json")
         written = sum(len(each["copies"]) for each in study.images)
@@ -80,7 +87,7 @@ class _Study:
 
     temperatures: list[float]
     copies: int
-    lpips: LPIPS | None
+    lpips: measure.lpips.LPIPS | None
     reason: str | None
     images: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -92,7 +99,7 @@ class _Study:
         """Write one image's copies as PLACE.tTEMPERATURE.COPY.png."""
         reconstruction = variations.reconstruction.cpu()  # (C, H, W), as all that is kept here
         # LPIPS features of both are computed once, and not for every copy
-        references = [Reference(each, self.lpips) for each in (image, reconstruction)]
+        references = [editing.vary.Reference(each, self.lpips) for each in (image, reconstruction)]
         # temperature 0 is what the model costs by itself
         self._measure(0.0, reconstruction, references)
         make_folder(place.parent)
@@ -103,7 +110,7 @@ class _Study:
                 if temperature > 0:  # whose figures are there already
                     self._measure(temperature, varied, references)
                 file = place.with_name(with_ending(place.name, f".t{temperature:g}.{copy}.png"))
-                saving.save_image(varied, file)
+                images.saving.save_image(varied, file)
                 written.append(str(file))
                 # beside the copy, so that it can be trained on like the original
                 if caption is not None:
@@ -115,7 +122,7 @@ class _Study:
         self.spreads.append(variations.spread)
         # the rest would make a picture that nobody can open
         if len(self.rows) < SHEET_ROWS:
-            self.rows.append([resizing.thumbnail(each, SHEET_CELL) for each in row])
+            self.rows.append([images.resizing.thumbnail(each, SHEET_CELL) for each in row])
 
     def _shown(self) -> list[tuple[float, int]]:
         """Temperature and copy of the contact sheet's columns: a copy each, or several of the only one."""
@@ -127,7 +134,7 @@ class _Study:
     def sheet(self) -> Any:
         """The contact sheet, as a picture."""
         titles = ["Original", "Temperature 0", *(f"Temperature {t:g}, copy {c}" for t, c in self._shown())]
-        return drawing.grid(self.rows, titles)
+        return images.drawing.grid(self.rows, titles)
 
     def result(self) -> dict[str, Any]:
         """All that was found, as JSON values."""

@@ -1,29 +1,24 @@
 """`latentvae verify`: whether a store is whole."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
+from latentvae import store
 from latentvae.base.errors import StoreError
-from latentvae.cli.options import Json, print_json
-from latentvae.store import format, verification
+from latentvae.cli.options import Json, StoreArgument, print_json
 
 EXIT_DAMAGED = 2  # as any bad input
 
 
 def verify(
-    store: Annotated[
-        Path, typer.Argument(help="A folder that `latentvae encode` wrote.", show_default=False)
-    ],
+    folder: StoreArgument,
     json: Json = False,
 ) -> None:
     """Check every shard of a store against its hashes and its index; exit code 2 where something is wrong."""
     # no bar for programs, which may take both streams for one
-    problems = verification.verify(store, progress=not json)
-    manifest = format.read_manifest(store)
+    problems = store.verification.verify(folder, progress=not json)
+    manifest = store.format.read_manifest(folder)
     if json:
-        print_json({"store": str(store), "images": manifest.count, "problems": problems})
+        print_json({"store": str(folder), "images": manifest.count, "problems": problems})
         if problems:  # no StoreError, for which the command would print a second JSON object
             raise typer.Exit(EXIT_DAMAGED)
         return
@@ -31,7 +26,7 @@ def verify(
         for problem in problems:
             typer.echo(problem, err=True)
         raise StoreError(
-            f"{store} is damaged, as named above. `latentvae encode` with its images encodes those "
+            f"{folder} is damaged, as named above. `latentvae encode` with its images encodes those "
             "shards again."
         )
     typer.echo(f"{manifest.count} images in {len(manifest.shards)} shards: whole.")

@@ -1,5 +1,6 @@
 """Pictures for people: a reconstruction beside its original with the error, and grids of reconstructions."""
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ def grid(rows: Sequence[Sequence[torch.Tensor]], column_titles: Sequence[str]) -
         for cell, x in zip(row, lefts, strict=True):
             canvas.paste(cell, (x, y))
     return canvas
+
+
+def sheet(images: Sequence[torch.Tensor]) -> Image.Image:
+    """Draw images (C, H, W) of one size in a grid that is about as wide as high; white where none is left."""
+    columns = math.ceil(math.sqrt(len(images)))
+    cells = [*images, *[torch.ones_like(images[0])] * (-len(images) % columns)]
+    return grid([cells[at : at + columns] for at in range(0, len(cells), columns)], [""] * columns)
 
 
 def error_map(original: Image.Image, reconstruction: Image.Image) -> np.ndarray:

@@ -1,3 +1,4 @@
+from . import devices as devices
 from . import forwards as forwards
 from . import kernels as kernels
 from . import memory as memory

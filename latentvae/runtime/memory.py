@@ -15,6 +15,13 @@ def ordinary_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     return MAPS_AT_PEAK * map_channels * vae.dtype.itemsize * height * width
 
 
+def batches_at_once(vae: AutoencoderKL, height: int, width: int) -> int:
+    """How many batches of so many pixels a CPU can work on: one per core, as far as memory goes."""
+    fitting = SHARE * free_memory(vae.device) // ordinary_peak(vae, height, width)
+    # each works with one core: convolutions of small batches do not fill several
+    return max(1, min(torch.get_num_threads(), int(fitting)))
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device."""
     if device.type == "cuda":

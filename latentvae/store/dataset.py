@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from latentvae.base.errors import ImageError, StoreError
 from latentvae.images.reading import load_image
 from latentvae.images.resizing import Geometry
-from latentvae.models.latents import Posterior, Scaling
+from latentvae.models.latents import Posterior, Scaling, decode
 from latentvae.store import format as layout
 from latentvae.store.format import Entry, Manifest, ShardRecord
 
@@ -187,6 +188,15 @@ def original_image(entry: Entry, manifest: Manifest, largest: int | None = None)
     except ImageError:  # gone, or no image any more
         return None
     return Geometry(entry.resized, entry.cropped).apply(image)
+
+
+@torch.no_grad()
+def decoded_images(
+    vae: AutoencoderKL, entries: Sequence[Entry], latents: torch.Tensor | Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The images (C, H, W) that unscaled latents (B, C, h, w) give, without padding, on the CPU."""
+    decoded = decode(vae, torch.stack(list(latents))).cpu()  # (B, C, H, W)
+    return [entry.image_padding.crop(image) for entry, image in zip(entries, decoded, strict=True)]
 
 
 class StoreReader:

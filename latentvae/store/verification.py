@@ -12,9 +12,9 @@ from tqdm import tqdm
 from latentvae.base.errors import StoreError
 from latentvae.images.drawing import grid
 from latentvae.images.reading import PathLike
-from latentvae.models.latents import Posterior, decode
+from latentvae.models.latents import Posterior
 from latentvae.store import format as layout
-from latentvae.store.dataset import StoreReader, original_image
+from latentvae.store.dataset import StoreReader, decoded_images, original_image
 from latentvae.store.format import Entry, Manifest, ShardRecord
 from latentvae.store.journal import FOLDER
 
@@ -110,8 +110,8 @@ def contact_sheet(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.
         original = original_image(entry, reader.manifest, LARGEST)
         if original is not None:
             latents = Posterior(reader.moments(number, entry)[None]).mode()  # (1, C, h, w)
-            with torch.inference_mode():
-                rows.append([original, decode(vae, latents, entry.image_padding)[0].clamp(-1, 1).cpu()])
+            (decoded,) = decoded_images(vae, [entry], latents)
+            rows.append([original, decoded.clamp(-1, 1)])
     if not rows:
         raise StoreError(f"no image of {store} can be shown: their files are gone, or all are large.")
     return grid(rows, ["Image", "Decoded from the store"])

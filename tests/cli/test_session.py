@@ -53,7 +53,7 @@ def test_a_model_too_large_for_a_gpu_is_no_bug(
     def refuse(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("latentvae.cli.agree.load_autoencoder", refuse)
+    monkeypatch.setattr("latentvae.models.spaces.load_autoencoder", refuse)
     monkeypatch.setattr("latentvae.models.loading.load", refuse)
     for arguments in (["agree", "a", "b"], ["reconstruct"]):
         with pytest.raises(SystemExit) as stop:

@@ -493,7 +493,9 @@ def test_fix_does_not_spend_minutes_before_it_looks_at_the_folder(command, model
     for name in ("out/latentvae.json", "mine/thesis.txt"):
         Path(name).parent.mkdir()
         Path(name).write_text("{}")
-    monkeypatch.setattr("latentvae.cli.doctor.rescale", lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr(
+        "latentvae.pipelines.doctor.rescaling.rescale", lambda *_: pytest.fail("measured first")
+    )
     assert command(models / "fine", "--fix", "out")[0] == 2
     code, _, err = command(models / "fine", "--fix", "mine", "--overwrite")
     assert code == 2

@@ -22,6 +22,7 @@ from latentvae.cli.verify import verify as verify_verb
 from latentvae.images import resizing as geometry
 from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing
+from latentvae.runtime.memory import SHARE
 from latentvae.store import journal, processes
 from latentvae.store.format import (
     Entry,
@@ -249,7 +250,7 @@ def test_environments_that_name_no_processes(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def app(tiny_vae: Any, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
     """The two verbs, with the tiny model."""
-    monkeypatch.setattr(encode_verb, "load_model", lambda *_: copy.deepcopy(tiny_vae))
+    monkeypatch.setattr("latentvae.runtime.devices.load_model", lambda *_: copy.deepcopy(tiny_vae))
     verbs = typer.Typer()
     verbs.command()(encode_verb.encode)
     verbs.command()(verify_verb)
@@ -308,20 +309,20 @@ def test_a_large_image_is_the_same_whatever_memory_and_threads_there_are(
 ) -> None:
     vae = copy.deepcopy(tiny_vae)
     encode_verb.tile_large(vae)
-    for_one = 1.5 * encode_verb.plan_peak(vae, 760, 1400) / encode_verb.SHARE
+    for_one = 1.5 * encode_verb.plan_peak(vae, 760, 1400) / SHARE
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(2):
         Image.fromarray(textured(1400, 760, number)).save(photos / f"{number}.png")
     stores = []
     for free, at_once in ((1e12, 2), (1e12, 1), (for_one, 2)):
-        monkeypatch.setattr(encode_verb, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("latentvae.runtime.memory.free_memory", lambda device, free=free: free)
         stores.append(tmp_path / f"{free:g}-{at_once}")
         result = call(app, "encode", photos, stores[-1], "--threads", at_once, "--device", "cpu")
         assert result.exit_code == 0, result.output
     contents = [{file.name: file.read_bytes() for file in store.glob("latents-*")} for store in stores]
     assert contents[0] == contents[1] == contents[2]
-    monkeypatch.setattr(encode_verb, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr("latentvae.runtime.memory.free_memory", lambda device: 1e6)
     result = call(app, "encode", photos, tmp_path / "none", "--device", "cpu")
     assert "px takes about" in str(result.exception)
 

@@ -326,11 +326,11 @@ def test_verb_fills_in_windows_where_gradients_do_not_fit(files: dict[str, Path]
     Image.fromarray(levels).save(files["image"])
     Image.fromarray(scattered(0.1, 96, 130).numpy()).save(files["mask"])
     arguments = (files["image"], files["mask"], "-m", files["model"], "-o", files["out"], "--json")
-    monkeypatch.setattr("latentvae.cli.fill.free_memory", lambda _: 4 * 5 * 16 * 4 * 64 * 64)
+    monkeypatch.setattr("latentvae.runtime.memory.free_memory", lambda _: 4 * 5 * 16 * 4 * 64 * 64)
     result = run(*arguments, "--steps", 1)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["tile_size"] == 64
-    monkeypatch.setattr("latentvae.cli.fill.free_memory", lambda _: 10**5)
+    monkeypatch.setattr("latentvae.runtime.memory.free_memory", lambda _: 10**5)
     result = run(*arguments)
     assert isinstance(result.exception, ImageError)
     assert "even in windows" in str(result.exception)
@@ -343,7 +343,9 @@ def test_a_hole_that_is_filled_exactly_and_a_method_without_gradients_that_must_
     flat = Image.new("RGB", (45, 37), (128, 128, 128))
     flat.save(files["image"])
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("latentvae.cli.session.tile_to_fit", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(
+        "latentvae.runtime.tiling.fitting.tile_to_fit", lambda *arguments: asked.append(arguments)
+    )
     common = ("-m", files["model"], "-o", files["out"], "--original", files["image"], "--method", "project")
     result = run(files["image"], files["mask"], *common)
     assert result.exit_code == 0, result.output

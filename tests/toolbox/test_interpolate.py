@@ -289,7 +289,7 @@ def test_a_line_of_pixels_is_refused_and_not_blown_up(size):
 
 
 def test_frames_that_would_not_fit_into_memory_are_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("latentvae.cli.interpolate.free_memory", lambda device: 1e6)
+    monkeypatch.setattr("latentvae.runtime.memory.free_memory", lambda device: 1e6)
     with pytest.raises(ImageError, match="fewer --frames"):
         run(*photographs(tmp_path / "in"), "--frames", 200)
 

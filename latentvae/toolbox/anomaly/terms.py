@@ -1,6 +1,6 @@
 """What a model says of one image, before any comparison: the terms of a search for odd ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,10 @@ class Look:
     layout: np.ndarray
     error: torch.Tensor
     lonely: torch.Tensor | None = None
+
+    def without_maps(self) -> "Look":
+        """The same without its maps, which are as large as the image: to keep many."""
+        return replace(self, error=torch.empty(0), lonely=None)
 
 
 @torch.no_grad()

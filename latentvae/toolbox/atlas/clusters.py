@@ -34,6 +34,16 @@ class Clustering:
         """How many clusters there are."""
         return int(self.numbers.max()) + 1
 
+    @property
+    def sizes(self) -> list[int]:
+        """How many images each has."""
+        return np.bincount(self.numbers).tolist()
+
+
+def distinct(rows: np.ndarray) -> int:
+    """How many rows differ: copies cannot be told apart."""
+    return len(np.unique(rows, axis=0))
+
 
 def cluster(
     values: np.ndarray, count: int | None = None, seed: int = 0, *, progress: bool = False
@@ -50,20 +60,20 @@ def cluster(
         LatentVAEError: fewer than two images, or more clusters than images that differ.
     """
     scaled = normalise(values)
-    distinct = len(np.unique(scaled, axis=0))  # copies cannot be told apart
+    different = distinct(scaled)
     if len(scaled) < 2:
         raise LatentVAEError("1 image came; there is nothing to group. Name two or more.")
     if count is not None:
-        if not 1 <= count <= distinct:
+        if not 1 <= count <= different:
             raise LatentVAEError(
-                f"{count} clusters came for {len(scaled)} images, {distinct} of them different; wanted 1 to "
-                f"{distinct}. Leave the number out to have it chosen."
+                f"{count} clusters came for {len(scaled)} images, {different} of them different; wanted 1 to "
+                f"{different}. Leave the number out to have it chosen."
             )
         return Clustering(_k_means(scaled, count, seed), {})
     # one less than there are different images: a silhouette needs a cluster with two
-    tried = range(2, min(MOST, distinct - 1) + 1)
+    tried = range(2, min(MOST, different - 1) + 1)
     if not tried:
-        return Clustering(_k_means(scaled, distinct, seed), {})
+        return Clustering(_k_means(scaled, different, seed), {})
     found, silhouettes = {}, {}
     for each in tqdm(tried, unit="clustering", disable=not progress):
         found[each] = _k_means(scaled, each, seed)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images import resizing, saving
-from latentvae.models.latents import Posterior, pool_latents
+from latentvae.models.latents import Posterior, encode, pool_latents
 from latentvae.store.dataset import StoreReader
 from latentvae.toolbox.atlas.features import Features
 from latentvae.toolbox.atlas.labels import folder_labels, label_of
@@ -70,6 +71,11 @@ class Gallery:
         self.rows.append(row)
         self.keys.append(key)
         self.labels.append(label)
+
+    @torch.no_grad()
+    def add_image(self, vae: AutoencoderKL, key: str, label: str, image: torch.Tensor) -> None:
+        """Encode one image (C, H, W) in [-1, 1] and take it in; raises as `add` does."""
+        self.add(key, label, encode(vae, image[None])[0].mode(), image)
 
     def label(self, table: dict[str, str] | None = None) -> None:
         """Settle the labels: from a table by key, else from caption records, else from subfolders."""

@@ -1,0 +1,54 @@
+"""A model on a device, both by the names that people give, and what to do where it does not fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.models import loading
+from latentvae.runtime.optimize import optimize
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(model: str | None, device: str | None, precision: str) -> AutoencoderKL:
+    """The model, optimized, at this precision.
+
+    Raises:
+        LatentVAEError: no such model or device, or no room on it.
+    """
+    place = usable_device(device)
+    with fitting_on(place):
+        return optimize(loading.load(model, dtype=DTYPES[precision], device=place))
+
+
+@contextmanager
+def fitting_on(place: torch.device) -> Iterator[None]:
+    """Turn what a device says when a model does not fit into an error that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LatentVAEError(f"the model does not fit on {place}: {error}. Try --device cpu.") from error
+
+
+def usable_device(device: str | None) -> torch.device:
+    """The device that was named, or the best one.
+
+    Raises:
+        LatentVAEError: it is not there.
+    """
+    try:
+        place = torch.device(device or best_device())
+        torch.empty(1, device=place)  # a name that torch knows may be of a GPU that is not there
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
+    return place
+
+
+def best_device() -> str:
+    """cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
