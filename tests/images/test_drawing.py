@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from latentvae.base.errors import ImageError
 from latentvae.images import drawing
-from latentvae.images.drawing import colour_error, comparison, error_map, grid
+from latentvae.images.drawing import colour_error, comparison, error_map, grid, sheet
 from latentvae.images.saving import to_pil
 from latentvae.images.tensors import from_uint8
 
@@ -189,6 +189,19 @@ def test_grid_places_every_image_under_its_title(written):
         assert title == ("original", "mode", "EMA")[j]
         assert abs(box[0] - (24 + j * 158)) <= 3
         assert box[3] <= top
+
+
+def test_a_sheet_is_about_as_wide_as_high_and_white_where_no_image_is_left():
+    picture = sheet([plain(128, 128, RED)] * 5)
+    assert picture.width == 24 + 3 * 128 + 2 * 8 + 24
+    assert box_of(picture, RED) == (
+        24,
+        picture.height - 24 - 128 - 8 - 128,
+        24 + 3 * 128 + 16,
+        picture.height - 24,
+    )
+    corner = picture.crop((24 + 2 * 136, picture.height - 24 - 128, picture.width, picture.height))
+    assert corner.getcolors() == [(corner.width * corner.height, (255, 255, 255))]
 
 
 def test_grid_enlarges_small_cells_and_shrinks_large_ones():
