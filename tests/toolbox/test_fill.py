@@ -330,8 +330,9 @@ def test_verb_fills_in_windows_where_gradients_do_not_fit(files: dict[str, Path]
     result = run(*arguments, "--steps", 1)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["tile_size"] == 64
-    monkeypatch.setattr("latentvae.runtime.memory.free_memory", lambda _: 10**5)
-    result = run(*arguments)
+    with monkeypatch.context() as less:
+        less.setattr("latentvae.runtime.memory.free_memory", lambda _: 10**5)
+        result = run(*arguments)
     assert isinstance(result.exception, ImageError)
     assert "even in windows" in str(result.exception)
     assert json.loads(run(*arguments, "--method", "project").stdout)["tile_size"] is None
