@@ -31,7 +31,9 @@ def export(
     ] = None,
     ema: Annotated[bool, typer.Option(help="Averaged weights rather than the last ones.")] = True,
     name: Annotated[str, typer.Option(help="For the model card.")] = "latentvae model",
-    licence: Annotated[str, typer.Option(help="Of the weights, for the model card.")] = "unknown",
+    licence: Annotated[
+        str, typer.Option(help="Of the weights, for the card: an identifier of the hub, such as mit.")
+    ] = "unknown",
     trained_on: Annotated[
         str, typer.Option(help="The data and its terms, for the model card.")
     ] = "not stated",
@@ -57,6 +59,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
+    models.licences.check_licence(licence)
     vae, state = _load_any(source, ema)
     said = {"name": name, "licence": licence, "trained_on": trained_on}
     provenance = _provenance(state, base_model, training, metrics, said)

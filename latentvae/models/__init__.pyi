@@ -3,6 +3,7 @@ from . import exporting as exporting
 from . import fingerprint as fingerprint
 from . import formats as formats
 from . import latents as latents
+from . import licences as licences
 from . import loading as loading
 from . import presets as presets
 from . import publishing as publishing

@@ -15,6 +15,7 @@ from latentvae.models.loading import spatial_compression_ratio
 ABSOLUTE_PATH = re.compile(r"""(?<![\w.~:/\\-])(?:[A-Za-z]:[\\/]|/)[^\s'",;:)]+""")
 
 
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 PLACE = '"path/to/this/folder"'  # in the example; an upload puts its own there
 FIGURES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rate_bpp": "rate (KL), bits per pixel"}
 
@@ -30,6 +31,11 @@ class Provenance:
     training: str = "not stated"
     metrics: dict[str, Any] = field(default_factory=dict)  # MetricsSummary.as_dict()
     config: dict[str, Any] = field(default_factory=dict)  # the run's resolved configuration
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is OWNER/NAME on the hub, as a card's base_model must be, and no file or folder here."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def without_paths(provenance: Provenance) -> Provenance:
@@ -69,8 +75,10 @@ def model_card(vae: AutoencoderKL, provenance: Provenance, statistics: dict[str,
     config = vae.config
     # the hub reads the front matter: what the model is found by, and how its example is shown
     front = {"library_name": "diffusers", "license": provenance.licence, "pipeline_tag": "image-to-image"}
-    if provenance.base_model:
-        front["base_model"] = provenance.base_model
+    parent = provenance.base_model
+    # the hub links to it: of the name of a folder, or of a model bundled here, it would make a wrong id
+    if parent and is_hub_id(parent):
+        front["base_model"] = parent
     ratio, parameters = spatial_compression_ratio(vae), sum(p.numel() for p in vae.parameters())
     means = provenance.metrics.get("mean", {})
     rows = [
@@ -99,6 +107,7 @@ def model_card(vae: AutoencoderKL, provenance: Provenance, statistics: dict[str,
             "## Training", "",
             f"Data: {provenance.trained_on}", "",
             f"Run: {provenance.training}", "",
+            *([f"Parent: {parent}", ""] if parent else []),
             "## Figures", "",
             *(figures if rows else ["Not measured."]), "",
             "## Licence", "",

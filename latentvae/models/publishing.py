@@ -1,14 +1,12 @@
 """Sending an export to the Hugging Face hub: only when asked, and checked before anything is computed."""
 
-import re
 from pathlib import Path
 
 import huggingface_hub
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.models.card import PLACE, Provenance
+from latentvae.models.card import HUB_ID, PLACE, Provenance, is_hub_id
 
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 CARD = "README.md"
 
 
@@ -21,7 +19,7 @@ def check_publishable(repository: str, provenance: Provenance) -> None:
     if not HUB_ID.fullmatch(repository):
         raise LatentVAEError(f"{repository!r} is no hub id; wanted OWNER/NAME, such as 'me/my-vae'.")
     base = provenance.base_model
-    if base and (not HUB_ID.fullmatch(base) or Path(base).exists()):
+    if base and not is_hub_id(base):
         raise LatentVAEError(
             f"the base model {base!r} is no hub id, which a card on the hub needs. Name it: "
             "--base-model OWNER/NAME."

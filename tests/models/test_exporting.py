@@ -22,6 +22,7 @@ from latentvae.models import exporting as export_module
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import SIDECAR, export, fold_latent_mean, prepare_export
 from latentvae.models.latents import compute_latent_statistics, encode, reconstruct, scale
+from latentvae.models.licences import LICENCES, check_licence
 from latentvae.models.loading import WEIGHTS_NAME
 
 MEAN = [2.0, -1.5, 0.25, 4.0]
@@ -339,7 +340,31 @@ def test_front_matter_parses_whatever_a_person_typed():
     card = export_module.model_card(trained_like(), provenance)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "own terms: see #3"
-    assert front["base_model"] == "Bjørn's [best]"
+    assert "base_model" not in front
+    assert "Parent: Bjørn's [best]" in card
+
+
+@pytest.mark.parametrize("parent", ["{here}/runs/parent", "runs/parent", "./parent", "parent", "f8c4-small"])
+def test_a_parent_that_is_no_hub_id_is_not_written_as_one(tmp_path, monkeypatch, parent):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/parent").mkdir(parents=True)
+    provenance = Provenance(base_model=parent.format(here=tmp_path))
+    card = (export(trained_like(), "out", provenance=provenance) / "README.md").read_text()
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+    assert "parent" in card or parent in card
+    assert str(tmp_path) not in card
+
+
+def test_a_licence_is_one_of_the_hubs():
+    assert {"mit", "cc-by-4.0", "openrail++", "unknown", "other"} <= LICENCES
+    assert len(LICENCES) == len({licence.lower() for licence in LICENCES}) == 82
+    for licence in LICENCES:
+        check_licence(licence)
+    for wrong, near in (("Apache 2.0", "'apache-2.0'"), ("CC BY 4.0", "'cc-by-4.0'"), ("MIT", "'mit'")):
+        with pytest.raises(LatentVAEError, match=rf"{wrong!r} is no licence .* Did you mean {near}"):
+            check_licence(wrong)
+    with pytest.raises(LatentVAEError, match=r"hub\. Wanted one of https://"):
+        check_licence("§§§")
 
 
 def test_an_export_without_figures_says_so(exported):
