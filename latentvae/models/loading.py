@@ -306,7 +306,10 @@ def describe(vae: AutoencoderKL) -> dict[str, Any]:
 
 
 def _refuse_pickle(path: Path) -> str:
+    # training's checkpoints, such as LDM's, keep the weights beside other things
+    part = '["state_dict"]' if path.suffix == ".ckpt" else ""
     return (
         f"{path} holds pickled weights, which can run code when loaded. Wanted safetensors: convert it once, "
-        "in a place you trust, with `safetensors.torch.save_file(torch.load(path, weights_only=True), out)`."
+        "in a place you trust, with "
+        f"`safetensors.torch.save_file(torch.load(path, weights_only=True){part}, out)`."
     )

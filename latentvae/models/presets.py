@@ -1,6 +1,6 @@
 """The shapes of VAE that we train, as configs of stock `diffusers.AutoencoderKL`; latent spaces by name."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -47,12 +47,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def block_types(block_out_channels: tuple[int, ...] | list[int]) -> dict[str, tuple[str, ...]]:
-    """The block names of an AutoencoderKL of that many levels."""
-    levels = len(block_out_channels)
+def block_types(
+    block_out_channels: tuple[int, ...] | list[int], down: Collection[int] = (), up: Collection[int] = ()
+) -> dict[str, tuple[str, ...]]:
+    """The block names of an AutoencoderKL of that many levels, with attention in those of `down` and `up`."""
+    levels = range(len(block_out_channels))
     return {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "down_block_types": tuple(f"{'Attn' if i in down else ''}DownEncoderBlock2D" for i in levels),
+        "up_block_types": tuple(f"{'Attn' if i in up else ''}UpDecoderBlock2D" for i in levels),
     }
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-import torch.nn.functional as F
 import typer
 import vaes
 import yaml
 from diffusers import AutoencoderKL
+from ldm import LDM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -32,7 +32,6 @@ from latentvae.models.formats.writing import save
 from latentvae.models.latents import compute_latent_statistics
 from latentvae.models.presets import PRESETS, preset_config
 
-Tensors = dict[str, torch.Tensor]
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
 
 # levels, layers, attention, both quant convs
@@ -43,114 +42,6 @@ STRUCTURES = [
     (4, 2, True, True),
     (5, 1, False, False),
 ]
-
-
-# --- LDM's naming rules and formulas, written down once more ---------------------------------------------
-
-
-class LDM:
-    """Random weights under LDM's names, and LDM's own computation with them."""
-
-    def __init__(
-        self, widths: tuple[int, ...], layers: int = 1, attention: bool = True, quant: bool = True, z: int = 4
-    ) -> None:
-        self.widths, self.layers, self.attention, self.quant = widths, layers, attention, quant
-        self.weights: Tensors = {}
-        top, last = len(widths) - 1, widths[-1]
-        self.conv("encoder.conv_in", 3, widths[0])
-        self.conv("decoder.conv_in", z, last)
-        width = widths[0]
-        for level, out in enumerate(widths):
-            for number in range(layers):
-                self.block(f"encoder.down.{level}.block.{number}", out if number else width, out)
-            if level < top:
-                self.conv(f"encoder.down.{level}.downsample.conv", out, out)
-            width = out
-        for level in reversed(range(len(widths))):
-            for number in range(layers + 1):
-                self.block(
-                    f"decoder.up.{level}.block.{number}", widths[level] if number else width, widths[level]
-                )
-            if level > 0:
-                self.conv(f"decoder.up.{level}.upsample.conv", widths[level], widths[level])
-            width = widths[level]
-        for part, channels, out in (("encoder", last, 2 * z), ("decoder", widths[0], 3)):
-            for name in ("block_1", "block_2"):
-                self.block(f"{part}.mid.{name}", last, last)
-            if attention:
-                self.norm(f"{part}.mid.attn_1.norm", last)
-                for name in ("q", "k", "v", "proj_out"):
-                    self.conv(f"{part}.mid.attn_1.{name}", last, last, 1)
-            self.norm(f"{part}.norm_out", channels)
-            self.conv(f"{part}.conv_out", channels, out)
-        if quant:
-            self.conv("quant_conv", 2 * z, 2 * z, 1)
-            self.conv("post_quant_conv", z, z, 1)
-
-    def conv(self, name: str, channels: int, out: int, size: int = 3) -> None:
-        self.weights[f"{name}.weight"] = torch.randn(out, channels, size, size) / (channels * size**2) ** 0.5
-        self.weights[f"{name}.bias"] = torch.randn(out) * 0.1
-
-    def norm(self, name: str, channels: int) -> None:
-        self.weights[f"{name}.weight"] = 1 + 0.1 * torch.randn(channels)
-        self.weights[f"{name}.bias"] = 0.1 * torch.randn(channels)
-
-    def block(self, name: str, channels: int, out: int) -> None:
-        self.norm(f"{name}.norm1", channels)
-        self.conv(f"{name}.conv1", channels, out)
-        self.norm(f"{name}.norm2", out)
-        self.conv(f"{name}.conv2", out, out)
-        if channels != out:
-            self.conv(f"{name}.nin_shortcut", channels, out, 1)
-
-    def run_conv(self, name: str, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        weight = self.weights[f"{name}.weight"]
-        options.setdefault("padding", weight.shape[-1] // 2)
-        return F.conv2d(x, weight, self.weights[f"{name}.bias"], **options)
-
-    def run_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, 32, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-6)
-
-    def run_block(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        h = self.run_conv(f"{name}.conv1", F.silu(self.run_norm(f"{name}.norm1", x)))
-        h = self.run_conv(f"{name}.conv2", F.silu(self.run_norm(f"{name}.norm2", h)))
-        return h + (
-            self.run_conv(f"{name}.nin_shortcut", x) if f"{name}.nin_shortcut.bias" in self.weights else x
-        )
-
-    def run_middle(self, part: str, x: torch.Tensor) -> torch.Tensor:
-        x = self.run_block(f"{part}.mid.block_1", x)
-        if self.attention:
-            h = self.run_norm(f"{part}.mid.attn_1.norm", x)
-            q, k, v = (self.run_conv(f"{part}.mid.attn_1.{n}", h).flatten(2) for n in "qkv")
-            weights = torch.softmax(q.transpose(1, 2) @ k / q.shape[1] ** 0.5, dim=2)
-            x = x + self.run_conv(f"{part}.mid.attn_1.proj_out", (v @ weights.transpose(1, 2)).view_as(x))
-        return self.run_block(f"{part}.mid.block_2", x)
-
-    def run_out(self, part: str, x: torch.Tensor) -> torch.Tensor:
-        return self.run_conv(f"{part}.conv_out", F.silu(self.run_norm(f"{part}.norm_out", x)))
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.run_conv("encoder.conv_in", x)
-        for level in range(len(self.widths)):
-            for number in range(self.layers):
-                x = self.run_block(f"encoder.down.{level}.block.{number}", x)
-            if level < len(self.widths) - 1:
-                x = F.pad(x, (0, 1, 0, 1))
-                x = self.run_conv(f"encoder.down.{level}.downsample.conv", x, stride=2, padding=0)
-        x = self.run_out("encoder", self.run_middle("encoder", x))
-        return self.run_conv("quant_conv", x) if self.quant else x
-
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.run_conv("post_quant_conv", x) if self.quant else x
-        x = self.run_middle("decoder", self.run_conv("decoder.conv_in", x))
-        for level in reversed(range(len(self.widths))):
-            for number in range(self.layers + 1):
-                x = self.run_block(f"decoder.up.{level}.block.{number}", x)
-            if level > 0:
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-                x = self.run_conv(f"decoder.up.{level}.upsample.conv", x)
-        return self.run_out("decoder", x)
 
 
 @torch.no_grad()
@@ -205,6 +96,38 @@ def test_a_file_in_ldms_names_computes_what_ldm_does(tmp_path, caplog, levels, l
     assert vae.config.mid_block_add_attention is attention
     (note,) = caplog.messages
     assert "scaling_factor=1, shift_factor=0; norm_num_groups=32 is LDM's" in note
+
+
+# where kl-f16 and kl-f32 have it, and where no model has
+@pytest.mark.parametrize(("levels", "layers", "inside"), [(3, 1, [2]), (2, 2, [1]), (2, 1, [0])])
+def test_attention_within_the_levels_is_read_and_written_as_ldm_has_it(tmp_path, levels, layers, inside):
+    ldm = LDM((64, 64, 96, 64, 128)[:levels], layers, inside=inside)
+    save_file({**ldm.weights, "loss.logvar": torch.zeros(1)}, tmp_path / "kl.safetensors")
+    vae = latentvae.load(tmp_path / "kl.safetensors")
+    assert_computes_like(vae, ldm)
+    assert [i for i, name in enumerate(vae.config.down_block_types) if "Attn" in name] == inside
+    for to, name in (("diffusers", "a"), ("single-file", "b.safetensors"), ("ldm", "c.safetensors")):
+        save(vae, tmp_path / name, to)
+        assert_same(latentvae.load(tmp_path / name), vae)
+    # without its metadata, so that no config helps
+    for name, wanted in (("c.safetensors", ldm.weights), ("b.safetensors", vae.state_dict())):
+        rewrite(tmp_path / name, {})
+        written = load_file(tmp_path / name)
+        assert written.keys() == wanted.keys()
+        assert all(torch.equal(written[key], wanted[key]) for key in wanted)
+        assert_computes_like(latentvae.load(tmp_path / name), ldm)
+
+
+def test_a_file_that_stock_diffusers_does_not_read_is_read_back_before_it_is_kept(
+    tmp_path, attentive, monkeypatch
+):
+    save_file(LDM((64, 64), inside=[1]).weights, tmp_path / "kl.safetensors")
+    vae = latentvae.load(tmp_path / "kl.safetensors")
+    other = {"quant_conv.bias": torch.ones(8)}
+    monkeypatch.setattr(writing, "load_file", lambda file: load_file(file) | other)
+    with pytest.raises(LatentVAEError, match="reads otherwise than it was written"):
+        save(vae, tmp_path / "out.safetensors", "ldm")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
@@ -488,8 +411,9 @@ def test_a_file_without_a_vae_is_named(tmp_path):
 
 def test_a_pickled_checkpoint_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "sd.ckpt").write_bytes(b"not even a pickle")
-    with pytest.raises(ModelError, match=r"pickled weights.*safetensors\.torch\.save_file"):
+    with pytest.raises(ModelError, match=r"pickled weights.*safetensors\.torch\.save_file") as caught:
         latentvae.load(tmp_path / "sd.ckpt")
+    assert 'torch.load(path, weights_only=True)["state_dict"], out)' in str(caught.value)
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -728,6 +652,7 @@ def test_export_uploads_only_when_asked_and_the_card_says_from_where(run_export,
     [
         (("--push-to-hub", "my-vae"), "'my-vae' is no hub id"),
         (("--push-to-hub", "me/my-vae", "--base-model", "parent"), "base model 'parent' is no hub id"),
+        (("--licence", "apache 2"), "'apache 2' is no licence identifier"),
     ],
 )
 def test_what_the_hub_would_refuse_is_refused_before_anything_is_written(

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from latentvae.base.errors import ModelError
+from latentvae.models.formats.layout import Layout
 from latentvae.models.formats.stored import StoredVAE
 from latentvae.models.presets import SPACES, block_types, nearest
 
@@ -28,6 +29,14 @@ _FIRST = {
     "diffusers": "encoder.down_blocks.{}.resnets.0.conv1.weight",
 }
 _ATTENTION = {"ldm": "encoder.mid.attn_1.", "diffusers": "encoder.mid_block.attentions."}
+# within the levels; LDM numbers those of both halves alike, diffusers by the order in which they run
+_LEVEL_ATTENTION = {
+    "ldm": (r"encoder\.down\.(\d+)\.attn\..+", r"decoder\.up\.(\d+)\.attn\..+"),
+    "diffusers": (
+        r"encoder\.down_blocks\.(\d+)\.attentions\..+",
+        r"decoder\.up_blocks\.(\d+)\.attentions\..+",
+    ),
+}
 
 
 def derive_config(stored: StoredVAE) -> tuple[dict[str, Any], str]:
@@ -56,10 +65,19 @@ def derive_config(stored: StoredVAE) -> tuple[dict[str, Any], str]:
         "use_quant_conv": any(name.startswith("quant_conv.") for name in names),
         "use_post_quant_conv": any(name.startswith("post_quant_conv.") for name in names),
         "sample_size": SAMPLE_SIZE,  # in no tensor; diffusers' tiling derives its tiles from it
-        **block_types(widths),
+        **block_types(widths, *_attention_levels(stored.layout, names, levels)),
     }
     scaling, shift, note = _factors(stored, config)
     return {**config, "scaling_factor": scaling, "shift_factor": shift}, note
+
+
+def _attention_levels(layout: Layout, names: list[str], levels: int) -> tuple[set[int], set[int]]:
+    """The levels with attention in encoder and decoder, each counted as its half runs through them."""
+    down, up = (
+        {int(match[1]) for name in names if (match := re.fullmatch(pattern, name))}
+        for pattern in _LEVEL_ATTENTION[layout]
+    )
+    return down, {levels - 1 - level for level in up} if layout == "ldm" else up
 
 
 def _shape(stored: StoredVAE, name: str) -> tuple[int, ...]:
@@ -124,4 +142,10 @@ def is_sd_shaped(config: dict[str, Any]) -> bool:
         and config["act_fn"] in ("silu", "swish")
         and config["in_channels"] == config["out_channels"] == 3
         and bool(config["mid_block_add_attention"])
+        and not has_level_attention(config)
     )
+
+
+def has_level_attention(config: dict[str, Any]) -> bool:
+    """Whether attention stands within the levels too, as in CompVis' kl-f16 and kl-f32."""
+    return any(block.startswith("Attn") for block in (*config["down_block_types"], *config["up_block_types"]))

@@ -14,10 +14,12 @@ PREFIXES = ("first_stage_model.", "vae.", "")
 # diffusers' name today: its name before, and LDM's (ldm/modules/diffusionmodules/model.py)
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_ATTENTION = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)")
+_LDM_KINDS = {"resnets": "block", "attentions": "attn"}
+# in the middle, or after each resnet of a level (AttnDownEncoderBlock2D, AttnUpDecoderBlock2D)
+_ATTENTION = re.compile(r"(.+)\.attentions\.(\d+)\.(.+)\.(weight|bias)")
 _MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(.+)")
 _LEVEL = re.compile(
-    r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)"
+    r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
 )
 
 
@@ -27,8 +29,10 @@ def ldm_name(key: str, levels: int) -> str:
     LDM numbers the decoder's levels by their resolution, as the encoder's, so its last one runs first.
     """
     if match := _ATTENTION.fullmatch(key):
-        part, layer, kind = match.groups()
-        return f"{part}.mid.attn_1.{_LDM_ATTENTION[layer]}.{kind}"
+        block, number, layer, kind = match.groups()
+        if block.endswith(".mid_block"):
+            return f"{block.removesuffix('_block')}.attn_{int(number) + 1}.{_LDM_ATTENTION[layer]}.{kind}"
+        key = f"{block}.attentions.{number}.{_LDM_ATTENTION[layer]}.{kind}"
     if match := _MIDDLE.fullmatch(key):
         part, number, rest = match.groups()
         return f"{part}.mid.block_{int(number) + 1}.{_shortcut(rest)}"
@@ -36,8 +40,8 @@ def ldm_name(key: str, levels: int) -> str:
         part, level, kind, number, rest = match.groups()
         # diffusers counts the decoder's levels as they run, from the smallest
         place = int(level) if part == "encoder.down" else levels - 1 - int(level)
-        if kind == "resnets":
-            return f"{part}.{place}.block.{number}.{_shortcut(rest)}"
+        if kind in _LDM_KINDS:
+            return f"{part}.{place}.{_LDM_KINDS[kind]}.{number}.{_shortcut(rest)}"
         return f"{part}.{place}.{kind.removesuffix('rs')}.{rest}"
     return key.replace(".conv_norm_out.", ".norm_out.")
 
@@ -49,9 +53,9 @@ def _shortcut(rest: str) -> str:
 def old_name(key: str) -> str:
     """What diffusers called a weight before 2023: files such as SD's name attention so."""
     match = _ATTENTION.fullmatch(key)
-    if match is None or match[2] not in _OLD_ATTENTION:
+    if match is None or match[3] not in _OLD_ATTENTION:
         return key
-    return f"{match[1]}.mid_block.attentions.0.{_OLD_ATTENTION[match[2]]}.{match[3]}"
+    return f"{match[1]}.attentions.{match[2]}.{_OLD_ATTENTION[match[3]]}.{match[4]}"
 
 
 def file_names(
@@ -73,7 +77,7 @@ def file_names(
 def is_attention_weight(key: str) -> bool:
     """Whether diffusers' `key` is a matrix that LDM keeps as a 1x1 convolution."""
     match = _ATTENTION.fullmatch(key)
-    return match is not None and match[3] == "weight" and match[2] != "group_norm"
+    return match is not None and match[4] == "weight" and match[3] != "group_norm"
 
 
 def to_convolution(tensor: torch.Tensor) -> torch.Tensor:
