@@ -20,8 +20,9 @@ class LDM:
         quant: bool = True,
         z: int = 4,
         inside: Collection[int] = (),  # levels with attention after each block, as in kl-f16 and kl-f32
+        groups: int = 32,
     ) -> None:
-        self.widths, self.layers, self.attention, self.quant = widths, layers, attention, quant
+        self.widths, self.layers, self.groups = widths, layers, groups
         self.weights: Tensors = {}
         top, last = len(widths) - 1, widths[-1]
         self.conv("encoder.conv_in", 3, widths[0])
@@ -83,7 +84,9 @@ class LDM:
         return F.conv2d(x, weight, self.weights[f"{name}.bias"], **options)
 
     def run_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, 32, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-6)
+        return F.group_norm(
+            x, self.groups, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-6
+        )
 
     def run_block(self, name: str, x: torch.Tensor) -> torch.Tensor:
         h = self.run_conv(f"{name}.conv1", F.silu(self.run_norm(f"{name}.norm1", x)))
@@ -118,10 +121,10 @@ class LDM:
                 x = F.pad(x, (0, 1, 0, 1))
                 x = self.run_conv(f"encoder.down.{level}.downsample.conv", x, stride=2, padding=0)
         x = self.run_out("encoder", self.run_middle("encoder", x))
-        return self.run_conv("quant_conv", x) if self.quant else x
+        return self.run_conv("quant_conv", x) if "quant_conv.weight" in self.weights else x
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.run_conv("post_quant_conv", x) if self.quant else x
+        x = self.run_conv("post_quant_conv", x) if "post_quant_conv.weight" in self.weights else x
         x = self.run_middle("decoder", self.run_conv("decoder.conv_in", x))
         for level in reversed(range(len(self.widths))):
             for number in range(self.layers + 1):

@@ -10,7 +10,7 @@ import typer
 
 from latentvae import images, models, training
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.options import output_folder, tell
+from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ def export(
         str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")
     ] = "",
     private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
+    program: Annotated[
+        Program | None,
+        typer.Option("--for", help="Add PROGRAM.safetensors, folded as this program reads it right."),
+    ] = None,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     models.licences.check_licence(licence)
@@ -76,13 +80,24 @@ def export(
         half=half,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
+        programs=[program] if program else (),
     )
     url = _upload(folder, push_to_hub, subfolder, private)
     figures = statistics.as_dict() if statistics else None
     result = {"export": str(folder), "latent_statistics": figures, "hub": url}
-    notes = [*models.formats.programs.program_notes(vae.config), *([f"Uploaded to {url}."] if url else [])]
+    exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # with its own factors
+    notes = [*models.formats.programs.program_notes(exported), *_unlinked(provenance)]
+    notes += [f"Uploaded to {url}."] if url else []
     tell(result, [f"Exported {folder}, reloaded in diffusers without a difference.", *notes], session.json)
     session.finish(statistics.image_count if statistics else 0)
+
+
+def _unlinked(provenance: models.card.Provenance) -> list[str]:
+    """What to say of a parent that the card cannot link to."""
+    parent = provenance.base_model
+    if not parent or models.card.is_hub_id(parent):
+        return []
+    return [f"The card names {Path(parent).name!r} as the parent, but links to none: that is no hub id."]
 
 
 def _upload(folder: Path, repository: str | None, subfolder: str, private: bool) -> str | None:

@@ -18,6 +18,7 @@ def info(
     figures = models.loading.describe(models.loading.load(model))
     figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
     figures["bundled_models"] = models.loading.bundled()
+    figures["other_programs"] = models.formats.programs.program_notes(figures["config"])
     tell(figures, _lines(figures), json)
 
 
@@ -46,4 +47,6 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         *(f"{name:<{width}}  {value}" for name, value in rows.items()),
         "config:",
         *(f"  {key}: {value}" for key, value in settings.items()),
+        "in LDM's names, for other programs:",
+        *(f"  {note}" for note in figures["other_programs"]),
     ]

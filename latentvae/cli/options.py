@@ -28,6 +28,9 @@ ModelArgument = Annotated[
     str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
 ]
 SameModel = Annotated[str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")]
+# as in models.formats, which would have to be loaded for it
+Format = Literal["diffusers", "ldm", "single-file"]
+Program = Literal["comfyui", "a1111", "forge", "flux", "sd-scripts"]
 Photos = Annotated[list[Path], typer.Argument(help="Images or folders.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")

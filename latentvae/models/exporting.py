@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import LatentVAEError, ModelError
 from latentvae.base.files import check_folder, whole_folder
 from latentvae.models.card import Provenance, model_card, without_paths
+from latentvae.models.formats.adapting import adapt
+from latentvae.models.formats.programs import Program
+from latentvae.models.formats.writing import save
 from latentvae.models.latents import LatentStatistics, reconstruct
 from latentvae.models.loading import spatial_compression_ratio
 
@@ -77,6 +81,7 @@ def export(
     half: bool = False,
     overwrite: bool = False,
     max_shard_size: str | None = None,
+    programs: Sequence[Program] = (),
 ) -> Path:
     """Write config.json, fp32 and fp16 weights, a model card and a sidecar; then load and compare.
 
@@ -89,13 +94,14 @@ def export(
         half: write fp16 weights only, as the one file: half the size, and what every loader finds first.
         overwrite: replace an earlier export.
         max_shard_size: such as "300MB": weights larger than that are split into several files.
+        programs: each gets a file of its own beside the model, PROGRAM.safetensors, that it reads right.
 
     Returns:
         The folder.
 
     Raises:
-        LatentVAEError: the folder holds something else or cannot be written, the size is none, or the reload
-            differs.
+        LatentVAEError: the folder holds something else or cannot be written, the size is none, a program
+            cannot read such a model right, or the reload differs.
     """
     folder = Path(folder)
     check_folder(folder, "export", SIDECAR, overwrite=overwrite, instead="Choose another --output")
@@ -106,6 +112,10 @@ def export(
         prepared = prepared.half().float()  # what a reload in fp32 gives
     with whole_folder(folder, message="cannot write {path}: {reason}. Choose another --output.") as partial:
         _write(prepared, partial, statistics, without_paths(provenance or Provenance()), half, max_shard_size)
+        for program in programs:
+            adapted, _ = adapt(prepared, program)
+            dtype = torch.float16 if half else torch.float32
+            save(adapted, partial / f"{program}.safetensors", "ldm", dtype=dtype)
         verify_export(prepared, partial)
     return folder
 

@@ -26,7 +26,6 @@ from latentvae.cli.export import export as export_command
 from latentvae.models.formats import stored, writing
 from latentvae.models.formats.deriving import derive_config
 from latentvae.models.formats.layout import is_attention_weight, ldm_name
-from latentvae.models.formats.programs import program_notes, why_not_a1111, why_not_comfyui
 from latentvae.models.formats.stored import StoredVAE
 from latentvae.models.formats.writing import save
 from latentvae.models.latents import compute_latent_statistics
@@ -499,39 +498,6 @@ def test_a_prefix_is_for_ldms_names_only(tmp_path, attentive):
         save(attentive, tmp_path / "x.safetensors", "single-file", prefix="vae.")
 
 
-# --- other programs --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "comfyui", "a1111"),
-    [
-        ({}, None, None),
-        ({"latent_channels": 16}, None, "16 latent channels"),
-        ({"use_quant_conv": False, "use_post_quant_conv": False}, None, "no quant conv"),
-        ({"use_quant_conv": False}, "alone", "no quant conv"),
-        ({"latent_channels": 64}, "64 latent channels", "64 latent channels"),
-        ({"block_out_channels": (128, 256, 512)}, None, "widths 128-256-512 (wanted 128-256-512-512)"),
-        ({"block_out_channels": (128, 128, 256, 512, 512)}, "widths", "widths"),
-        ({"layers_per_block": 1}, "layers_per_block=1", "layers_per_block=1"),
-        ({"norm_num_groups": 16}, "norm_num_groups=16", "norm_num_groups=16"),
-        ({"mid_block_add_attention": False}, "no attention", "no attention"),
-        ({"in_channels": 1, "out_channels": 1}, "images of 1 channels", "images of 1 channels"),
-    ],
-)
-def test_what_other_programs_take_is_said_with_the_reason(changes, comfyui, a1111):
-    config = preset_config("f8c4", scaling_factor=0.18215, **changes)
-    for check, program, wanted in ((why_not_comfyui, "ComfyUI", comfyui), (why_not_a1111, "A1111", a1111)):
-        reason = check(config)
-        assert reason is None if wanted is None else wanted in reason
-        word = f"{program} can load it" if wanted is None else f"{program} cannot load it: {reason}"
-        assert any(note.startswith(word) for note in program_notes(config))
-    assert not any("scale latents" in note for note in program_notes(config))
-
-
-def test_a_scaling_that_other_programs_do_not_read_is_said():
-    assert "scaling_factor=0.9" in program_notes(preset_config("f8c4", scaling_factor=0.9))[-1]
-
-
 # --- the command -----------------------------------------------------------------------------------------
 
 
@@ -551,7 +517,7 @@ def test_convert_goes_from_any_format_to_any_other(run, tmp_path, attentive):
         result = run(tmp_path / source, tmp_path / output, "--to", to)
         assert result.exit_code == 0, result.output
         assert "without a difference" in result.output
-        assert ("ComfyUI cannot load it: widths 16-16-32-32" in result.output) == (to != "diffusers")
+        assert ("Refused by ComfyUI" in result.output) == (to != "diffusers")
     assert_same(AutoencoderKL.from_pretrained(tmp_path / "out"), attentive)
 
 
@@ -685,7 +651,8 @@ def test_the_card_has_each_latent_channels_figures_and_what_other_programs_take(
     card = (folder / "README.md").read_text()
     for number, std in enumerate(statistics.latents_std):
         assert f"| {number} | 0 | {std:.4g} |" in card
-    assert "- ComfyUI cannot load it: widths 16-16-32-32" in card
+    assert "- Refused by ComfyUI" in card
+    assert ": widths 16-16-32-32 (wanted 128-256-512-512)" in card
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")

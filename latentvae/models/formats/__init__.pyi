@@ -1,3 +1,4 @@
+from . import adapting as adapting
 from . import deriving as deriving
 from . import layout as layout
 from . import programs as programs

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -44,6 +44,69 @@ def ldm_name(key: str, levels: int) -> str:
             return f"{part}.{place}.{_LDM_KINDS[kind]}.{number}.{_shortcut(rest)}"
         return f"{part}.{place}.{kind.removesuffix('rs')}.{rest}"
     return key.replace(".conv_norm_out.", ".norm_out.")
+
+
+def ldm_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of a VAE, under LDM's names, as its config has them: no model is built."""
+    widths, layers, z = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
+    down, up = ([name.startswith("Attn") for name in config[f"{way}_block_types"]] for way in ("down", "up"))
+    middle, top = config["mid_block_add_attention"], len(widths) - 1
+    shapes = {
+        **_conv("encoder.conv_in", config["in_channels"], widths[0]),
+        **_half("encoder", widths[-1], widths[-1], 2 * z, middle),
+        **_conv("decoder.conv_in", z, widths[-1]),
+        **_half("decoder", widths[-1], widths[0], config["out_channels"], middle),
+    }
+    for level, width in enumerate(widths):
+        below, above = widths[max(level - 1, 0)], widths[min(level + 1, top)]
+        shapes |= _level(f"encoder.down.{level}", below, width, layers, down[level])
+        shapes |= _level(f"decoder.up.{level}", above, width, layers + 1, up[top - level])
+        shapes |= _conv(f"encoder.down.{level}.downsample.conv", width, width) if level < top else {}
+        shapes |= _conv(f"decoder.up.{level}.upsample.conv", width, width) if level > 0 else {}
+    if config["use_quant_conv"]:
+        shapes |= _conv("quant_conv", 2 * z, 2 * z, 1)
+    if config["use_post_quant_conv"]:
+        shapes |= _conv("post_quant_conv", z, z, 1)
+    return shapes
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _conv(name: str, channels: int, out: int, size: int = 3) -> Shapes:
+    return {f"{name}.weight": (out, channels, size, size), f"{name}.bias": (out,)}
+
+
+def _norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
+
+
+def _resnet(name: str, channels: int, out: int) -> Shapes:
+    shortcut = _conv(f"{name}.nin_shortcut", channels, out, 1) if channels != out else {}
+    first = _norm(f"{name}.norm1", channels) | _conv(f"{name}.conv1", channels, out)
+    return first | _norm(f"{name}.norm2", out) | _conv(f"{name}.conv2", out, out) | shortcut
+
+
+def _attention(name: str, channels: int) -> Shapes:
+    shapes = _norm(f"{name}.norm", channels)
+    for part in ("q", "k", "v", "proj_out"):
+        shapes |= _conv(f"{name}.{part}", channels, channels, 1)
+    return shapes
+
+
+def _level(name: str, channels: int, width: int, blocks: int, attention: bool) -> Shapes:
+    shapes: Shapes = {}
+    for number in range(blocks):
+        shapes |= _resnet(f"{name}.block.{number}", width if number else channels, width)
+        shapes |= _attention(f"{name}.attn.{number}", width) if attention else {}
+    return shapes
+
+
+def _half(name: str, middle: int, last: int, out: int, attention: bool) -> Shapes:
+    """The middle and the end of encoder or decoder."""
+    shapes = _resnet(f"{name}.mid.block_1", middle, middle) | _resnet(f"{name}.mid.block_2", middle, middle)
+    shapes |= _attention(f"{name}.mid.attn_1", middle) if attention else {}
+    return shapes | _norm(f"{name}.norm_out", last) | _conv(f"{name}.conv_out", last, out)
 
 
 def _shortcut(rest: str) -> str:
