@@ -70,6 +70,8 @@ def export(
     if push_to_hub:
         # before the statistics: what the hub would refuse costs no minutes
         models.publishing.check_publishable(push_to_hub, provenance)
+    if program:
+        models.formats.adapting.target_config(dict(vae.config), program)  # refused now rather than then
     session.vae = vae  # as it is: speed-ups are not exported
     statistics = _measure(session, images, state)
     folder = models.exporting.export(

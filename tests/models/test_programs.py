@@ -349,4 +349,6 @@ def test_an_export_has_a_file_for_a_program(tmp_path, small, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "names 'in' as the parent, but links to none" in result.output
     assert_read_right(vae, Path("out/a1111.safetensors"), next(r for r in small if r.program == "a1111"))
+    result = CliRunner().invoke(app, ["in", "-o", "b", "--for", "flux", "--images", "no such folder"])
+    assert "flux cannot be made to read" in str(result.exception)
     assert all(torch.equal(t, vae.state_dict()[k]) for k, t in latentvae.load("out").state_dict().items())

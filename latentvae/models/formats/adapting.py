@@ -32,10 +32,8 @@ def adapt(vae: AutoencoderKL, program: Program) -> tuple[AutoencoderKL, list[str
         ModelError: the program reads no VAE of that shape, or would show other pictures.
     """
     config = {key: value for key, value in vae.config.items() if key != "_name_or_path"}
+    target = target_config(config, program)
     plain = cast_copy(vae, torch.float32)
-    target = mended(config, program)
-    if target is None:
-        raise ModelError(_why_not(config, program))
     if target == config:
         return plain, []
     state, done = _fold(plain.state_dict(), config, target)
@@ -50,11 +48,19 @@ def adapt(vae: AutoencoderKL, program: Program) -> tuple[AutoencoderKL, list[str
     return adapted, [*done, *_check(plain, adapted, program)]
 
 
-def _why_not(config: dict[str, Any], program: Program) -> str:
+def target_config(config: dict[str, Any], program: Program) -> dict[str, Any]:
+    """The config under which a program reads such a model right.
+
+    Raises:
+        ModelError: there is none.
+    """
+    target = mended(config, program)
+    if target is not None:
+        return target
     readers = readers_of(program)
     suited = [reader for reader in readers if reader.channels in (None, config["latent_channels"])]
     reason = judge(config, (suited or readers)[0])[1]
-    return f"{readers[0].name} cannot be made to read this model right: {reason}."
+    raise ModelError(f"{readers[0].name} cannot be made to read this model right: {reason}.")
 
 
 def _fold(state: State, config: dict[str, Any], target: dict[str, Any]) -> tuple[State, list[str]]:
