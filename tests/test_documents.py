@@ -24,6 +24,14 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_where_a_pipeline_is_loaded_its_extra_is_named() -> None:
+    for document in DOCUMENTS:
+        sections = re.split(r"^## ", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for section in sections if document.name == "README.md" else ["".join(sections)]:
+            if re.search(r"^pipe = \w+Pipeline", section, flags=re.MULTILINE):
+                assert 'pip install -e ".[pipelines]"' in section, f"{document.name}: {section[:40]}"
+
+
 def test_the_walks_name_functions_where_they_are() -> None:
     page = ROOT / "docs" / "architecture.md"
     steps = re.findall(r"\[`([\w.]+)`\]\((\S+\.py)\)", page.read_text(encoding="utf-8"))

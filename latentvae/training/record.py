@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from latentvae.base.optional import install_command
 from latentvae.measure.metrics import MetricsSummary
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.machine import peak_memory
@@ -154,7 +155,10 @@ def draw_curves(metrics: Path, picture: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("matplotlib is not installed: no picture of the curves. Extra: [train].")
+        logger.warning(
+            "matplotlib is not installed: no picture of the curves. To install it: %s",
+            install_command("train"),
+        )
         return None
     records = read_records(metrics)
     panels = [(title, found) for title, names in PANELS if (found := series(records, names))]

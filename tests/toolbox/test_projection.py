@@ -71,7 +71,7 @@ def test_umap_keeps_groups_and_its_seed() -> None:
 
 def test_without_umap_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(LatentVAEError, match=r"umap-learn.*pip install 'latentvae\[umap\]'"):
+    with pytest.raises(LatentVAEError, match=r"umap-learn.*pip install -e \".*\[umap\]\""):
         project(blobs()[0], "umap")
 
 

@@ -514,7 +514,7 @@ def test_without_the_package_datasets_the_way_to_install_it_is_named(kinds, monk
     assert len(open_source(kinds["tars"])) == COUNT  # needs nothing
     for kind in ("saved", "split", "parquet"):
         with pytest.raises(
-            ConfigError, match=r"`datasets`, which is missing: pip install latentvae\[train\]"
+            ConfigError, match=r"`datasets`, which is missing: pip install -e \".*\[train\]\""
         ):
             open_source(kinds[kind])
 
