@@ -30,6 +30,18 @@ DEFAULT_MODEL = "f8c4-small"
 
 # unpickling runs whatever code the file names, so these are refused with the way out, never read
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+# classes that people try, and what they can do instead; docs/formats.md has them as a table
+OTHERS = {
+    "AutoencoderTiny": " One of these is a teacher (model.teacher) or a side of `latentvae agree`; in place "
+    "of TAESD, `sd-small` is an AutoencoderKL of the same latent space.",
+    "AutoencoderKLFlux2": " FLUX.2's latents are patched and normalised outside of its VAE: use diffusers "
+    "for it. For FLUX.1's space there is the recipe `flux-small`.",
+    "AutoencoderKLQwenImage": " This one is made for video, with 3-D convolutions: use diffusers for it.",
+    "AutoencoderKLWan": " This one is made for video, with 3-D convolutions: use diffusers for it.",
+    "AutoencoderDC": " Its latents have no distribution, and its blocks are others: use diffusers for it. "
+    "For fewer latents than 8 x 8 pixels give, train a model of more levels.",
+    "AsymmetricAutoencoderKL": " Its decoder takes a mask, which ours have no place for: use diffusers.",
+}
 BELONGS = "Use the config.json that belongs to these weights."
 DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
 
@@ -226,7 +238,10 @@ def _class_name(config: Any) -> str | None:
 def _check_class(config: Any, path: Path) -> None:
     name = _class_name(config)
     if name != "AutoencoderKL":
-        raise ModelError(f"{path} describes {name or 'no model class'}; wanted an AutoencoderKL.")
+        raise ModelError(
+            f"{path} describes {name or 'no model class'}; wanted an AutoencoderKL, which is what Stable "
+            f"Diffusion 1 to 3.5, SDXL, FLUX.1 and our own models have.{OTHERS.get(str(name), '')}"
+        )
 
 
 def _assemble(
