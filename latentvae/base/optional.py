@@ -9,6 +9,7 @@ from latentvae.base.errors import LatentVAEError
 # what is imported: the package's name where it is installed from, and the smallest extra that brings it
 EXTRAS = {
     "sklearn": ("scikit-learn", "explore"),
+    "threadpoolctl": ("scikit-learn", "explore"),  # which brings it
     "matplotlib": ("matplotlib", "explore"),
     "pyarrow": ("pyarrow", "explore"),
     "umap": ("umap-learn", "umap"),
