@@ -36,7 +36,7 @@ class DataConfig(Section):
     train: str | None = None
     # Of a dataset: the column with the images; of .tar shards: the members' extension. None: found by type.
     column: str | None = None
-    val: str | None = None  # None: hold out `val_images` of the training folder
+    val: str | None = None  # None: hold out `val_images` of the training folder, at most a tenth of it
     val_images: int = Field(24, ge=1)  # enough for a mean that moves by less than 0.1 dB between runs
     val_size: int = Field(256, ge=16)  # centre crops of this size, so that they batch
     # px; a VAE is local, so many small crops teach more per second than few large ones
@@ -151,6 +151,9 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.999, ge=0, lt=1)  # averages the last thousand steps; warms up in shorter runs
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=1)
+    # validations without a better figure (LPIPS, or else PSNR) after which a run ends early, exported as at
+    # its end; None: never. With a cosine the last steps bring the most, so set optim.schedule=constant too
+    patience: int | None = Field(None, ge=1)
     save_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)  # two: if the newest is damaged there is another
     max_bad_steps: int = Field(10, ge=1)  # NaN or inf so many times in a row is no accident

@@ -29,6 +29,7 @@ from latentvae.training.distillation import Teacher, start_linearly
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
 from latentvae.training.module import TrainableVAE
+from latentvae.training.progress import split_line
 from latentvae.training.record import Record
 from latentvae.training.validation import Validation
 
@@ -126,7 +127,7 @@ def set_up(config: Config, resume: str | None) -> Run:
 
     # 8. Say what is about to happen.
     run = Run(config, accelerator, folder, state, model, loss, sequence, batches, validation, record)
-    announce(run, start)
+    announce(run, start, len(val_images))
     return run
 
 
@@ -172,7 +173,7 @@ def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accel
         optimizer.zero_grad(set_to_none=True)
 
 
-def announce(run: Run, start: Path | None) -> None:
+def announce(run: Run, start: Path | None, held_out: int) -> None:
     """Write the resolved configuration, and say what is about to happen."""
     if not run.is_main:
         return
@@ -180,11 +181,13 @@ def announce(run: Run, start: Path | None) -> None:
     resolved = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
     (run.folder / "config.yaml").write_text(resolved, encoding="utf-8")
     trained = sum(p.numel() for p in run.state.vae.parameters() if p.requires_grad) / 1e6
+    data = run.config.data
+    split = split_line(len(run.sequence), held_out, data.val is not None, data.val_images)
     if start is not None:
         logger.info("continuing from %s", start)
     logger.info(
-        "%.1f M parameters to train; %d images; %d per pass x %d passes x %d processes = %d per step; %s, %s",
-        *(trained, len(run.sequence), run.config.train.batch_size, run.config.train.accumulation),
+        "%.1f M parameters to train; %s; %d per pass x %d passes x %d processes = %d per step; %s, %s",
+        *(trained, split, run.config.train.batch_size, run.config.train.accumulation),
         *(run.accelerator.num_processes, run.global_batch, run.accelerator.device),
         run.config.train.precision,
     )

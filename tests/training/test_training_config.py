@@ -294,6 +294,30 @@ def test_the_compression_ratio_is_that_of_the_model_with_its_overrides():
     assert "ratio 16" in refusal("model.preset=f16c16", "data.crop=24")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "more", "warmup", "decay"),
+    [
+        ("f8c4-small", ["train.max_steps=20"], 0, 12),  # of 100 and 2500 in 4100 steps
+        ("tiny", ["train.max_steps=10"], 0, None),
+        ("f8c4-small", ["train.max_steps=4000"], 100, 2500),  # they fit
+        ("f8c4-small", ["train.max_steps=41000"], 100, 2500),
+        ("f8c4-small", ["train.max_steps=20", "optim.decay_steps=5"], 0, 5),
+        ("f8c4-small", ["train.max_steps=410", "optim.warmup_steps=7"], 7, 250),
+    ],
+)
+def test_warmup_and_decay_follow_a_shorter_run_unless_they_are_set(recipe, more, warmup, decay, caplog):
+    with caplog.at_level("INFO"):
+        config = load_config(recipe, more)
+    assert (config.optim.warmup_steps, config.optim.decay_steps) == (warmup, decay)
+    followed = (warmup, decay) != (100, 2500)
+    assert ("is shorter than the" in caplog.text) == followed  # said
+    assert ("optim.decay_steps=" in caplog.text) == (followed and decay not in (None, 5))
+
+
+def test_what_was_set_and_does_not_fit_is_refused_as_ever():
+    assert "do not fit" in refusal("train.max_steps=20", "optim.decay_steps=30", source="f8c4-small")
+
+
 def test_a_schedule_longer_than_the_run_is_refused():
     fits = ["train.max_steps=150", "optim.warmup_steps=100"]
     assert load_config(None, [*fits, "optim.decay_steps=50"]).optim.decay_steps == 50

@@ -163,8 +163,11 @@ def evenly(total: int, count: int) -> np.ndarray:
 
 
 def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
-    """Split off up to `count` images, evenly spaced and at most half: (the rest, those)."""
-    most = min(count, len(source) // 2)
+    """Split off up to `count` images, evenly spaced, at most a tenth: (the rest, those).
+
+    Of fewer than twenty images two, as far as that is no more than half.
+    """
+    most = min(count, max(2, len(source) // 10), len(source) // 2)
     held_out = evenly(len(source), most)
     return Selection(source, np.delete(np.arange(len(source)), held_out)), Selection(source, held_out)
 
