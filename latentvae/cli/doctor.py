@@ -96,7 +96,7 @@ def _check_fix(folder: Path | None, overwrite: bool) -> None:
     if folder is None or not folder.exists():
         return
     if overwrite and folder.is_dir():
-        check_folder(folder, "export", models.exporting.SIDECAR, instead="Choose another --fix")
+        check_folder(folder, "export", models.loading.SIDECAR, instead="Choose another --fix")
     elif not folder.is_dir() or any(folder.iterdir()):
         raise LatentVAEError(
             f"--fix {folder} is there already; wanted a new or empty folder. Choose another, or pass "
@@ -132,7 +132,7 @@ def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> 
         rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite
     )
     if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
-        path = folder / models.exporting.SIDECAR
+        path = folder / models.loading.SIDECAR
         written = json.loads(path.read_text(encoding="utf-8"))
         written["latent_statistics"] = sidecar["latent_statistics"]
         with whole_file(path) as partial:

@@ -125,6 +125,7 @@ def _provenance(
         training=training or (f"{state['step']} steps" if state else "not stated"),
         metrics=_read_metrics(metrics) if metrics else {},
         config=config,
+        intensity_range=config.get("data", {}).get("range"),
         **said,
     )
 

@@ -17,9 +17,8 @@ from latentvae.models.formats.adapting import adapt
 from latentvae.models.formats.programs import Program
 from latentvae.models.formats.writing import save
 from latentvae.models.latents import LatentStatistics, reconstruct
-from latentvae.models.loading import spatial_compression_ratio
+from latentvae.models.loading import SIDECAR, spatial_compression_ratio
 
-SIDECAR = "latentvae.json"
 SHARD_SIZE = re.compile(r"[1-9]\d*[KMG]B")
 MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
 

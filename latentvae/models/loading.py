@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ModelError
+from latentvae.images.scans import Window
 from latentvae.models.formats.deriving import derive_config
 from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
 from latentvae.models.formats.stored import (
@@ -42,6 +43,8 @@ OTHERS = {
     "For fewer latents than 8 x 8 pixels give, train a model of more levels.",
     "AsymmetricAutoencoderKL": " Its decoder takes a mask, which ours have no place for: use diffusers.",
 }
+SIDECAR = "latentvae.json"  # beside an export's config: what diffusers has no place for
+WINDOW = "_latentvae_window"  # attribute of a loaded model: of what its images' samples are
 BELONGS = "Use the config.json that belongs to these weights."
 DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
 
@@ -107,7 +110,8 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
         if pickled:
             raise ModelError(_refuse_pickle(pickled[0]))
         raise ModelError(f"{folder} has a config.json and no weights. Wanted {WEIGHTS_NAME} beside it.")
-    return _assemble(config, read_shards(files, files[0] if len(files) == 1 else folder), dtype)
+    vae = _assemble(config, read_shards(files, files[0] if len(files) == 1 else folder), dtype)
+    return set_window(vae, _stated_window(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -229,6 +233,26 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
+
+
+def window_of(vae: AutoencoderKL) -> Window | None:
+    """The intensity range of the samples that a model was trained on; None of photographs, as nearly all."""
+    return getattr(vae, WINDOW, None)
+
+
+def set_window(vae: AutoencoderKL, window: Window | None) -> AutoencoderKL:
+    """Note a model's intensity range on the object; its config, which is diffusers' own, has no place for it."""
+    setattr(vae, WINDOW, window)
+    return vae
+
+
+def _stated_window(folder: Path) -> Window | None:
+    """What an export's sidecar says of intensities."""
+    try:
+        stated = json.loads((folder / SIDECAR).read_text(encoding="utf-8")).get("intensity_range")
+    except (OSError, ValueError, AttributeError):  # none, or somebody else's: it is about other things
+        return None
+    return Window(*map(float, stated)) if stated else None
 
 
 def _class_name(config: Any) -> str | None:

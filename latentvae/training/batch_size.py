@@ -54,7 +54,8 @@ def find_batch_size(config: Config) -> BatchFit:
         trial.train.accumulation = 1
         trial.data.in_memory = False  # images are made up, so none need be decoded
         trial.distil.cache = None  # nor is a teacher's: made-up images have none, and it is the larger case
-        trial.distil.linear_start = False
+        if trial.model.teacher is not None:  # without one the setting would be refused
+            trial.distil.linear_start = False
         trial.adversarial.disc_start = 0  # the run's largest step, not its first
         run = set_up(trial, None)
         each, fixed = _measure(run)

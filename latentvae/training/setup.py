@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
+from latentvae.images.scans import Window
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.loading import spatial_compression_ratio
+from latentvae.models.loading import set_window, spatial_compression_ratio
 from latentvae.models.spaces import latent_shape
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
@@ -23,7 +24,7 @@ from latentvae.training.data.crops import (
     training_batches,
     validation_images,
 )
-from latentvae.training.data.sources import Selection, evenly
+from latentvae.training.data.sources import FolderSource, Selection, evenly, measured_range, open_source
 from latentvae.training.data.teacher_cache import TeacherCache, provenance
 from latentvae.training.distillation import Teacher, start_linearly
 from latentvae.training.losses import VAELoss
@@ -90,6 +91,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     device, folder = accelerator.device, Path(config.output)
 
     # 3. The images, before any network: a wrong path shows at once.
+    config = with_measured_range(config)
     train_images, val_images = split_sources(config.data)
 
     # 4. The networks: LPIPS, then the VAE and its teacher.
@@ -105,6 +107,8 @@ def set_up(config: Config, resume: str | None) -> Run:
 
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
     state = TrainingState.build(config, module.vae, start, accelerator)
+    if config.data.range is not None:
+        set_window(state.ema.model, Window(*config.data.range))  # what is measured and exported
 
     # 6. Batches, validation and records.
     channels = module.vae.config["in_channels"]
@@ -129,6 +133,20 @@ def set_up(config: Config, resume: str | None) -> Run:
     run = Run(config, accelerator, folder, state, model, loss, sequence, batches, validation, record)
     announce(run, start, len(val_images))
     return run
+
+
+def with_measured_range(config: Config) -> Config:
+    """The configuration with `data.percentiles` turned into the `data.range` that they are of the images."""
+    data = config.data
+    if data.percentiles is None or data.train is None:
+        return config
+    source = open_source(data.train, data.column)
+    if not isinstance(source, FolderSource):
+        return config  # refused with its reason where the sources are opened
+    limits = measured_range(source, data.percentiles)
+    logger.info("data.range=[%g, %g]: percentiles %g and %g", *limits, *data.percentiles)
+    measured = data.model_copy(update={"range": limits, "percentiles": None})
+    return config.model_copy(update={"data": measured})
 
 
 def keep_teacher(

@@ -112,6 +112,7 @@ class Validation:
             training=f"{state.step} steps in {seconds / 60:.0f} minutes on {device} ({platform.machine()}).",
             metrics=summary.as_dict(),
             config=self.config.model_dump(mode="json"),
+            intensity_range=self.config.data.range,
         )
         place, upcast = folder / "vae", wants_upcast(vae)
         if upcast:

@@ -10,9 +10,10 @@ from diffusers import AutoencoderKL
 
 from latentvae.base import threads
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.images.reading import load_image
 from latentvae.images.resizing import thumbnail
+from latentvae.images.scans import load
 from latentvae.models.latents import encode
+from latentvae.models.loading import window_of
 from latentvae.runtime.memory import batches_at_once
 
 SMALL = 1024  # pixels of a longer side: of larger ones the operations are worth sharing, and may be tiled
@@ -43,7 +44,7 @@ def encode_side_by_side(
 
     def work(path: Path) -> Encoded | LatentVAEError:
         try:
-            image = thumbnail(load_image(path, channels=channels), longest)
+            image = thumbnail(load(path, channels, window_of(vae))[0], longest)
             with torch.no_grad():
                 return image, encode(vae, image[None])[0].mode()
         except ImageError as error:  # names the file
