@@ -87,7 +87,8 @@ def load(
     if window is None:
         return load_image_with_info(source, name=name, channels=channels)
     samples, info = read_samples(source, name)
-    outside = float(np.mean((samples < window.low) | (samples > window.high)))
+    slack = (window.high - window.low) / window.steps / 2  # what rounding moves is not clipped
+    outside = float(np.mean((samples < window.low - slack) | (samples > window.high + slack)))
     if outside:
         info.notes.append(f"{outside:.2%} of its samples lie outside {window} and are clipped")
     return window.apply(samples), info

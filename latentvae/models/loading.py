@@ -241,7 +241,7 @@ def window_of(vae: AutoencoderKL) -> Window | None:
 
 
 def set_window(vae: AutoencoderKL, window: Window | None) -> AutoencoderKL:
-    """Note a model's intensity range on the object; its config, which is diffusers' own, has no place for it."""
+    """Note a model's intensity range on the object: its config, diffusers' own, has no place for it."""
     setattr(vae, WINDOW, window)
     return vae
 

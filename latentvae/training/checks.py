@@ -85,8 +85,8 @@ def _check_sizes(data: DataConfig) -> None:
 def _check_range(data: DataConfig) -> None:
     if data.range is not None and data.percentiles is not None:
         raise ConfigError(
-            f"data.range={list(data.range)} and data.percentiles={list(data.percentiles)} both say what is black "
-            "and white; leave one out"
+            f"data.range={list(data.range)} and data.percentiles={list(data.percentiles)} both say what is "
+            "black and white; leave one out"
         )
     for name in ("range", "percentiles"):
         limits = getattr(data, name)
@@ -120,8 +120,8 @@ def _check_ratio(config: Config) -> None:
     channels = shape["in_channels"], shape["out_channels"]
     if (config.data.range or config.data.percentiles) and channels[0] != 1 and config.model.init is None:
         raise ConfigError(
-            f"data.range and data.percentiles are of one channel, and the model has {channels[0]}. Leave them out, or "
-            "set model.overrides='{in_channels: 1, out_channels: 1}'"
+            f"data.range and data.percentiles are of one channel, and the model has {channels[0]}. Leave "
+            "them out, or set model.overrides='{in_channels: 1, out_channels: 1}'"
         )
     if channels[0] != channels[1] or channels[0] not in (1, 3):
         raise ConfigError(

@@ -40,8 +40,8 @@ class DataConfig(Section):
     val: str | None = None  # None: hold out `val_images` of the training folder, at most a tenth of it
     val_images: int = Field(24, ge=1)  # enough for a mean that moves by less than 0.1 dB between runs
     val_size: int = Field(256, ge=16)  # centre crops of this size, so that they batch
-    # of one-channel scans: the samples that become black and white, e.g. [0, 4095] for 12 bits in 16-bit files.
-    # None: what the files' type can hold. The export states it, `decode` and `reconstruct` undo it
+    # of one-channel scans: the samples that become black and white, e.g. [0, 4095] for 12 bits in 16-bit
+    # files. None: what the files' type can hold. The export states it, `decode` and `reconstruct` undo it
     range: tuple[float, float] | None = None
     # measure `range` at the start: these percentiles of the training images' samples, e.g. [0.1, 99.9]
     percentiles: tuple[Percentile, Percentile] | None = None

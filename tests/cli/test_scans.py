@@ -1,4 +1,4 @@
-"""Scans from files of 12 bits to a model and back: the window, the depth of figures, and the page about it."""
+"""Scans from files of 12 bits to a model and back: the window, the depth of figures, and their page."""
 
 import json
 import re
@@ -191,7 +191,7 @@ def test_what_is_no_scan_is_refused(tmp_path: Path) -> None:
         read_samples(tmp_path / "nan.tif")
     with pytest.raises(ImageError, match="flat"):
         measure_window([np.zeros((4, 4))], (1, 99))
-    with pytest.raises(ImageError, match="data.range"):
+    with pytest.raises(ImageError, match=r"data\.range"):
         measure_window([], (1, 99))
 
 

@@ -13,7 +13,8 @@ from latentvae.base.optional import need
 
 logger = logging.getLogger(__name__)
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 Method = Literal["pca", "umap"]
 NEIGHBOURS = 15  # UMAP's own default
 LEAST_UMAP = 5  # images: its first guess are eigenvectors of their graph

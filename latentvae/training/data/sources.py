@@ -176,8 +176,8 @@ def with_range(source: ImageSource, config: DataConfig, setting: str) -> ImageSo
         return source
     if not isinstance(source, FolderSource):
         raise ConfigError(
-            f"data.range and data.percentiles are of image files, and {setting} is a {type(source).__name__}; unpack it "
-            "into a folder"
+            f"data.range and data.percentiles are of image files, and {setting} is a "
+            f"{type(source).__name__}; unpack it into a folder"
         )
     limits = config.range or measured_range(source, config.percentiles or (0, 100))
     return replace(source, window=Window(*limits))
