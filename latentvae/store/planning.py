@@ -164,8 +164,9 @@ def _listed(names: Iterable[str], manifest: Manifest) -> str:
     for name in names:
         value = getattr(manifest, name)
         if isinstance(value, Preprocessing):
-            value = f"{value.policy} {value.size or ''} (version {value.version}, {value.channels} channels"
-            value += f", samples {value.range[0]:g} to {value.range[1]:g})" if value.range else ")"
+            samples = f", samples {value.range[0]:g} to {value.range[1]:g}" if value.range else ""
+            kind = f"version {value.version}, {value.channels} channels{samples}"
+            value = f"{value.policy} {value.size or ''} ({kind})"
         parts.append(f"{name} {value}")
     return ", ".join(parts)
 

@@ -160,6 +160,10 @@ def _check_distil(config: Config) -> None:
         raise ConfigError(
             f"distil.learn={config.distil.learn} leaves the other half as it is; name the model in model.init"
         )
+    if config.distil.cache is not None and (config.data.range or config.data.percentiles):
+        raise ConfigError(
+            "distil.cache keeps pictures of 8 bits, and data.range is for more; leave one of them out"
+        )
     if config.distil.cache is not None and config.data.horizontal_flip:
         raise ConfigError(
             "distil.cache keeps latents of images as they are, and those of a mirror image are others; set "

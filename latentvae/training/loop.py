@@ -260,7 +260,8 @@ def validate(run: Run) -> None:
         vae, step = run.state.ema.model, run.state.step
         summary, picture = run.validation(vae, step, run.folder)
         run.record.validation(step, summary, picture, run.validation.beside_teacher(vae))
-    if points := progress.read_points(run.record.path):
+    points = progress.read_points(run.record.path)
+    if points and points[-1].step == step:  # a PSNR that is infinite is no point
         tqdm.write(progress.line(points), file=sys.stderr)  # beside the bar and not in it
 
 

@@ -17,12 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import latentvae
-from latentvae.base.errors import ConfigError, ImageError
+from latentvae.base.errors import ConfigError, ImageError, StoreError
 from latentvae.cli.main import app
 from latentvae.images.scans import Window, load, measure_window, read_samples, save
 from latentvae.measure.metrics import Metrics
 from latentvae.models.latents import reconstruct
-from latentvae.models.loading import window_of
+from latentvae.models.loading import set_window, window_of
+from latentvae.store.encoding import encode_folder
 from latentvae.training.data.crops import CropSequence, split_sources
 from latentvae.training.recipes import load_config
 
@@ -103,6 +104,12 @@ def test_decode_gives_floats_in_the_samples_units(place: Path) -> None:
 
 def test_the_store_remembers_the_range(place: Path) -> None:
     assert json.loads((place / "latents/store.json").read_text())["preprocessing"]["range"] == [0, 4095]
+
+
+def test_a_store_of_another_range_is_refused_with_both(place: Path) -> None:
+    vae = set_window(latentvae.load(place / "runs/scan/vae"), Window(0, 1000))
+    with pytest.raises(StoreError, match=r"samples 0 to 4095\).*samples 0 to 1000\) came"):
+        encode_folder(vae, [place / "scans"], place / "latents")
 
 
 def test_figures_are_of_the_datas_own_depth(place: Path) -> None:
@@ -202,6 +209,7 @@ def test_what_is_no_scan_is_refused(tmp_path: Path) -> None:
         (["data.percentiles=[1, 99]"], "leave one out"),
         (["model.overrides={}"], "are of one channel, and the model has 3"),
         (["data.range=null", "data.percentiles=[1, 101]"], "percentiles"),
+        (["model.mode=distil", "model.teacher=f8c4-small", "distil.cache=kept"], "pictures of 8 bits"),
     ],
 )
 def test_ranges_that_cannot_be_are_refused(settings: list[str], said: str) -> None:

@@ -37,7 +37,7 @@ def test_the_recipes_are_the_files_that_people_edit():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_needs_nothing_but_a_data_folder(name):
     config = load_config(name, ["data.train=photos"])
-    preset = {"digits": "tiny"}.get(name, name.removesuffix("-gpu"))
+    preset = {"digits": "tiny", "scan": "f8c4-small"}.get(name, name.removesuffix("-gpu"))
     if config.model.mode == "distil":  # named by the space, of the shape of what it starts from
         assert (config.model.space, config.model.init) == (name.removesuffix("-small"), config.model.preset)
         preset = {4: "f8c4-small", 16: "f8c16-small"}[SPACES[config.model.space].latent_channels]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
@@ -78,7 +78,8 @@ def one_thread_if_small(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        shape = np.shape(args[0] if args else kwargs["values"])  # type: ignore[arg-type]
+        table: Any = args[0] if args else kwargs["values"]
+        shape = np.shape(table)
         limit = 1 if not shape or shape[0] < SMALL else None  # None: as many as there are
         with need("threadpoolctl").threadpool_limits(limit):
             return function(*args, **kwargs)
