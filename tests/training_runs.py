@@ -48,13 +48,13 @@ def write_photos(folder: Path, count: int = 8) -> Path:
     return folder
 
 
-def command(photos: Path, output: Path, processes: int, *settings: str, resume: bool = False) -> list[str]:
+def command(photos: Path, output: Path, processes: int, *settings: str, resume: str | None = None) -> list[str]:
     """The command line of a run, as torchrun starts it where there are several processes."""
     chosen = [f"data.train={photos}", f"output={output}", *SETTINGS, *settings]
     arguments = [argument for setting in chosen for argument in ("--set", setting)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     start = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train" / "train.py")]
-    return [*start, "--config", "tiny", *arguments, *(["--resume", "latest"] if resume else [])]
+    return [*start, "--config", "tiny", *arguments, *(["--resume", resume] if resume else [])]
 
 
 def launch(line: list[str]) -> subprocess.Popen[str]:

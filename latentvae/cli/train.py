@@ -18,7 +18,11 @@ def train(
         typer.Option("--set", "-s", help="Override a setting: section.key=value. Repeatable."),
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(help="'latest' or a checkpoint folder: continue that run.")
+        str | None,
+        typer.Option(
+            help="'latest' or a checkpoint folder: continue that run. 'auto': continue where there is a "
+            "checkpoint, else start; for launchers that restart."
+        ),
     ] = None,
     find_batch_size: Annotated[
         bool, typer.Option("--find-batch-size", help="Say how large a batch fits, and do not train.")

@@ -47,17 +47,17 @@ class TrainingState:
 
     @classmethod
     def build(
-        cls, config: Config, vae: AutoencoderKL, start: Path | None, accelerator: Accelerator
+        cls, config: Config, vae: AutoencoderKL, start: Path | None, device: torch.device
     ) -> "TrainingState":
         """What training changes: fresh, or as the checkpoint `start` has it."""
         state = cls(
             vae=vae,
             ema=EMA(vae, config.train.ema_decay),
             optimizer=build_optimizer(vae, config.optim),
-            adversary=Adversary.build(config, vae.config["in_channels"], accelerator.device),
+            adversary=Adversary.build(config, vae.config["in_channels"], device),
         )
         if start is not None:
-            restore(state, start, accelerator)
+            restore(state, start)
         return state
 
     def count_step(self, finite: bool) -> None:
@@ -67,51 +67,22 @@ class TrainingState:
         self.bad_steps = 0 if finite else self.bad_steps + 1
 
 
-def check_agreement(state: TrainingState, accelerator: Accelerator) -> None:
-    """Refuse to save where processes hold different weights.
-
-    Raises:
-        LatentVAEError: names the processes that differ from the first.
-    """
-    if accelerator.num_processes == 1:
-        return
-    sums = accelerator.gather(checksum(state.vae).reshape(1).to(accelerator.device)).tolist()
-    apart = [rank for rank, each in enumerate(sums) if each != sums[0]]
-    if apart:
-        raise LatentVAEError(
-            f"processes {apart} hold other weights than process 0 at step {state.step}; nothing was saved. "
-            "Check that all machines run the same versions and GPUs, and continue with --resume latest."
-        )
-
-
-def checksum(module: nn.Module) -> torch.Tensor:
-    """A scalar int64 that changes with any bit of any parameter."""
-    total = torch.zeros((), dtype=torch.int64)
-    for number, parameter in enumerate(module.parameters(), 1):
-        # sums of integers do not depend on their order, as sums of floats would
-        bits = (
-            parameter.detach()
-            .contiguous()
-            .view(torch.int32 if parameter.element_size() == 4 else torch.int64)
-        )
-        total += number * bits.sum(dtype=torch.int64).cpu()
-    return total
-
-
 def write_whole(
     state: TrainingState, folder: Path, config: dict[str, Any], keep: int, accelerator: Accelerator
 ) -> Path:
-    """Write a checkpoint of every process's state into `folder`; keep the newest `keep`.
+    """Write a checkpoint into `folder`, by the main process for all; keep the newest `keep`.
+
+    Processes have the same state but for random generators, from which training draws nothing.
 
     Raises:
-        LatentVAEError: no room, or processes that have drifted apart; earlier checkpoints stay.
+        LatentVAEError: no room; earlier checkpoints stay.
 
     Args:
         state: of this process.
-        folder: holds `step-00000500` and so on.
+        folder: holds `step-00000500` and so on; the other processes need not see it.
         config: the run's resolved configuration, saved along.
         keep: how many checkpoints remain.
-        accelerator: names the process, and makes all wait for one another.
+        accelerator: names the process, and makes all wait for the one that writes.
     """
     final = folder / f"{PREFIX}{state.step:08d}"
     partial = partial_path(final)
@@ -119,14 +90,7 @@ def write_whole(
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()  # for the folder
-        save_file(
-            {"torch": torch.get_rng_state()}, partial / f"rng-{accelerator.process_index:05d}.safetensors"
-        )
-        if accelerator.is_main_process:
             _write_state(state, partial, config)
-        accelerator.wait_for_everyone()  # for every process's own file: the manifest lists them
-        if accelerator.is_main_process:
             _seal(partial, final)
             prune(folder, keep, final)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
@@ -141,7 +105,7 @@ def write_whole(
     return final
 
 
-def restore(state: TrainingState, checkpoint: Path, accelerator: Accelerator) -> None:
+def restore(state: TrainingState, checkpoint: Path) -> None:
     """Restore a process's state in place from a checkpoint that `newest` or `resolve` returned."""
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     before, now = saved.get("trainable"), trainable(state.vae)
@@ -159,21 +123,22 @@ def restore(state: TrainingState, checkpoint: Path, accelerator: Accelerator) ->
         _load_optimizer(state.adversary.optimizer, checkpoint / "disc_optimizer.safetensors")
     for counter in COUNTERS:
         setattr(state, counter, saved.get(counter, 0))
-    rng = checkpoint / f"rng-{accelerator.process_index:05d}.safetensors"
-    if rng.is_file():  # absent when the run continues with more processes
-        torch.set_rng_state(load_file(rng)["torch"])
 
 
-def resolve(resume: str, folder: Path) -> Path:
-    """The checkpoint that `--resume` names: "latest", or a path.
+def resolve(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that `--resume` names: "latest", a path, or "auto", which is None where none is yet.
 
     Raises:
-        ConfigError: there is none, or the one named does not verify.
+        ConfigError: there is none, or the one named does not verify. Nor does "auto" begin anew where there
+            are checkpoints and none is whole: they would be pruned.
     """
-    if resume == "latest":
+    if resume == "auto" and not listing(folder):
+        return None
+    if resume in ("latest", "auto"):
         found = newest(folder)
         if found is None:
-            raise ConfigError(f"--resume latest: no complete checkpoint in {folder}. Start without --resume.")
+            way = "Start without --resume." if resume == "latest" else "Move those away to start anew."
+            raise ConfigError(f"--resume {resume}: no complete checkpoint in {folder}. {way}")
         return found
     problem = damage(Path(resume))
     if problem:

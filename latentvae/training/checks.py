@@ -1,7 +1,7 @@
 """Whatever can be wrong with a run and needs no weights to be seen, in one place: before anything loads.
 
 `check_values` looks at the settings alone, when they are read. `check_start` looks at them once more, as code
-may have changed them, and at this machine. What only weights can tell is refused where they load (module.py).
+may have changed them, and at this machine; `find_start` at the folder that the first process writes to. What only weights can tell is refused where they load (module.py).
 """
 
 import json
@@ -22,23 +22,31 @@ from latentvae.training.config import Config, DataConfig, DistilConfig, ModelCon
 from latentvae.training.data.sources import parts
 
 
-def check_start(config: Config, resume: str | None) -> Path | None:
-    """Refuse a run that could not start or end well; return the checkpoint to continue from, if any.
+def check_start(config: Config) -> None:
+    """Refuse a run that could not start well on this machine; nothing is made or written here.
+
+    Raises:
+        ConfigError: settings that do not fit together; an unknown tracker; an output among the images; a
+            checkpoint where a model was wanted.
+    """
+    check_values(config)  # `model_copy` checks nothing
+    _check_tracker(config.train.tracker)
+    _check_apart(Path(config.output), config.data)
+    for setting, source in (("init", config.model.init), ("teacher", config.model.teacher)):
+        check_exported(setting, source)
+
+
+def find_start(config: Config, resume: str | None) -> Path | None:
+    """The checkpoint to continue from, if any; asked by the process that writes.
 
     Nothing is made or written here, so a run that is refused leaves nothing behind.
 
     Raises:
-        ConfigError: settings that do not fit together; an unknown tracker; nothing to resume; an output that
-            is another run's, not writable, or in the way; a checkpoint where a model was wanted.
+        ConfigError: nothing to resume; an output that is another run's, not writable, or in the way.
     """
-    check_values(config)  # `model_copy` checks nothing
-    _check_tracker(config.train.tracker)
     folder = Path(config.output)
-    _check_apart(folder, config.data)
     start = _starting_point(folder, resume)
     _check_writable(folder)
-    for setting, source in (("init", config.model.init), ("teacher", config.model.teacher)):
-        check_exported(setting, source)
     if start is not None:
         _check_same_space(config.model, start)
     return start

@@ -24,8 +24,9 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import whole_file
 from latentvae.training import checkpoint, progress
 from latentvae.training.config import Config
-from latentvae.training.data.crops import CropBatch
+from latentvae.training.data.crops import STOP_SIGNALS, CropBatch
 from latentvae.training.machine import peak_memory
+from latentvae.training.processes import check_agreement
 from latentvae.training.record import draw_curves
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
@@ -48,11 +49,11 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Args:
         config: of the whole run.
-        resume: None to start, "latest" or a checkpoint folder to continue.
+        resume: None to start, "latest" or a checkpoint folder to continue, "auto" to do whichever fits.
 
     Raises:
         LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
-        TrainingInterrupted: SIGTERM or SIGINT came, or train.max_minutes are over; the state is saved.
+        TrainingInterrupted: SIGTERM, SIGINT or SIGUSR1 came, or train.max_minutes are over; the state is saved.
     """
     # 1. Set up; the clock counts this too, as a machine that is lent is.
     clock = Clock(config.train.max_minutes)
@@ -125,14 +126,14 @@ def status(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signal(stop: threading.Event) -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a request to stop after the current step; a second one acts as usual.
+    """Turn STOP_SIGNALS into a request to stop after the current step; a second one acts as usual.
 
     It counts as a second one after SAME_SIGNAL seconds: launchers forward what their processes got too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     asked = math.inf
 
@@ -248,7 +249,7 @@ def stop_requested(run: Run, clock: Clock) -> bool:
 
 def save_checkpoint(run: Run) -> Path:
     """Write a checkpoint, outside the run's clock."""
-    checkpoint.check_agreement(run.state, run.accelerator)
+    check_agreement(run.state, run.accelerator)
     settings, keep = run.config.model_dump(), run.config.train.keep_checkpoints
     with run.record.pause():
         return checkpoint.write_whole(run.state, run.checkpoints, settings, keep, run.accelerator)

@@ -30,6 +30,7 @@ from latentvae.training.distillation import Teacher, start_linearly
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
 from latentvae.training.module import TrainableVAE
+from latentvae.training.processes import agree_on_start
 from latentvae.training.progress import split_line
 from latentvae.training.record import Record
 from latentvae.training.validation import Validation
@@ -84,10 +85,11 @@ def set_up(config: Config, resume: str | None) -> Run:
         LatentVAEError: bad data, missing weights, an output that is taken, or models that do not fit.
     """
     # 1. Check whatever needs no weights: nothing is loaded or written for a run that cannot be.
-    start = check_start(config, resume)
+    check_start(config)
 
-    # 2. The machine: processes, device and precision.
+    # 2. The machine: processes, device and precision; and where all of them start from.
     config, accelerator = start_processes(config)
+    start = agree_on_start(config, resume, accelerator)
     device, folder = accelerator.device, Path(config.output)
 
     # 3. The images, before any network: a wrong path shows at once.
@@ -106,7 +108,7 @@ def set_up(config: Config, resume: str | None) -> Run:
         logger.info("latents of %s begin at an R2 of %.3f of the teacher's", config.model.init, r2)
 
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
-    state = TrainingState.build(config, module.vae, start, accelerator)
+    state = TrainingState.build(config, module.vae, start, device)
     if config.data.range is not None:
         set_window(state.ema.model, Window(*config.data.range))  # what is measured and exported
 

@@ -21,7 +21,7 @@ from latentvae.training.optim import EMA, build_optimizer
 
 ALONE = SimpleNamespace(is_main_process=True, process_index=0, wait_for_everyone=lambda: None)
 FILES = {
-    *("model.safetensors", "ema.safetensors", "optimizer.safetensors", "rng-00000.safetensors"),
+    *("model.safetensors", "ema.safetensors", "optimizer.safetensors"),
     *("state.json", "config.json", "manifest.json"),
 }
 SMALL = {"block_out_channels": (8, 8)}  # the smallest model with every kind of parameter
@@ -102,7 +102,7 @@ def test_everything_comes_back_bitwise_and_the_next_steps_are_the_same(tmp_path,
     state.skipped_images = 17
     place = save(state, tmp_path)
     other = new_state(99, layout, name)
-    checkpoint.restore(other, place, ALONE)
+    checkpoint.restore(other, place)
     assert_same(state, other)
     rng = torch.get_rng_state()
     train_a_step(state)
@@ -115,28 +115,17 @@ def test_everything_comes_back_bitwise_and_the_next_steps_are_the_same(tmp_path,
 
 def test_a_state_before_its_first_step_comes_back(tmp_path):
     state, other = new_state(0), new_state(1)
-    checkpoint.restore(other, save(state, tmp_path), ALONE)
+    checkpoint.restore(other, save(state, tmp_path))
     assert_same(state, other)
 
 
 def test_the_memory_layout_is_the_runs_own_not_the_files(tmp_path):
     place = save(trained(1, layout=torch.contiguous_format), tmp_path)
     other = new_state(1, torch.channels_last)
-    checkpoint.restore(other, place, ALONE)
+    checkpoint.restore(other, place)
     kernels = [p for p in other.vae.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
     assert_same(trained(1, layout=torch.contiguous_format), other)
-
-
-def test_torchs_generator_continues_where_it_was(tmp_path):
-    state = trained(1)
-    torch.manual_seed(5)
-    torch.rand(3)
-    place = save(state, tmp_path)
-    expected = torch.rand(4)
-    torch.manual_seed(6)
-    checkpoint.restore(new_state(1), place, ALONE)
-    assert torch.equal(torch.rand(4), expected)
 
 
 def test_hyperparameters_are_the_new_configurations(tmp_path):
@@ -144,7 +133,7 @@ def test_hyperparameters_are_the_new_configurations(tmp_path):
     vae = new_state(1).vae
     optimizer = build_optimizer(vae, OptimConfig(lr=0.125, weight_decay=0.5, betas=(0.7, 0.8)))
     other = TrainingState(vae, EMA(vae, 0.9), optimizer)
-    checkpoint.restore(other, place, ALONE)
+    checkpoint.restore(other, place)
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5, 0}
     assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.7, 0.8)}
@@ -155,7 +144,7 @@ def test_hyperparameters_are_the_new_configurations(tmp_path):
 def test_another_optimizer_is_refused_by_name(tmp_path, saved, wanted):
     place = save(trained(1, name=saved), tmp_path)
     with pytest.raises(ConfigError, match=r"optim\.name"):
-        checkpoint.restore(new_state(1, name=wanted), place, ALONE)
+        checkpoint.restore(new_state(1, name=wanted), place)
 
 
 def test_another_model_is_refused_naming_the_key(tmp_path):
@@ -163,7 +152,7 @@ def test_another_model_is_refused_naming_the_key(tmp_path):
     vae = build("tiny", **SMALL, latent_channels=7)
     other = TrainingState(vae, EMA(vae, 0.9), build_optimizer(vae, OptimConfig()))
     with pytest.raises(ModelError, match=r"model\.safetensors.*(7|14)"):
-        checkpoint.restore(other, place, ALONE)
+        checkpoint.restore(other, place)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
@@ -177,7 +166,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path):
     (place / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.newest(tmp_path) == place
     other = new_state(1)
-    checkpoint.restore(other, place, ALONE)
+    checkpoint.restore(other, place)
     assert_same(trained(2), other)
 
 
@@ -205,24 +194,10 @@ def test_the_folder_alone_is_a_model(tmp_path, which):
     assert not torch.equal(state.vae.quant_conv.weight, state.ema.model.quant_conv.weight)
 
 
-def test_every_process_saves_and_gets_back_its_own_generator(tmp_path):
-    drawn = {}
-
-    def other_process_writes() -> None:
-        partial = tmp_path / ".step-00000001.partial"
-        if partial.is_dir() and not (partial / "rng-00001.safetensors").exists():
-            torch.manual_seed(31)
-            second = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
-            checkpoint.write_whole(state, tmp_path, {}, 2, second)
-            drawn[1] = torch.rand(2)
-
-    state = trained(1)
-    main = SimpleNamespace(is_main_process=True, process_index=0, wait_for_everyone=other_process_writes)
-    place = checkpoint.write_whole(state, tmp_path, {}, 2, main)
-    assert "rng-00001.safetensors" in json.loads((place / "manifest.json").read_text())
-    checkpoint.restore(state, place, SimpleNamespace(process_index=1))
-    assert torch.equal(torch.rand(2), drawn[1])
-    checkpoint.restore(state, place, SimpleNamespace(process_index=2))  # more processes than before
+def test_only_the_main_process_writes_so_the_others_need_not_see_its_folder(tmp_path):
+    other = SimpleNamespace(is_main_process=False, process_index=1, wait_for_everyone=lambda: None)
+    checkpoint.write_whole(trained(1), tmp_path / "of-process-0", {}, 2, other)
+    assert not (tmp_path / "of-process-0").exists()
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -364,6 +339,18 @@ def test_latest_and_a_path_are_resolved(tmp_path):
     old, new = save_steps(tmp_path, 1, 2)
     assert checkpoint.resolve("latest", tmp_path) == new
     assert checkpoint.resolve(str(old), tmp_path) == old
+
+
+def test_auto_is_the_newest_or_a_new_run_but_never_prunes_what_is_damaged(tmp_path):
+    (tmp_path / ".step-00000001.partial").mkdir()  # of a run that was killed while it first saved
+    assert checkpoint.resolve("auto", tmp_path) is None
+    old, new = save_steps(tmp_path, 1, 2)
+    assert checkpoint.resolve("auto", tmp_path) == new
+    flip(new / "ema.safetensors", 1000)
+    assert checkpoint.resolve("auto", tmp_path) == old
+    flip(old / "ema.safetensors", 1000)
+    with pytest.raises(ConfigError, match="--resume auto: no complete checkpoint"):
+        checkpoint.resolve("auto", tmp_path)
 
 
 def test_what_cannot_be_resumed_is_refused_with_the_reason_and_the_way_out(tmp_path):

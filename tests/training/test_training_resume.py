@@ -34,7 +34,7 @@ def test_killed_and_resumed_equals_straight_across_disc_start_with_accumulation(
         launch(command(photos, tmp_path / "killed", processes, *settings)), tmp_path / "killed", 5
     )
     assert newest(tmp_path / "killed" / "checkpoints") is not None
-    finish(launch(command(photos, tmp_path / "killed", processes, *settings, resume=True)))
+    finish(launch(command(photos, tmp_path / "killed", processes, *settings, resume="latest")))
     assert_same(tmp_path / "straight", tmp_path / "killed", 10)
 
 
@@ -51,7 +51,7 @@ def test_25_kills_at_random_moments_lose_nothing(photos: Path, tmp_path: Path) -
     moments = random.Random(0)
     saved = 0
     for _ in range(25):
-        process = launch(command(photos, output, 1, *settings, resume=bool(saved)))
+        process = launch(command(photos, output, 1, *settings, resume="latest" if saved else None))
         started = time.monotonic()
         while len(listing(output / "checkpoints")) == 0 or newest_step(output) <= saved:
             assert process.poll() is None, process.communicate()[0][-3000:]
@@ -66,7 +66,7 @@ def test_25_kills_at_random_moments_lose_nothing(photos: Path, tmp_path: Path) -
         assert step >= before, "a checkpoint that was there is lost"
         saved = step
     last = saved + 1
-    finish(launch(command(photos, output, 1, *settings, f"train.max_steps={last}", resume=True)))
+    finish(launch(command(photos, output, 1, *settings, f"train.max_steps={last}", resume="latest")))
     straight = ("train.save_every=1000", f"train.max_steps={last}")
     finish(launch(command(photos, tmp_path / "straight", 1, *settings, *straight)))
     assert_same(tmp_path / "straight", output, last)

@@ -298,7 +298,7 @@ def test_a_discriminators_state_comes_back_from_a_checkpoint(photos: Path) -> No
     before = snapshot(run.state.adversary.discriminator)
     slots = run.state.adversary.optimizer.state_dict()["state"]
     optimizer_step(run, batches)
-    checkpoint.restore(run.state, saved, run.accelerator)
+    checkpoint.restore(run.state, saved)
     assert not changed(before, run.state.adversary.discriminator)
     restored = run.state.adversary.optimizer.state_dict()["state"]
     assert slots.keys() == restored.keys()

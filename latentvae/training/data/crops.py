@@ -28,6 +28,11 @@ from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
 
 logger = logging.getLogger(__name__)
 
+# that ask a run to save and end; the last is Slurm's (sbatch --signal=USR1@120), and Windows has none
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
+
 # (C, H, W), position, skipped; and what a teacher made of the crop, where a teacher's are kept
 Item = tuple[torch.Tensor, int, list[str]] | tuple[torch.Tensor, int, list[str], TeacherCrop]
 
@@ -221,7 +226,7 @@ def training_batches(
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """Go on when the whole process group is asked to stop: the main process saves first, and then ends us."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

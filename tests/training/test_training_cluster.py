@@ -1,0 +1,94 @@
+"""What happens to a run on a cluster: launchers that restart it, machines without a common folder."""
+
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import ROOT, assert_same, command, finish, last_step, launch, write_photos
+
+from latentvae.training.checkpoint import listing
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+def running(loop: subprocess.Popen[str]) -> int | None:
+    """The run that a launcher loop waits for, or None between two."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(loop.pid)], capture_output=True, text=True, check=False
+    )
+    return int(found.stdout.split()[0]) if found.stdout.split() else None
+
+
+def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
+    photos: Path, tmp_path: Path
+) -> None:
+    """One command line for all eleven starts; the first kill comes before anything has been saved."""
+    settings = ("train.precision=fp32", "train.batch_size=2", "train.save_every=1", "train.max_steps=24")
+    output = tmp_path / "killed"
+    line = command(photos, output, 1, *settings, resume="auto")
+    loop = launch(["bash", "-c", f"until {shlex.join(line)}; do sleep 0.1; done"])
+    moments, killed = random.Random(0), {None}
+    try:
+        for number in range(10):
+            deadline = time.monotonic() + 240
+            before = last_step(output)
+            while (run := running(loop)) in killed or (number and last_step(output) < min(20, before + 2)):
+                assert loop.poll() is None, loop.communicate()[0][-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0, 0.5))
+            os.kill(run, signal.SIGKILL)
+            killed.add(run)
+        printed, _ = loop.communicate(timeout=280)
+    finally:
+        if loop.poll() is None:
+            os.killpg(loop.pid, signal.SIGKILL)
+    assert loop.returncode == 0, printed[-3000:]
+    assert printed.count("continuing from") >= 9
+    finish(launch(command(photos, tmp_path / "straight", 1, *settings)))
+    assert_same(tmp_path / "straight", output, 24)
+
+
+APART = """
+import os, pathlib, sys
+own = pathlib.Path(sys.argv[1]) / f"machine{os.environ['RANK']}"
+own.mkdir(exist_ok=True)
+os.chdir(own)  # so that a relative output is another folder for each process
+from latentvae.cli.main import main
+main(["train", *sys.argv[2:]])
+"""
+
+
+def apart(photos: Path, tmp_path: Path, resume: str | None = None) -> subprocess.Popen[str]:
+    (tmp_path / "apart.py").write_text(APART)
+    line = command(photos, Path("run"), 2, "train.batch_size=2", "train.max_steps=4", resume=resume)
+    start = line.index(str(ROOT / "train" / "train.py"))
+    line[start : start + 1] = [str(tmp_path / "apart.py"), str(tmp_path)]
+    line += ["--set", "train.save_every=2", "--set", "adversarial.disc_weight=0"]
+    return launch(line)
+
+
+def test_machines_without_a_common_folder_train_and_a_resume_is_refused_with_the_remedy(
+    photos: Path, tmp_path: Path
+) -> None:
+    printed = finish(apart(photos, tmp_path))
+    assert "processes [1] do not see run of process 0" in printed
+    saved = listing(tmp_path / "machine0" / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000002", "step-00000004"]
+    assert not (tmp_path / "machine1" / "run").exists()
+    for resume in ("latest", "auto"):
+        process = apart(photos, tmp_path, resume)
+        printed, _ = process.communicate(timeout=280)
+        assert process.returncode != 0
+        assert re.search(r"processes \[1\] do not have .*step-00000004.*folder that all machines", printed)
