@@ -48,7 +48,9 @@ def write_photos(folder: Path, count: int = 8) -> Path:
     return folder
 
 
-def command(photos: Path, output: Path, processes: int, *settings: str, resume: str | None = None) -> list[str]:
+def command(
+    photos: Path, output: Path, processes: int, *settings: str, resume: str | None = None
+) -> list[str]:
     """The command line of a run, as torchrun starts it where there are several processes."""
     chosen = [f"data.train={photos}", f"output={output}", *SETTINGS, *settings]
     arguments = [argument for setting in chosen for argument in ("--set", setting)]

@@ -49,7 +49,7 @@ class Evaluation(MetricsSummary):
 
 
 class Evaluator:
-    """Reconstruct images one by one and compare them with the originals; `metrics` gathers the figures.
+    """Reconstruct images and compare them with the originals; `metrics` gathers the figures.
 
     They are of 8 bits, or of the depth of the model's intensity range where it has one.
 
@@ -81,13 +81,19 @@ class Evaluator:
         Raises:
             LatentVAEError: another number of channels, or values that are not finite; begins with the name.
         """
-        original = image[None]  # one by one: at their own sizes images do not batch
         try:
-            result = reconstruct(self.vae, original, sample=self.sample, generator=self.generator)
-            rebuilt = result.reconstructions.float()
-            (figures,) = self.metrics.add(name, original.to(rebuilt.device), rebuilt, result.posterior.kl())
+            rebuilt, (figures,) = self.add_batch([name], image[None])
         except LatentVAEError as error:
             raise LatentVAEError(f"{name}: {error}") from error
+        return rebuilt, figures
+
+    def add_batch(
+        self, names: list[str], images: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[ImageMetrics, ...]]:
+        """As `add`, of images of one size, (B, C, H, W)."""
+        result = reconstruct(self.vae, images, sample=self.sample, generator=self.generator)
+        rebuilt = result.reconstructions.float()
+        figures = self.metrics.add(names, images.to(rebuilt.device), rebuilt, result.posterior.kl())
         return rebuilt, figures
 
 

@@ -128,7 +128,7 @@ class Metrics:
         self.latents: LatentsMode = latents
         self.steps = steps
         self.lpips_missing_reason = None if lpips else lpips_missing_reason or "no network was given"
-        self._images: list[ImageMetrics] = []
+        self.images: list[ImageMetrics] = []  # in the order in which they came; others' may be added
 
     def add(
         self,
@@ -166,23 +166,23 @@ class Metrics:
         added = tuple(
             ImageMetrics(name, width, height, *figures) for name, *figures in zip(names, *values, strict=True)
         )
-        self._images.extend(added)
+        self.images.extend(added)
         return added
 
     def summary(self) -> MetricsSummary:
         """Return the figures so far. Raises LatentVAEError when there are none."""
-        if not self._images:
+        if not self.images:
             raise LatentVAEError("no images were measured, so there is nothing to summarise: add some first.")
         net = self.lpips.net if self.lpips else None
-        protocol = Protocol(len(self._images), self.latents, net, self.lpips_missing_reason)
+        protocol = Protocol(len(self.images), self.latents, net, self.lpips_missing_reason)
         if self.steps != 255:
             rounding = (
                 f"{self.steps + 1} levels: clamped to the intensity range, images and reconstructions alike"
             )
             peak = f"dB over all pixels of an image, peak {self.steps}"
             protocol = replace(protocol, rounding=rounding, psnr=peak)
-        columns = ([getattr(i, name) for i in self._images] for name in FIGURES)
-        return MetricsSummary(tuple(self._images), protocol, *map(_mean, columns))
+        columns = ([getattr(i, name) for i in self.images] for name in FIGURES)
+        return MetricsSummary(tuple(self.images), protocol, *map(_mean, columns))
 
     def _lpips(self, levels: Tensor, rebuilt: Tensor) -> Tensor | None:
         if self.lpips is None or min(levels.shape[2:]) < self.lpips.min_size:

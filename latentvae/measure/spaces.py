@@ -1,6 +1,6 @@
 """How well a student speaks its teacher's latent space: latents compared, and pictures crossed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +68,11 @@ class _Moments:
         self.sums += torch.stack([term.sum(1) for term in terms])
         self.count += s.shape[1]
 
+    def merge(self, other: "_Moments") -> None:
+        """Add another's sums."""
+        self.sums += other.sums
+        self.count += other.count
+
     def figures(self) -> tuple[float, float, tuple[float, ...]]:
         """R2, correlation, offsets."""
         s, t, ss, tt, st, dd = self.sums / self.count
@@ -85,6 +90,7 @@ def compare_spaces(
     lpips: LPIPS | None = None,
     lpips_missing_reason: str | None = None,
     ways: tuple[str, ...] = WAYS,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> SpaceAgreement:
     """Encode images with both, and decode each one's latents with both, from the posteriors' modes.
 
@@ -95,6 +101,8 @@ def compare_spaces(
         lpips: from `load_lpips`, or None to leave LPIPS out.
         lpips_missing_reason: why it is left out, for the report.
         ways: which of WAYS to make pictures of.
+        gather: makes one list of the lists of several processes, each of which was given a share of the
+            images; the figures are then of all.
 
     Raises:
         LatentVAEError: latents of another shape, or no images.
@@ -107,7 +115,7 @@ def compare_spaces(
         )
     models = {"student": student, "teacher": teacher}
     metrics = {way: Metrics(lpips=lpips, lpips_missing_reason=lpips_missing_reason) for way in ways}
-    moments, count = _Moments(channels), 0
+    moments = _Moments(channels)
     for name, image in images:
         padded, padding = pad_to_multiple(image[None], ratio)
         scaled = {who: encode_scaled(model, padded).cpu() for who, model in models.items()}
@@ -117,8 +125,13 @@ def compare_spaces(
             picture = crop_padding(decode_scaled(models[decoder], scaled[encoder]), padding)
             place = image[None].to(picture.device)
             metrics[way].add(name, place, picture)
-        count += 1
-    if not count:
+    whole = _Moments(channels)
+    for part in gather([moments]):
+        whole.merge(part)
+    if not whole.count:
         raise LatentVAEError("no images came to compare two autoencoders on; give at least one.")
+    for each in metrics.values():
+        each.images = gather(each.images)
     pictures = {way: metrics[way].summary() for way in ways}
-    return SpaceAgreement(*moments.figures(), pictures, count)
+    count = next(iter(pictures.values())).protocol.image_count
+    return SpaceAgreement(*whole.figures(), pictures, count)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 # fields of TrainingState in state.json; one that an older checkpoint lacks counts from 0
-COUNTERS = ("step", "skipped_images", "skipped_steps", "bad_steps")
+COUNTERS = ("step", "skipped_images", "skipped_steps", "bad_steps", "realigned")
 # a manifest that lists less is not of a checkpoint
 REQUIRED = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"}
 
@@ -44,6 +44,7 @@ class TrainingState:
     skipped_images: int = 0
     skipped_steps: int = 0  # whose loss or gradient was not finite
     bad_steps: int = 0  # of those, how many in a row just now
+    realigned: int = 0  # times that processes on different hardware had drifted apart
 
     @classmethod
     def build(
@@ -59,6 +60,11 @@ class TrainingState:
         if start is not None:
             restore(state, start)
         return state
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What steps change, the same in every process."""
+        return [self.vae, *([self.adversary.discriminator] if self.adversary is not None else [])]
 
     def count_step(self, finite: bool) -> None:
         """Count a step that was done, or one that was skipped."""

@@ -1,7 +1,8 @@
 """Whatever can be wrong with a run and needs no weights to be seen, in one place: before anything loads.
 
 `check_values` looks at the settings alone, when they are read. `check_start` looks at them once more, as code
-may have changed them, and at this machine; `find_start` at the folder that the first process writes to. What only weights can tell is refused where they load (module.py).
+may have changed them, and at this machine; `find_start` at the folder that the first process writes to. What
+only weights can tell is refused where they load (module.py).
 """
 
 import json

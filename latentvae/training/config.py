@@ -163,6 +163,8 @@ class TrainConfig(Section):
     save_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)  # two: if the newest is damaged there is another
     max_bad_steps: int = Field(10, ge=1)  # NaN or inf so many times in a row is no accident
+    # that processes wait for one another: while one lists or decodes its share, or exports, the others do
+    timeout_minutes: float = Field(60, gt=0)
     tracker: str = "tensorboard"  # or another of Accelerate's: wandb, mlflow, comet_ml, ...; none: only files
 
     @property

@@ -53,7 +53,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     Raises:
         LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
-        TrainingInterrupted: SIGTERM, SIGINT or SIGUSR1 came, or train.max_minutes are over; the state is saved.
+        TrainingInterrupted: a signal to stop came, or train.max_minutes are over; the state is saved.
     """
     # 1. Set up; the clock counts this too, as a machine that is lent is.
     clock = Clock(config.train.max_minutes)
@@ -61,9 +61,9 @@ def train(config: Config, resume: str | None = None) -> Path:
     with status(run), stop_on_signal(run.stop), advice_on_memory(run):
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
         loop(run, run.batches, clock)
-        # 3. Export the averaged weights, by one process for all.
+        # 3. Export the averaged weights: all measure, one writes.
+        run.validation.export(run.state, run.folder, run.record.seconds)
         if run.is_main:
-            run.validation.export(run.state, run.folder, run.record.seconds)
             draw_curves(run.record.path, run.folder / "curves.png")
             logger.info(progress.summary(progress.read_points(run.record.path)))
     # 4. End together: the others wait here while one exports.
@@ -174,7 +174,7 @@ def advice_on_memory(run: Run) -> Iterator[None]:
 def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
     """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
     config, state = run.config.train, run.state
-    incoming = iter(batches)
+    incoming, first = iter(batches), state.step + 1
     with tqdm(
         total=config.max_steps, initial=state.step, unit="step", disable=not run.is_main, smoothing=0.05
     ) as bar:
@@ -182,6 +182,8 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
             # 2a. One update of the weights; it counts `state.step` up.
             terms = optimizer_step(run, take(run, incoming))
             check_finite(run)
+            if state.step == first:  # what drifts, drifts at once: not to be found at the first save only
+                check_agreement(state, run.accelerator)
             bar.update()
             last = state.step == config.max_steps
 
@@ -201,7 +203,7 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
 
             # 2d. Validation comes after saving: what fails here costs no step.
             due = state.step % config.validate_every == 0
-            if (due or last) and run.is_main:
+            if due or last:
                 validate(run)
 
             # 2e. Enough? All processes end together, with the state saved.
@@ -256,7 +258,7 @@ def save_checkpoint(run: Run) -> Path:
 
 
 def validate(run: Run) -> None:
-    """Measure and draw the averaged model, outside the run's clock."""
+    """Measure and draw the averaged model, outside the run's clock; each process takes a share."""
     with run.record.pause(), run.accelerator.autocast():
         vae, step = run.state.ema.model, run.state.step
         summary, picture = run.validation(vae, step, run.folder)

@@ -3,13 +3,14 @@
 import ctypes
 import logging
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from latentvae.base.optional import install_command
 from latentvae.training.checks import check_compiler
@@ -31,6 +32,7 @@ def start_processes(config: Config) -> tuple[Config, Accelerator]:
         cpu=not torch.accelerator.is_available(),  # else torchrun on a CPU starts without gloo
         log_with=installed_tracker(config.train.tracker),
         project_dir=Path(config.output),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes))],
     )
     if config.train.compile:  # on this process's own device, which is known only now
         check_compiler(accelerator.device)

@@ -1,12 +1,14 @@
 """What several processes have to agree on: the checkpoint that they continue from, and their weights."""
 
+import platform
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import nn
 
 from latentvae.base.errors import ConfigError, LatentVAEError
@@ -43,8 +45,8 @@ def agree_on_start(config: Config, resume: str | None, accelerator: Accelerator)
     apart = _without_folder(Path(config.output), accelerator)
     if apart:
         logger.info(
-            "processes %s do not see %s of process 0, as their machines share no folder: process 0 writes for "
-            "all; to resume, they will need its checkpoints at the same path",
+            "processes %s do not see %s of process 0, as their machines share no folder: process 0 writes "
+            "for all; to resume, they will need its checkpoints at the same path",
             *(apart, config.output),
         )
     if start is not None:
@@ -75,37 +77,72 @@ def _check_same_checkpoint(start: Path, accelerator: Accelerator) -> None:
     apart = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if apart:
         raise ConfigError(
-            f"processes {apart} do not have {start}, from which process 0 would continue. Put the output on a "
-            "folder that all machines share, or copy that checkpoint to the same path on each of them."
+            f"processes {apart} do not have {start}, from which process 0 would continue. Put the output on "
+            "a folder that all machines share, or copy that checkpoint to the same path on each of them."
         )
 
 
 def check_agreement(state: TrainingState, accelerator: Accelerator) -> None:
-    """Refuse to save where processes hold different weights.
+    """Find processes whose weights have drifted from the first one's.
+
+    Equal hardware computes equal updates from equal gradients, so there it is a fault, and the run ends.
+    Different hardware rounds differently: all take over the first one's state, which is said and counted.
 
     Raises:
-        LatentVAEError: names the processes that differ from the first.
+        LatentVAEError: names the processes that differ from the first though their hardware does not.
     """
     if accelerator.num_processes == 1:
         return
-    sums = accelerator.gather(checksum(state.vae).reshape(1).to(accelerator.device)).tolist()
+    sums = accelerator.gather(checksum(state.networks).reshape(1).to(accelerator.device)).tolist()
     apart = [rank for rank, each in enumerate(sums) if each != sums[0]]
-    if apart:
+    if not apart:
+        return
+    kinds = gather_object([hardware(accelerator.device)])
+    if len(set(kinds)) == 1:
         raise LatentVAEError(
             f"processes {apart} hold other weights than process 0 at step {state.step}; nothing was saved. "
             "Check that all machines run the same versions and GPUs, and continue with --resume latest."
         )
+    realign(state, accelerator)
+    state.realigned += 1
+    logger.warning(
+        "processes %s had drifted from process 0 at step %d, as their hardware differs (%s): all go on with "
+        "its weights (the %d. time)",
+        *(apart, state.step, "; ".join(dict.fromkeys(kinds)), state.realigned),
+    )
 
 
-def checksum(module: nn.Module) -> torch.Tensor:
+def hardware(device: torch.device) -> str:
+    """What the last bits of a process's sums depend on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+
+
+def realign(state: TrainingState, accelerator: Accelerator) -> None:
+    """Give every process the first one's weights, averages and what its optimizers have accumulated."""
+    networks, optimizers = [*state.networks, state.ema.model], [state.optimizer]
+    if state.adversary is not None:
+        optimizers.append(state.adversary.optimizer)
+    tensors = [tensor for network in networks for tensor in network.state_dict().values()]
+    for optimizer in optimizers:
+        tensors += [tensor for slot in optimizer.state.values() for tensor in slot.values()]
+    for tensor in tensors:
+        # collectives take what lies in one piece, on the process's device
+        sent = tensor.detach().to(accelerator.device, memory_format=torch.contiguous_format).contiguous()
+        tensor.detach().copy_(broadcast(sent))
+
+
+def checksum(networks: Iterable[nn.Module]) -> torch.Tensor:
     """A scalar int64 that changes with any bit of any parameter."""
     total = torch.zeros((), dtype=torch.int64)
-    for number, parameter in enumerate(module.parameters(), 1):
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    for number, parameter in enumerate(parameters, 1):
         # sums of integers do not depend on their order, as sums of floats would
         bits = (
             parameter.detach()
             .contiguous()
             .view(torch.int32 if parameter.element_size() == 4 else torch.int64)
         )
-        total += number * bits.sum(dtype=torch.int64).cpu()
+        total = total.to(bits.device) + number * bits.sum(dtype=torch.int64)
     return total

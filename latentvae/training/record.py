@@ -65,6 +65,7 @@ class Record:
         figures["memory_gb"] = peak_memory() / 1e9
         figures["skipped_images"] = state.skipped_images
         figures["skipped_steps"] = state.skipped_steps
+        figures["realigned"] = state.realigned
         self.seconds += elapsed
         channels = {} if per_channel is None else {"kl_per_channel": per_channel.tolist()}
         self._write({"step": state.step, **figures, **channels, "seconds": self.seconds})
@@ -77,14 +78,18 @@ class Record:
         return {"total": f"{figures['total']:.4f}", **lpips, "images/s": speed}
 
     def validation(
-        self, step: int, summary: MetricsSummary, picture: Image.Image, more: dict[str, float] | None = None
+        self,
+        step: int,
+        summary: MetricsSummary,
+        picture: Image.Image | None,
+        more: dict[str, float] | None = None,
     ) -> None:
         """Write the mean figures of a validation and `more`, and show its picture to the tracker."""
         figures = {**summary.as_dict()["mean"], **(more or {})}
         self._write({"step": step, **{f"val_{name}": value for name, value in figures.items()}})
         if self.tracker is not None:
             self.accelerator.log({f"val/{k}": v for k, v in figures.items() if v is not None}, step=step)
-            if hasattr(self.tracker, "log_images"):
+            if picture is not None and hasattr(self.tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if self.tracker.name == "tensorboard" else {}
                 shown = np.asarray(picture)  # these two take one image, the others several
                 shown = shown if self.tracker.name in ("aim", "clearml") else shown[None]

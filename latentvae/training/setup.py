@@ -119,7 +119,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     if module.teacher is not None and config.distil.cache is not None:
         sequence.cache = keep_teacher(config, module.teacher, sequence, accelerator)
     batches = training_batches(config, sequence, state.step, rank, world)
-    validation = Validation(config, train_images, val_images, channels, module.teacher)
+    validation = Validation(config, train_images, val_images, channels, module.teacher, rank, world)
     record = Record(folder, accelerator, state.step)
 
     # 7. Wrap what processes share; from here on gradients are averaged in its backward.

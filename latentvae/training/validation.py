@@ -2,33 +2,36 @@
 
 import logging
 import platform
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latentvae.base.errors import LatentVAEError
+from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.images.drawing import grid
 from latentvae.images.saving import save_picture
 from latentvae.measure.diagnosis import wants_upcast
-from latentvae.measure.evaluate import Evaluator, evaluate
+from latentvae.measure.evaluate import Evaluator
 from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.measure.metrics import MetricsSummary
+from latentvae.measure.metrics import ImageMetrics, MetricsSummary
 from latentvae.measure.spaces import compare_spaces
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import export
 from latentvae.models.latents import LatentStatistics, compute_latent_statistics
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, DataConfig
-from latentvae.training.data.crops import validation_images
+from latentvae.training.data.crops import centre_crops, validation_images
 from latentvae.training.data.sources import ImageSource, Selection, evenly
 from latentvae.training.distillation import Teacher
 
 logger = logging.getLogger(__name__)
 
 GRID_IMAGES = 6  # a picture that fits a screen
+# Images that are measured together. Processes take whole batches, so their number changes no figure.
+BATCH = 8
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
 
@@ -41,6 +44,10 @@ class Validation:
         val: measured.
         channels: of the model.
         teacher: whose latent space the model is to speak.
+        rank, world: this process and how many there are; each reads and measures a share of the images.
+
+    Raises:
+        ImageError: no process can read any validation image.
     """
 
     def __init__(
@@ -50,28 +57,56 @@ class Validation:
         val: ImageSource,
         channels: int,
         teacher: Teacher | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.config = config
         self.teacher = teacher
         self.train = train
-        self.images = validation_images(val, config.data, channels)
+        self.is_main = rank == 0
+        starts = range(rank * BATCH, len(val), world * BATCH)
+        shares = (range(start, min(start + BATCH, len(val))) for start in starts)
+        self.batches = [[*centre_crops(val, share, config.data, channels)] for share in shares]
+        if not any(gather_object([len(batch) for batch in self.batches])):
+            raise ImageError(
+                f"none of the {len(val)} validation images can be read; the first is {val.name(0)}"
+            )
         self.lpips, self.reason = _load_lpips(config)
 
-    def __call__(self, vae: AutoencoderKL, step: int, folder: Path) -> tuple[MetricsSummary, Image.Image]:
-        """Figures over all validation images, and a grid of some, saved as samples/step-00000500.png."""
-        lpips = self.lpips.to(vae.device) if self.lpips is not None else None
-        evaluator = Evaluator(vae, lpips, self.reason)
-        pairs: list[list[torch.Tensor]] = []  # of (C, H, W) each: an image and what becomes of it
-        for name, image in self.images:
-            rebuilt, _ = evaluator.add(name, image)
-            if len(pairs) < GRID_IMAGES:
-                pairs.append([image, rebuilt[0].cpu()])
+    def __call__(
+        self, vae: AutoencoderKL, step: int, folder: Path
+    ) -> tuple[MetricsSummary, Image.Image | None]:
+        """Figures over all validation images, and a grid of some, saved as samples/step-00000500.png.
+
+        All processes call it and get the figures; the first has the grid and saves it.
+        """
+        summary, pairs = self.measure(vae)
+        if not self.is_main or not pairs:
+            return summary, None
         columns = 2 if len(pairs) > 1 else 1
         rows = [[*chain(*pairs[i : i + columns])] for i in range(0, len(pairs) - columns + 1, columns)]
         picture = grid(rows, ["original", f"step {step}"] * columns)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         save_picture(picture, folder / "samples" / f"step-{step:08d}.png")
-        return evaluator.metrics.summary(), picture
+        return summary, picture
+
+    @torch.no_grad()
+    def measure(self, vae: AutoencoderKL) -> tuple[MetricsSummary, list[list[torch.Tensor]]]:
+        """Figures over the images of all processes; some of this one's, each with its reconstruction."""
+        lpips = self.lpips.to(vae.device) if self.lpips is not None else None
+        evaluator = Evaluator(vae, lpips, self.reason)
+        pairs: list[list[torch.Tensor]] = []  # of (C, H, W) each
+        measured = []  # per batch, in its order
+        for batch in self.batches:
+            for _, alike in groupby(batch, lambda item: item[1].shape):
+                names, images = zip(*alike, strict=True)
+                rebuilt, _ = evaluator.add_batch([*names], torch.stack(images))
+                more = zip(images, rebuilt.cpu(), strict=True)
+                pairs += [[*pair] for pair in more][: GRID_IMAGES - len(pairs)]
+            measured.append(evaluator.metrics.images)
+            evaluator.metrics.images = []
+        evaluator.metrics.images = [*chain.from_iterable(_in_turn(measured))]
+        return evaluator.metrics.summary(), pairs
 
     def beside_teacher(self, vae: AutoencoderKL) -> dict[str, float]:
         """How well the model speaks its teacher's latent space; nothing without a teacher.
@@ -83,7 +118,8 @@ class Validation:
             return {}
         lpips = self.lpips.to(vae.device) if self.lpips is not None else None
         ways = ("teacher_student", "student_teacher")
-        found = compare_spaces(vae, self.teacher.model, self.images, lpips, self.reason, ways)
+        images = chain.from_iterable(self.batches)
+        found = compare_spaces(vae, self.teacher.model, images, lpips, self.reason, ways, gather_object)
         figures = {"r2": found.r2, "correlation": found.correlation}
         figures["offset"] = max(map(abs, found.offsets))
         for way, summary in found.pictures.items():
@@ -93,9 +129,14 @@ class Validation:
         return figures
 
     def export(self, state: TrainingState, folder: Path, seconds: float) -> Path:
-        """Export the averaged weights to `folder`/vae, with latent statistics unless they are a parent's."""
+        """Export the averaged weights to `folder`/vae, with latent statistics unless they are a parent's.
+
+        All processes call it, to measure; the first exports.
+        """
         vae = state.ema.model
-        summary = evaluate(vae, self.images, self.lpips, self.reason)
+        summary, _ = self.measure(vae)
+        if not self.is_main:
+            return folder / "vae"
         # a parent's or teacher's factors stay, so that its latents still fit
         statistics = None
         if self.config.model.init is None and self.config.model.teacher is None:
@@ -131,6 +172,12 @@ def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataCon
     some = Selection(source, evenly(len(source), STATISTICS_IMAGES))
     images = validation_images(some, config, vae.config["in_channels"])
     return compute_latent_statistics(vae, (image[None] for _, image in images))
+
+
+def _in_turn(own: list[list[ImageMetrics]]) -> list[list[ImageMetrics]]:
+    """The figures of all processes' batches in the order of the images."""
+    shares = gather_object([own])  # of process 0: batches 0, world, 2 world, ...
+    return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
 
 
 def _name(config: Config) -> str:

@@ -1,5 +1,7 @@
 """Several processes compute what one does."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,11 +62,13 @@ def test_the_first_gradients_of_two_processes_equal_those_of_one_in_fp32(
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
-def test_processes_that_drift_apart_are_not_saved(photos: Path, tmp_path: Path) -> None:
+def drifting(photos: Path, tmp_path: Path, *settings: str, hardware: str = "") -> subprocess.Popen[str]:
+    """A run of two processes of which the second one's weights move by themselves."""
     script = tmp_path / "drift.py"
     script.write_text(
-        "import sys, torch\n"
-        "from latentvae.training import loop\n"
+        "import os, sys, torch\n"
+        "from latentvae.training import loop, processes\n"
+        f"{hardware}\n"
         "step = loop.optimizer_step\n"
         "def apart(run, batches):\n"
         "    terms = step(run, batches)\n"
@@ -75,18 +79,29 @@ def test_processes_that_drift_apart_are_not_saved(photos: Path, tmp_path: Path) 
         "from latentvae.cli.main import main\n"
         "main(['train', *sys.argv[1:]])\n"
     )
-    line = command(
-        photos,
-        tmp_path / "run",
-        2,
-        "train.batch_size=2",
-        "train.max_steps=1",
-        "adversarial.disc_weight=0",
-        "optim.warmup_steps=0",
-    )
+    line = command(photos, tmp_path / "run", 2, "train.batch_size=2", "optim.warmup_steps=0", *settings)
     line[line.index(str(ROOT / "train" / "train.py"))] = str(script)
-    process = launch(line)
+    return launch(line)
+
+
+def test_processes_that_drift_apart_are_not_saved_and_noticed_after_the_first_step(
+    photos: Path, tmp_path: Path
+) -> None:
+    process = drifting(photos, tmp_path, "train.max_steps=10", "adversarial.disc_weight=0")
     printed, _ = process.communicate(timeout=280)
     assert process.returncode != 0
-    assert "processes [1] hold other weights than process 0" in printed
-    assert not (tmp_path / "run" / "checkpoints" / "step-00000001").exists()
+    assert "processes [1] hold other weights than process 0 at step 1" in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_where_the_hardware_differs_processes_take_the_first_ones_state_and_count_it(
+    photos: Path, tmp_path: Path
+) -> None:
+    unlike = "processes.hardware = lambda device: 'GPU ' + os.environ['RANK']"
+    printed = finish(
+        drifting(photos, tmp_path, "train.max_steps=3", "adversarial.disc_start=0", hardware=unlike)
+    )
+    assert printed.count("had drifted from process 0") == 2  # after the first step, and at the save
+    assert [line["realigned"] for line in records(tmp_path / "run") if "total" in line] == [1, 1, 1]
+    saved = json.loads((tmp_path / "run/checkpoints/step-00000003/state.json").read_text())
+    assert saved["realigned"] == 2

@@ -238,7 +238,7 @@ def test_validation_and_latent_statistics_read_any_source(kinds, monkeypatch, ti
     monkeypatch.setattr(validation, "STATISTICS_IMAGES", 4)
     run = Config(data={"train": kinds["tars"], "val_images": 2, "val_size": SIDE, "crop": SIDE})
     seen = validation.Validation(run, *split_sources(run.data), 3)
-    assert [name for name, _ in seen.images] == ["00.jpg", "11.png"]
+    assert [name for batch in seen.batches for name, _ in batch] == ["00.jpg", "11.png"]
     statistics = validation.training_statistics(tiny_vae, seen.train, run.data)
     assert (len(seen.train), statistics.image_count) == (10, 4)
 

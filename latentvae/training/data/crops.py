@@ -5,7 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,9 +29,7 @@ from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
 logger = logging.getLogger(__name__)
 
 # that ask a run to save and end; the last is Slurm's (sbatch --signal=USR1@120), and Windows has none
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 # (C, H, W), position, skipped; and what a teacher made of the crop, where a teacher's are kept
 Item = tuple[torch.Tensor, int, list[str]] | tuple[torch.Tensor, int, list[str], TeacherCrop]
@@ -286,9 +284,24 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
 def validation_images(
     source: ImageSource, config: DataConfig, channels: int
 ) -> list[tuple[str, torch.Tensor]]:
-    """Centre crops of `val_size` (smaller images whole), as (name, (C, H, W) in [-1, 1])."""
-    images = []
-    for index in range(len(source)):
+    """Centre crops of `val_size` (smaller images whole), as (name, (C, H, W) in [-1, 1]).
+
+    Raises:
+        ImageError: none of them can be read.
+    """
+    images = [*centre_crops(source, range(len(source)), config, channels)]
+    if not images:
+        raise ImageError(
+            f"none of the {len(source)} validation images can be read; the first is {source.name(0)}"
+        )
+    return images
+
+
+def centre_crops(
+    source: ImageSource, indices: Iterable[int], config: DataConfig, channels: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of those that can be read of some images, as `validation_images`; the others are named."""
+    for index in indices:
         try:
             image = source.load(index, channels)
         except ImageError as error:
@@ -299,9 +312,4 @@ def validation_images(
         height, width = (min(side, config.val_size) for side in image.shape[-2:])
         top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
         name = PurePath(source.name(index)).name
-        images.append((name, image[:, top : top + height, left : left + width].contiguous()))
-    if not images:
-        raise ImageError(
-            f"none of the {len(source)} validation images can be read; the first is {source.name(0)}"
-        )
-    return images
+        yield name, image[:, top : top + height, left : left + width].contiguous()
