@@ -7,7 +7,7 @@ import torch
 
 from latentvae.training.checks import check_values
 from latentvae.training.config import Config
-from latentvae.training.data.crops import CropBatch
+from latentvae.training.data.batches import CropBatch
 from latentvae.training.machine import peak_memory, total_memory
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
@@ -83,6 +83,7 @@ def _peak(run: Run, size: int) -> int:
     """Peak memory after two steps of a batch, so that the optimizer's states are there."""
     side, channels = run.config.data.crop, run.state.vae.config["in_channels"]
     for step in range(2):
-        images = torch.rand(size, channels, side, side) * 2 - 1  # (B, C, H, W); what they show costs nothing
+        shape = (size, channels, side, side)  # (B, C, H, W); what they show costs nothing
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
         optimizer_step(run, [CropBatch(images, torch.arange(size) + step * size, [])])
     return peak_memory()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from latentvae.images.tensors import from_uint8
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.config import EquivarianceConfig, MaskConfig
-from latentvae.training.data.crops import CropBatch
+from latentvae.training.data.batches import CropBatch
 from latentvae.training.data.teacher_cache import TeacherCrop
 from latentvae.training.distillation import original_share
 from latentvae.training.module import Transform
@@ -38,12 +39,9 @@ class Inputs:
 def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     """Move a batch to the device, and make its random choices."""
     config, seed = run.config.regularise, run.config.seed
-    images = batch.pixel_values.to(
-        run.accelerator.device,
-        run.config.train.dtype,
-        memory_format=run.config.train.memory_format,
-        non_blocking=True,
-    )
+    sent = batch.pixel_values.to(run.accelerator.device, non_blocking=True)
+    images = from_uint8(sent) if sent.dtype == torch.uint8 else sent
+    images = images.to(run.config.train.dtype, memory_format=run.config.train.memory_format)
     # (B, C, H, W) to latents (B, c, h, w) with h = H / ratio
     ratio = spatial_compression_ratio(run.state.vae)
     side = images.shape[-1] // ratio

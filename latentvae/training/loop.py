@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import whole_file
 from latentvae.training import checkpoint, progress
 from latentvae.training.config import Config
-from latentvae.training.data.crops import STOP_SIGNALS, CropBatch
+from latentvae.training.data.batches import STOP_SIGNALS, BatchLoader, CropBatch
 from latentvae.training.machine import peak_memory
 from latentvae.training.processes import check_agreement
 from latentvae.training.record import draw_curves
@@ -33,6 +32,7 @@ from latentvae.training.step import optimizer_step
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 20.0  # seconds after a request to stop; launchers kill after 30
 SAME_SIGNAL = 2.0  # seconds in which launchers forward what their processes got as well
 
 
@@ -60,6 +60,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     run = set_up(config, resume)
     with status(run), stop_on_signal(run.stop), advice_on_memory(run):
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
+        run.batches.while_waiting = Patience(run, clock)
         loop(run, run.batches, clock)
         # 3. Export the averaged weights: all measure, one writes.
         run.validation.export(run.state, run.folder, run.record.seconds)
@@ -171,7 +172,7 @@ def advice_on_memory(run: Run) -> Iterator[None]:
         ) from error
 
 
-def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
+def loop(run: Run, batches: BatchLoader, clock: Clock) -> None:
     """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
     config, state = run.config.train, run.state
     incoming, first = iter(batches), state.step + 1
@@ -180,7 +181,13 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
     ) as bar:
         while state.step < config.max_steps:
             # 2a. One update of the weights; it counts `state.step` up.
-            terms = optimizer_step(run, take(run, incoming))
+            try:
+                taken = take(run, incoming)
+            except StoppedWaitingError as error:
+                if run.accelerator.num_processes > 1:
+                    raise
+                raise TrainingInterrupted(save_checkpoint(run), clock.reason(run.stop)) from error
+            terms = optimizer_step(run, taken)
             check_finite(run)
             if state.step == first:  # what drifts, drifts at once: not to be found at the first save only
                 check_agreement(state, run.accelerator)
@@ -211,6 +218,38 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
                 if state.step % config.save_every:
                     save_checkpoint(run)
                 break
+
+
+class StoppedWaitingError(LatentVAEError):
+    """A run was asked to stop while it waited for images."""
+
+
+class Patience:
+    """Heeds a request to stop while a batch is waited for, which may be for ever.
+
+    One process stops at once. Of several, the others may wait for this one's gradients and cannot save with
+    it; so it stays PATIENCE seconds, then ends them all.
+
+    Raises:
+        StoppedWaitingError: the state is that of the last step.
+    """
+
+    def __init__(self, run: Run, clock: Clock) -> None:
+        self.run, self.clock = run, clock
+        self.asked = math.inf
+
+    def __call__(self) -> None:
+        if not (self.run.stop.is_set() or self.clock.over):
+            return
+        self.asked = min(self.asked, time.monotonic())
+        waited = time.monotonic() - self.asked
+        if self.run.accelerator.num_processes == 1 or waited > PATIENCE:
+            saved = checkpoint.listing(self.run.checkpoints)
+            kept = f"{saved[-1]} is intact" if saved else "nothing had been saved before"
+            raise StoppedWaitingError(
+                f"stopped while waiting for images after step {self.run.state.step}; {kept}. Look at what "
+                "holds up the workers (disk, network, memory), and add --resume auto."
+            )
 
 
 def take(run: Run, incoming: Iterator[CropBatch]) -> list[CropBatch]:
@@ -263,7 +302,7 @@ def validate(run: Run) -> None:
         vae, step = run.state.ema.model, run.state.step
         summary, picture = run.validation(vae, step, run.folder)
         run.record.validation(step, summary, picture, run.validation.beside_teacher(vae))
-    points = progress.read_points(run.record.path)
+    points = progress.read_points(run.record.path) if run.is_main else []
     if points and points[-1].step == step:  # a PSNR that is infinite is no point
         tqdm.write(progress.line(points), file=sys.stderr)  # beside the bar and not in it
 

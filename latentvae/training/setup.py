@@ -17,13 +17,8 @@ from latentvae.models.spaces import latent_shape
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
 from latentvae.training.config import Config
-from latentvae.training.data.crops import (
-    BatchLoader,
-    CropSequence,
-    split_sources,
-    training_batches,
-    validation_images,
-)
+from latentvae.training.data.batches import BatchLoader, training_batches
+from latentvae.training.data.crops import CropSequence, split_sources, validation_images
 from latentvae.training.data.sources import FolderSource, Selection, evenly, measured_range, open_source
 from latentvae.training.data.teacher_cache import TeacherCache, provenance
 from latentvae.training.distillation import Teacher, start_linearly

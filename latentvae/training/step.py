@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from latentvae.models.latents import Posterior
 from latentvae.training.adversary import Adversary
-from latentvae.training.data.crops import CropBatch
+from latentvae.training.data.batches import CropBatch
 from latentvae.training.distillation import original_share
 from latentvae.training.draws import Inputs, draw_inputs
 from latentvae.training.losses import Terms, adaptive_weight

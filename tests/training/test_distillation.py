@@ -212,7 +212,7 @@ def test_a_kept_teacher_is_cut_as_the_images_are_and_is_not_asked_again(
             for image in map(from_uint8, whole)
             for top in range(0, image.shape[1] - 31, 8)
             for left in range(0, image.shape[2] - 31, 8)
-            if torch.equal(image[:, top : top + 32, left : left + 32], crop)
+            if torch.equal(image[:, top : top + 32, left : left + 32], from_uint8(crop))
         ]
         ((image, top, left),) = places
         height, width = (side // 8 * 8 for side in image.shape[1:])

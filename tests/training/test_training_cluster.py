@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shlex
 import signal
 import subprocess
 import time
@@ -30,15 +29,32 @@ def running(loop: subprocess.Popen[str]) -> int | None:
     return int(found.stdout.split()[0]) if found.stdout.split() else None
 
 
+LAUNCHER = """
+import os, sys
+from latentvae.cli.main import main
+from latentvae.training import loop  # noqa: what takes long is imported once, for all starts
+while True:
+    if (run := os.fork()) == 0:
+        main(["train", *sys.argv[1:]])
+    if os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]) == 0:
+        break
+"""
+
+
 def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
     photos: Path, tmp_path: Path
 ) -> None:
     """One command line for all eleven starts; the first kill comes before anything has been saved."""
-    settings = ("train.precision=fp32", "train.batch_size=2", "train.save_every=1", "train.max_steps=24")
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+
+    def start(output: Path) -> subprocess.Popen[str]:
+        settings = ("train.precision=fp32", "train.batch_size=2", "train.save_every=1", "train.max_steps=24")
+        line = command(photos, output, 1, *settings, resume="auto")
+        line[1] = str(tmp_path / "launcher.py")
+        return launch(line)
+
     output = tmp_path / "killed"
-    line = command(photos, output, 1, *settings, resume="auto")
-    loop = launch(["bash", "-c", f"until {shlex.join(line)}; do sleep 0.1; done"])
-    moments, killed = random.Random(0), {None}
+    loop, moments, killed = start(output), random.Random(0), {None}
     try:
         for number in range(10):
             deadline = time.monotonic() + 240
@@ -56,7 +72,7 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
             os.killpg(loop.pid, signal.SIGKILL)
     assert loop.returncode == 0, printed[-3000:]
     assert printed.count("continuing from") >= 9
-    finish(launch(command(photos, tmp_path / "straight", 1, *settings)))
+    finish(start(tmp_path / "straight"))
     assert_same(tmp_path / "straight", output, 24)
 
 

@@ -1,7 +1,11 @@
 """Training images: item k is the same everywhere, each image comes once an epoch, bad files are named."""
 
 import logging
+import os
+import signal
+import time
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +13,23 @@ import pytest
 import torch
 from PIL import Image
 
-from latentvae.base.errors import ConfigError, ImageError
+from latentvae.base.errors import ConfigError, ImageError, LatentVAEError
 from latentvae.images.reading import load_image
 from latentvae.images.resizing import resize_short_side
 from latentvae.images.tensors import to_uint8
 from latentvae.training.config import Config, DataConfig, TrainConfig
-from latentvae.training.data.crops import (
-    CropBatch,
-    CropSequence,
-    PositionSampler,
-    epoch_order,
-    split_sources,
-    training_batches,
-    validation_images,
-)
+from latentvae.training.data import batches, memory
+from latentvae.training.data.batches import CropBatch, PositionSampler, training_batches
+from latentvae.training.data.crops import CropSequence, epoch_order, split_sources, validation_images
 from latentvae.training.data.sources import FolderSource
 
 COUNT, HEIGHT, WIDTH, CROP = 7, 40, 52, 32
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def write_map(path: Path, number: int, height: int = HEIGHT, width: int = WIDTH) -> Path:
@@ -37,7 +41,7 @@ def write_map(path: Path, number: int, height: int = HEIGHT, width: int = WIDTH)
 
 def where(crop: torch.Tensor) -> tuple[int, int, int, bool]:
     """(number, top, left, flipped) of a crop of such an image."""
-    red, green, blue = to_uint8(crop).int()
+    red, green, blue = crop.int()
     flipped = bool(red[0, 0] > red[0, -1])
     return int(blue[0, 0]) // 30, int(green.min()), int(red.min()), flipped
 
@@ -85,16 +89,14 @@ def test_another_seed_or_k_gives_another_crop(paths):
     assert len(set(places[0])) > 30
 
 
-def test_an_item_is_a_crop_of_its_image_in_the_range_of_images(paths):
+def test_an_item_is_a_crop_of_its_image_in_8_bits(paths):
     for k in range(COUNT):
         crop, position, skipped = sequence(paths)[k]
         number, top, left, flipped = where(crop)
-        image = load_image(paths[number])
+        image = to_uint8(load_image(paths[number]))
         expected = image[:, top : top + CROP, left : left + CROP]
         assert torch.equal(crop, expected.flip(-1) if flipped else expected)
-        assert (position, skipped, crop.dtype) == (k, [], torch.float32)
-        assert crop.min() >= -1
-        assert crop.max() <= 1
+        assert (position, skipped, crop.dtype) == (k, [], torch.uint8)
 
 
 @pytest.mark.parametrize("short_side", [None, 36])
@@ -334,8 +336,76 @@ def test_validation_images_are_centre_crops_and_small_ones_whole(tmp_path, caplo
         images = dict(validation_images(FolderSource([large, broken, small]), DataConfig(val_size=32), 3))
     assert list(images) == ["large.png", "small.png"]
     assert "broken.png" in caplog.text
-    assert where(images["large.png"]) == (2, 4, 14, False)
+    assert where(to_uint8(images["large.png"])) == (2, 4, 14, False)
     assert where(images["small.png"]) == (3, 0, 9, False)
     assert images["small.png"].shape == (3, 20, 32)
     with pytest.raises(ImageError, match="none of the 1 validation images"):
         validation_images(FolderSource([broken]), DataConfig(), 3)
+
+
+# --- workers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX descriptors")
+def test_images_in_memory_are_sent_to_a_worker_in_few_descriptors(paths):
+    """To one that is not forked: as tensors of their own they took one each, and 1,024 are usual."""
+    many = [paths[number % COUNT] for number in range(200)]
+    items = sequence(many, in_memory=True)
+    before = len([*Path("/dev/fd").iterdir()])
+    sent = ForkingPickler.dumps(items)
+    assert len([*Path("/dev/fd").iterdir()]) - before < 10
+    assert len(sent) < 50_000
+
+
+def test_images_in_memory_come_back_from_buffers_of_any_size(monkeypatch):
+    images = [torch.full((3, side, 5), side, dtype=torch.uint8) for side in (4, 9, 2, 30, 1)]
+    monkeypatch.setattr(memory, "BLOCK", 200)  # one image is larger, others share
+    kept = memory.ImageMemory([*images[:2], "no image", *images[2:]])
+    assert len(kept) == 6
+    assert len(kept.blocks) == 4
+    assert kept[2] == "no image"
+    for image, found in zip(images, [kept[0], kept[1], *(kept[index] for index in (3, 4, 5))], strict=True):
+        assert torch.equal(image, found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+def test_full_shared_memory_ends_the_run_naming_what_to_set(paths, monkeypatch):
+    def small(worker: int) -> None:  # such as /dev/shm of a container, once it is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    monkeypatch.setattr(batches, "_leave_signals_to_the_main_process", small)
+    with pytest.raises(LatentVAEError, match=r"shared memory.*--shm-size.*data.workers=2") as refused:
+        list(training_batches(run_config(4, 1, 4, workers=2), sequence(paths), 0, 0, 1))
+    assert "0.0 MB" in str(refused.value)
+
+
+def test_a_batch_that_does_not_come_is_waited_for_with_open_eyes(paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "LOOK_UP", 0.1)
+    items, gate, looks = sequence(paths), tmp_path / "gate", []
+    decode = items.decode
+
+    def slow(index: int):
+        while not gate.exists():
+            time.sleep(0.01)
+        return decode(index)
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            gate.touch()
+
+    items.decode = slow
+    loader = training_batches(run_config(3, 1, 2, workers=1), items, 0, 0, 1)
+    loader.while_waiting = look
+    found = list(loader)
+    assert len(looks) >= 3
+    alone = training_batches(run_config(3, 1, 2), sequence(paths), 0, 0, 1)
+    assert all(same(a, b) for a, b in zip(alone, found, strict=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_worker_that_is_killed_ends_the_run_with_the_likely_reason(paths, monkeypatch):
+    items = sequence(paths)
+    items.decode = lambda index: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(LatentVAEError, match=r"a process that decodes images died.*data\.workers"):
+        list(training_batches(run_config(3, 1, 2, workers=1), items, 0, 0, 1))

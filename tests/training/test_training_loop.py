@@ -32,7 +32,8 @@ from latentvae.models.presets import build
 from latentvae.training import checkpoint, loop, progress
 from latentvae.training.checks import check_exported
 from latentvae.training.config import Config, TrainConfig
-from latentvae.training.data import crops as data_module
+from latentvae.training.data import batches as data_module
+from latentvae.training.data.crops import split_sources, validation_images
 from latentvae.training.draws import sample_noise
 from latentvae.training.loop import TrainingInterrupted, stop_on_signal, train
 from latentvae.training.optim import EMA
@@ -217,8 +218,8 @@ def test_the_export_says_of_half_precision_what_the_doctor_says(straight):
 def test_a_model_trained_from_scratch_has_latents_of_mean_zero_and_deviation_one(straight):
     vae = load(Path(straight.output) / "vae")
     assert vae.config["shift_factor"] == 0
-    trained_on, _ = data_module.split_sources(straight.data)
-    crops = data_module.validation_images(trained_on, straight.data, 3)
+    trained_on, _ = split_sources(straight.data)
+    crops = validation_images(trained_on, straight.data, 3)
     statistics = compute_latent_statistics(vae, [image[None] for _, image in crops])
     assert vae.config["scaling_factor"] == pytest.approx(statistics.scaling_factor, rel=1e-4)
     assert np.abs(statistics.latents_mean).max() < 1e-4 * max(statistics.latents_std)
@@ -466,6 +467,48 @@ def test_without_a_limit_the_clock_is_never_over(monkeypatch):
     assert [clock.over for clock in clocks] == [False, False]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now + 121)
     assert [clock.over for clock in clocks] == [False, True]
+
+
+class Elsewhere:
+    """Batches of which the third never comes, as a worker of a DataLoader may be held up."""
+
+    def __init__(self, batches) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        incoming = iter(self.batches)
+        yield next(incoming)
+        yield next(incoming)
+        while True:
+            self.while_waiting()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_request_to_stop_is_heeded_while_images_are_waited_for(photos, tmp_path, monkeypatch, processes):
+    run = set_up(configure(photos, tmp_path / "run"), None)
+    monkeypatch.setattr(loop, "set_up", lambda config, resume: run)
+    run.batches = Elsewhere(run.batches)
+    take, taken = loop.take, []
+
+    def take_and_ask(*arguments):
+        taken.append(run.state.step)
+        if run.state.step == 2:
+            run.stop.set()
+            # the other processes wait for this one's gradients: it cannot save without them
+            monkeypatch.setattr(type(run.accelerator), "num_processes", processes)
+        return take(*arguments)
+
+    monkeypatch.setattr(loop, "take", take_and_ask)
+    monkeypatch.setattr(loop, "PATIENCE", 0.05)
+    if processes == 1:
+        with pytest.raises(TrainingInterrupted, match="by a signal") as stop:
+            train(run.config)
+        assert stop.value.checkpoint == checkpoint.newest(run.checkpoints)
+        assert stop.value.checkpoint.name == "step-00000002"
+    else:
+        with pytest.raises(LatentVAEError, match=r"waiting for images after step 2; nothing had been saved"):
+            train(run.config)
+    assert taken == [0, 1, 2]
 
 
 def test_a_stop_at_the_last_step_is_no_stop(photos, tmp_path, monkeypatch):

@@ -21,16 +21,12 @@ from pyarrow import parquet
 import latentvae
 from latentvae.base.errors import ConfigError, ImageError, SourceError
 from latentvae.images.reading import load_image
+from latentvae.images.tensors import to_uint8
 from latentvae.training import validation
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data import tars as shards
-from latentvae.training.data.crops import (
-    CropBatch,
-    CropSequence,
-    split_sources,
-    training_batches,
-    validation_images,
-)
+from latentvae.training.data.batches import CropBatch, training_batches
+from latentvae.training.data.crops import CropSequence, split_sources, validation_images
 from latentvae.training.data.datasets import image_column
 from latentvae.training.data.sources import ImageSource, hold_out, open_source, root
 from latentvae.training.data.tars import TarSource, expand_braces
@@ -261,7 +257,7 @@ def test_a_damaged_member_is_passed_over_counted_and_named(tmp_path, kinds):
 
 
 def _uint8_images(files: dict[str, bytes]) -> list[torch.Tensor]:
-    images = [load_image(data) for data in files.values()]
+    images = [to_uint8(load_image(data)) for data in files.values()]
     return [image.add(1).mul(127.5).round().div(127.5).sub(1) for image in images]
 
 
@@ -297,7 +293,8 @@ def test_a_run_that_fails_ends_though_its_workers_ignore_signals(tmp_path, kinds
     shard = write_tar(tmp_path / "a.tar", {"a.png": Path(kinds["folder"], "03.png").read_bytes()})
     lines = f"""
         from latentvae.training.config import Config
-        from latentvae.training.data.crops import CropSequence, training_batches
+        from latentvae.training.data.batches import training_batches
+        from latentvae.training.data.crops import CropSequence
         from latentvae.training.data.sources import open_source
         config = Config(data={{"crop": {SIDE}}}, train={{"batch_size": 3, "max_steps": 200}})
         sequence = CropSequence(open_source({str(shard)!r}), config.data, 3, 0)

@@ -12,12 +12,13 @@ from PIL import Image
 from latentvae.base.errors import ConfigError, LatentVAEError
 from latentvae.images.reading import load_image
 from latentvae.images.saving import save_image
+from latentvae.images.tensors import from_uint8
 from latentvae.models.exporting import export
 from latentvae.models.latents import encode
 from latentvae.models.loading import load
 from latentvae.models.presets import build
 from latentvae.training import checkpoint
-from latentvae.training.data.crops import CropBatch, training_batches
+from latentvae.training.data.batches import CropBatch, training_batches
 from latentvae.training.draws import draw_inputs
 from latentvae.training.loop import Clock, loop, save_checkpoint, train
 from latentvae.training.losses import adaptive_weight, d_loss, g_loss, latent_cosine
@@ -142,6 +143,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 ) -> None:
     run, batches = start(photos, *settings)
     before = snapshot(run.state.vae)
+    batches[0].pixel_values = from_uint8(batches[0].pixel_values)
     good = batches[0].pixel_values.clone()
     batches[0].pixel_values[0, 0, 0, 0] = torch.nan
     optimizer_step(run, batches)
@@ -163,7 +165,7 @@ def test_nan_in_a_row_stops_with_the_last_checkpoint_intact(
     def poisoned() -> list[CropBatch]:
         each = list(batches)
         for batch in each[2:]:
-            batch.pixel_values.fill_(torch.nan)
+            batch.pixel_values = torch.full(batch.pixel_values.shape, torch.nan)
         return each
 
     with pytest.raises(LatentVAEError, match="3 steps in a row"):
@@ -321,6 +323,6 @@ def test_masked_input_is_judged_on_all_pixels(photos: Path) -> None:
     inputs = draw_inputs(run, batches[0])
     seen, target = inputs.arguments[0], inputs.target
     assert (seen == 0).float().mean() > 0.01
-    assert torch.equal(target, batches[0].pixel_values)
+    assert torch.equal(target, from_uint8(batches[0].pixel_values))
     visible = seen != 0
     assert torch.equal(seen[visible], target[visible])

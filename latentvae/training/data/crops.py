@@ -1,53 +1,27 @@
 """Training images: an endless, seekable sequence of crops in which item k is the same in every run."""
 
-import atexit
 import logging
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import PurePath
 
 import numpy as np
-import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from latentvae.base.errors import ConfigError, ImageError, LatentVAEError
 from latentvae.images.resizing import resize_short_side
-from latentvae.images.tensors import from_uint8, to_uint8
-from latentvae.training.config import Config, DataConfig
+from latentvae.images.tensors import to_uint8
+from latentvae.training.config import DataConfig
 from latentvae.training.data import sources
+from latentvae.training.data.memory import Decoded, ImageMemory, decode_all, fits_in_memory
 from latentvae.training.data.sources import ImageSource
 from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
 
 logger = logging.getLogger(__name__)
 
-# that ask a run to save and end; the last is Slurm's (sbatch --signal=USR1@120), and Windows has none
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-# (C, H, W), position, skipped; and what a teacher made of the crop, where a teacher's are kept
+# uint8 (C, H, W), position, skipped; and what a teacher made of the crop, where a teacher's are kept
 Item = tuple[torch.Tensor, int, list[str]] | tuple[torch.Tensor, int, list[str], TeacherCrop]
-
-
-@dataclass
-class CropBatch:
-    """Crops of consecutive positions, and the files that had to be passed over on the way."""
-
-    pixel_values: torch.Tensor  # (B, C, H, W) in [-1, 1]
-    positions: torch.Tensor  # (B,) int64: global sample index, counted from the run's start
-    skipped: list[str]  # "name: reason"
-    teacher: TeacherCrop | None = None  # (B, 2c, h, w) and (B, C, H, W), where a teacher's are kept
-
-    def pin_memory(self) -> "CropBatch":
-        """In memory that a GPU reads while it computes; DataLoader calls it."""
-        pinned = None if self.teacher is None else TeacherCrop(*(each.pin_memory() for each in self.teacher))
-        return CropBatch(self.pixel_values.pin_memory(), self.positions, self.skipped, pinned)
 
 
 class CropSequence(Dataset[Item]):
@@ -78,9 +52,12 @@ class CropSequence(Dataset[Item]):
         self.config = config
         self.channels = channels
         self.seed = seed
-        self.memory: list[torch.Tensor | str] | None = None
-        if config.in_memory and _fits_in_memory(self):
-            self.memory = _decode_all(self)
+        self.memory: ImageMemory | None = None
+        if config.in_memory and fits_in_memory(len(source), self.decode):
+            self.memory = decode_all(len(source), self.decode)
+            if len(self.memory.reasons) == len(source):
+                first = f"{source.name(0)}: {self.memory[0]}"
+                raise ImageError(f"none of the {len(source)} training images can be used; {first}")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -107,11 +84,11 @@ class CropSequence(Dataset[Item]):
         except LatentVAEError as error:
             return error
 
-    def image(self, index: int) -> torch.Tensor | str:
+    def image(self, index: int) -> Decoded:
         """One image as `decode` gives it, from memory where all are there."""
         return self.memory[index] if self.memory is not None else self.decode(index)
 
-    def decode(self, index: int) -> torch.Tensor | str:
+    def decode(self, index: int) -> Decoded:
         """One image (C, H, W), at least as large as a crop; or the reason why it cannot be used.
 
         As uint8, which is what photographs are; with a range float32, as 8 bits would cut a scan's depth.
@@ -138,113 +115,13 @@ class CropSequence(Dataset[Item]):
         if self.config.horizontal_flip and random.random() < 0.5:
             crop = crop.flip(-1)
         teacher = None if self.cache is None else self.cache.crop(index, top, left, size)
-        return (from_uint8(crop) if crop.dtype == torch.uint8 else crop.contiguous()), teacher
+        return crop.contiguous(), teacher
 
 
 @lru_cache(maxsize=2)  # the epoch being read, and the next while a batch spans both
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order in which one epoch visits `count` images; every image once."""
     return np.random.default_rng((seed, epoch, count)).permutation(count)
-
-
-def _fits_in_memory(sequence: CropSequence) -> bool:
-    """Whether all images, judged by a few, take less than half of the memory that is free."""
-    count = len(sequence)
-    # eight of them, as uint8 (C, H, W), which is how they are kept
-    some = [sequence.decode(index) for index in range(0, count, max(1, count // 8))]
-    sizes = [image.nbytes for image in some if isinstance(image, torch.Tensor)]
-    needed = count * sum(sizes) / max(1, len(sizes))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine: each holds all images
-    if needed * processes < psutil.virtual_memory().available / 2:
-        return True
-    logger.warning(
-        "data.in_memory: %d images would take about %.1f GB, so they are decoded as they are needed. Set "
-        "data.workers to the cores that can be spared, or data.short_side to keep them smaller.",
-        *(count, needed * processes / 1e9),
-    )
-    return False
-
-
-def _decode_all(sequence: CropSequence) -> list[torch.Tensor | str]:
-    count, first = len(sequence), sequence.source.name(0)
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(sequence.decode, range(count))
-        images = list(tqdm(decoded, total=count, desc="decoding", leave=False))
-    if not any(isinstance(image, torch.Tensor) for image in images):
-        raise ImageError(f"none of the {count} training images can be used; {first}: {images[0]}")
-    return images
-
-
-class PositionSampler(Sampler[list[int]]):
-    """Batches of positions for one process: its share of every optimizer step's global batch, in order.
-
-    Step s, forward pass a, process r and place j stand for position ((s * A + a) * R + r) * B + j, so N
-    processes with batches of B / N see what one process with batches of B sees.
-    """
-
-    def __init__(self, batch_size: int, passes: range, rank: int = 0, world: int = 1) -> None:
-        self.batch_size, self.passes, self.rank, self.world = batch_size, passes, rank, world
-
-    def __len__(self) -> int:
-        return len(self.passes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for forward_pass in self.passes:
-            start = (forward_pass * self.world + self.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
-
-
-class BatchLoader(DataLoader):
-    """A DataLoader whose workers' errors arrive as they were, not as a stack trace in a message."""
-
-    def __iter__(self) -> Iterator[CropBatch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, LatentVAEError):
-                # A new one: raising `batch` itself ties a cycle with this frame, which only gc undoes.
-                raise type(batch)(*batch.args) from batch
-            yield batch
-
-
-def training_batches(
-    config: Config, sequence: CropSequence, first_step: int, rank: int, world: int
-) -> BatchLoader:
-    """Batches from an optimizer step to the end of the run, `accumulation` of them per step."""
-    # forward passes, not steps: a resumed run goes on with the pass after the checkpoint's last
-    passes = range(first_step * config.train.accumulation, config.train.max_steps * config.train.accumulation)
-    return BatchLoader(
-        sequence,
-        batch_sampler=PositionSampler(config.train.batch_size, passes, rank, world),
-        collate_fn=_collate,
-        num_workers=config.data.workers,
-        worker_init_fn=_leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # it draws a seed for its workers: not from the run's generator
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Go on when the whole process group is asked to stop: the main process saves first, and then ends us."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register  # after multiprocessing's own, hence run before it
-def _end_workers() -> None:
-    """Kill the workers that are left at exit: multiprocessing would ask with SIGTERM, and wait for ever."""
-    children = [child for child in multiprocessing.active_children() if child.daemon]
-    if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler calls a killed worker an error
-    for child in children:
-        child.kill()
-
-
-def _collate(items: list[Item] | LatentVAEError) -> CropBatch | LatentVAEError:
-    if isinstance(items, LatentVAEError):
-        return items
-    crops, positions, skipped, *given = zip(*items, strict=True)
-    teacher = TeacherCrop(*map(torch.stack, zip(*given[0], strict=True))) if given else None
-    names = [*chain.from_iterable(skipped)]
-    return CropBatch(torch.stack(crops), torch.tensor(positions), names, teacher)
 
 
 def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
