@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
@@ -58,7 +59,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     # 1. Set up; the clock counts this too, as a machine that is lent is.
     clock = Clock(config.train.max_minutes)
     run = set_up(config, resume)
-    with status(run), stop_on_signal(run.stop), advice_on_memory(run):
+    with status(run), stop_on_signal(run.stop), advice_on_memory(run), advice_on_compiling():
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
         run.batches.while_waiting = Patience(run, clock)
         loop(run, run.batches, clock)
@@ -153,6 +154,18 @@ def stop_on_signal(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def advice_on_compiling() -> Iterator[None]:
+    """Turn a block that the compiler gives up on into an error; it would go on several times slower."""
+    try:
+        yield
+    except FailOnRecompileLimitHit as error:
+        raise LatentVAEError(
+            f"train.compile=true, but a block was not compiled, as it came in too many versions ({error}). "
+            "Set train.compile=false, or leave out what changes sizes (regularise.equivariance)."
+        ) from error
 
 
 @contextmanager

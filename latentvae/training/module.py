@@ -18,6 +18,9 @@ from latentvae.training.config import Config
 from latentvae.training.data.teacher_cache import TeacherCrop
 from latentvae.training.distillation import Teacher, frozen_half
 
+# of one compiled block: sizes of batches and pictures, with and without gradients, in training or not
+VERSIONS = 8
+
 
 def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Teacher | None]:
     """The VAE to train, with what is not to be trained frozen; and the teacher, if there is one.
@@ -213,5 +216,11 @@ class TrainableVAE(nn.Module):
     def compile_blocks(self) -> None:
         """Compile in place; the layers at both ends stay, as the adaptive weight looks at the last."""
         encoder, decoder = self.vae.encoder, self.vae.decoder
-        for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):
+        blocks = (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks)
+        # All blocks of one kind share the compiler's memory of a function, in which there is room for eight;
+        # what finds none is not compiled, and by default a warning is all that says so.
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, VERSIONS * len(blocks))
+        settings.fail_on_recompile_limit_hit = True
+        for block in blocks:
             block.compile()

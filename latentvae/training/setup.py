@@ -170,12 +170,13 @@ def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accel
     DistributedDataParallel sorts parameters into buckets anew after its first backward pass. With three or
     more processes the buckets decide the order of sums, and so the last bits.
     """
-    side, shape = config.data.crop, state.vae.config
+    side, shape, batch = config.data.crop, state.vae.config, config.train.batch_size
     small = side // spatial_compression_ratio(state.vae)
+    # as in a step: compiled blocks would be compiled once more for any other size or layout
     images = torch.zeros(
-        1, shape["in_channels"], side, side, device=accelerator.device, dtype=config.train.dtype
-    )
-    noise = images.new_zeros(1, shape["latent_channels"], small, small)
+        *(batch, shape["in_channels"], side, side), device=accelerator.device, dtype=config.train.dtype
+    ).to(memory_format=config.train.memory_format)
+    noise = images.new_zeros(batch, shape["latent_channels"], small, small)
     adversary = state.adversary
     for _ in range(2):
         outputs = model(images, noise)

@@ -47,33 +47,33 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
     """One command line for all eleven starts; the first kill comes before anything has been saved."""
     (tmp_path / "launcher.py").write_text(LAUNCHER)
 
-    def start(output: Path) -> subprocess.Popen[str]:
-        settings = ("train.precision=fp32", "train.batch_size=2", "train.save_every=1", "train.max_steps=24")
-        line = command(photos, output, 1, *settings, resume="auto")
+    def start(output: Path, save_every: int) -> subprocess.Popen[str]:
+        settings = ("train.precision=fp32", "train.batch_size=2", f"train.save_every={save_every}")
+        line = command(photos, output, 1, *settings, "train.max_steps=14", resume="auto")
         line[1] = str(tmp_path / "launcher.py")
         return launch(line)
 
     output = tmp_path / "killed"
-    loop, moments, killed = start(output), random.Random(0), {None}
+    loop, moments, killed = start(output, 1), random.Random(0), {None}
     try:
         for number in range(10):
             deadline = time.monotonic() + 240
             before = last_step(output)
-            while (run := running(loop)) in killed or (number and last_step(output) < min(20, before + 2)):
+            while (run := running(loop)) in killed or (number and last_step(output) < min(11, before + 1)):
                 assert loop.poll() is None, loop.communicate()[0][-3000:]
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             time.sleep(moments.uniform(0, 0.5))
             os.kill(run, signal.SIGKILL)
             killed.add(run)
-        printed, _ = loop.communicate(timeout=280)
+        printed, _ = loop.communicate(timeout=600)
     finally:
         if loop.poll() is None:
             os.killpg(loop.pid, signal.SIGKILL)
     assert loop.returncode == 0, printed[-3000:]
     assert printed.count("continuing from") >= 9
-    finish(start(tmp_path / "straight"))
-    assert_same(tmp_path / "straight", output, 24)
+    finish(start(tmp_path / "straight", 14))
+    assert_same(tmp_path / "straight", output, 14)
 
 
 APART = """

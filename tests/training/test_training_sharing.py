@@ -36,7 +36,7 @@ def test_settling_sorts_the_buckets_of_what_has_trained_and_leaves_no_gradient(p
         {
             "data": {"train": "photos", "crop": 32},
             "adversarial": {"disc_weight": 0.5, "disc_start": 4, "width": 16, "layers": 2},
-            "train": {"precision": "fp32"},
+            "train": {"precision": "fp32", "batch_size": 3},
         }
     )
     vae = build("tiny")
@@ -44,11 +44,16 @@ def test_settling_sorts_the_buckets_of_what_has_trained_and_leaves_no_gradient(p
     state = TrainingState(vae, EMA(vae, 0.9), build_optimizer(vae, config.optim), adversary, step=step)
     model = DistributedDataParallel(TrainableVAE(vae))
     adversary.model = DistributedDataParallel(adversary.discriminator)
+    seen = []
+    vae.encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     settle_buckets(config, state, model, Accelerator(cpu=True))
 
     assert all(p.grad is None for module in (vae, adversary.discriminator) for p in module.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in vae.state_dict().items())
+    # what a step sees, or compiled blocks would be compiled for these two passes alone
+    assert [images.shape for images in seen] == [(3, 3, 32, 32)] * 2
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in seen)
     images, noise = torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4, 4)
     assert not would_rebuild(model, images, noise)
     assert would_rebuild(adversary.model, images) is not played

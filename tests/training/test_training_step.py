@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from latentvae.base.errors import ConfigError, LatentVAEError
 from latentvae.images.reading import load_image
@@ -17,10 +18,10 @@ from latentvae.models.exporting import export
 from latentvae.models.latents import encode
 from latentvae.models.loading import load
 from latentvae.models.presets import build
-from latentvae.training import checkpoint
+from latentvae.training import checkpoint, machine
 from latentvae.training.data.batches import CropBatch, training_batches
 from latentvae.training.draws import draw_inputs
-from latentvae.training.loop import Clock, loop, save_checkpoint, train
+from latentvae.training.loop import Clock, advice_on_compiling, loop, save_checkpoint, train
 from latentvae.training.losses import adaptive_weight, d_loss, g_loss, latent_cosine
 from latentvae.training.machine import with_precision
 from latentvae.training.recipes import load_config
@@ -269,6 +270,29 @@ def test_a_compiled_step_with_the_discriminator_is_the_same_step(photos: Path) -
         assert torch.allclose(value, compiled_terms[name], rtol=1e-9), name
     assert weights.keys() == compiled_weights.keys()
     assert all(torch.allclose(weights[key], compiled_weights[key], atol=1e-9) for key in weights)
+
+
+def test_every_block_of_five_levels_finds_room_in_the_compilers_memory(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    compiled = []
+    monkeypatch.setattr(machine, "check_compiler", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    widths = "model.overrides={block_out_channels: [8, 8, 8, 8, 8], norm_num_groups: 4}"
+    vae = start(photos, widths, "train.compile=true")[0].state.vae
+    assert len(vae.encoder.down_blocks) == 5
+    assert len(compiled) == 12
+    # five of one kind, each for a first batch, for any batch, and without gradients
+    assert torch._dynamo.config.recompile_limit >= 5 * 3
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+def test_a_block_that_is_not_compiled_ends_the_run_with_the_way_out() -> None:
+    refused = pytest.raises(LatentVAEError, match=r"a block was not compiled.*train\.compile=false")
+    with refused, advice_on_compiling():
+        raise FailOnRecompileLimitHit("recompile_limit reached")
 
 
 def test_compiling_where_nothing_can_compile_is_refused_with_the_reason(
