@@ -154,6 +154,11 @@ class TrainConfig(Section):
     channels_last: bool = True  # several times faster convolutions on CPU and tensor cores
     gradient_checkpointing: bool = False  # a third slower, far less memory
     compile: bool = False  # pays on GPUs; minutes of compiling on a CPU gain a few per cent
+    # of CUDA: try which algorithm is fastest for a size, once; crops have one size, so it pays from the start
+    cudnn_benchmark: bool = True
+    # of CUDA: 19-bit products in what autocast leaves in fp32 (Muon's matrices), several times faster; bf16
+    # autocast rounds more. false: fp32 to its last bit
+    tf32: bool = True
     ema_decay: float = Field(0.999, ge=0, lt=1)  # averages the last thousand steps; warms up in shorter runs
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=1)

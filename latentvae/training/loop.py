@@ -266,14 +266,12 @@ class Patience:
 
 
 def take(run: Run, incoming: Iterator[CropBatch]) -> list[CropBatch]:
-    """The batches of one optimizer step, with the time that they were waited for."""
+    """The batches of one optimizer step; the time that they were waited for and what they lack is noted."""
     start = time.perf_counter()
     batches = [next(incoming) for _ in range(run.config.train.accumulation)]
     run.record.waited(time.perf_counter() - start)
     for batch in batches:
         run.record.skipped(batch.skipped)
-    skipped = torch.tensor(sum(len(batch.skipped) for batch in batches), device=run.accelerator.device)
-    run.state.skipped_images += int(run.accelerator.reduce(skipped, "sum"))  # every process counts them all
     return batches
 
 

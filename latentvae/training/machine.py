@@ -26,6 +26,8 @@ def start_processes(config: Config) -> tuple[Config, Accelerator]:
         ConfigError: train.compile where nothing can be compiled.
     """
     keep_freed_memory()
+    torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     config = with_precision(config)
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",

@@ -166,6 +166,6 @@ class EMA:
     def update(self, model: AutoencoderKL, step: int) -> None:
         """Move the average towards `model`, once per optimizer step; `step` counts from 1."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            # lerp_ keeps weights that do not change exactly; mul_ and add_ round them
-            average.lerp_(parameter.detach(), weight)
+        averages, weights = [*self.model.parameters()], [*model.parameters()]
+        # lerp_ keeps weights that do not change exactly; mul_ and add_ round them
+        torch._foreach_lerp_(averages, weights, weight)  # all in a few kernels

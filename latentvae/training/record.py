@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,12 @@ class Record:
         folder: of the run.
         accelerator: only its main process writes; it knows the tracker.
         first_step: the step that the run continues from.
+        config: of the run, for the tracker.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, first_step: int) -> None:
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, first_step: int, config: dict[str, Any] | None = None
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self.accelerator = accelerator
         # where the speed is counted from; `pause` moves it on
@@ -46,9 +50,26 @@ class Record:
         self.tracker: Any = None
         if accelerator.log_with:
             name = accelerator.log_with[0].value
-            # the project's name; TensorBoard makes it a folder
-            accelerator.init_trackers("tensorboard" if name == "tensorboard" else "latentvae")
+            settings, board = flat(config or {}), name == "tensorboard"
+            # the project's name; TensorBoard makes it a folder, and of a config another for each start
+            accelerator.init_trackers(
+                "tensorboard" if board else "latentvae",
+                config=None if board else settings,
+                init_kwargs=self._same_run(name),
+            )
             self.tracker = accelerator.get_tracker(name)
+            if board and accelerator.is_main_process:
+                lines = "\n".join(f"    {key}: {value}" for key, value in settings.items())
+                self.tracker.writer.add_text("config", lines, first_step)
+
+    def _same_run(self, tracker: str) -> dict[str, dict[str, Any]]:
+        """What makes a tracker that keeps runs apart by an id go on with this folder's after a resume."""
+        if tracker != "wandb" or not self.accelerator.is_main_process:
+            return {}
+        place = self.path.with_name("tracker-id")
+        if not place.is_file():
+            place.write_text(uuid.uuid4().hex, encoding="utf-8")
+        return {tracker: {"id": place.read_text(encoding="utf-8"), "resume": "allow"}}
 
     def step(self, state: TrainingState, terms: dict[str, torch.Tensor], global_batch: int) -> dict[str, str]:
         """Write the terms (means over processes) and the speed since the last call; return a few."""
@@ -126,6 +147,17 @@ class Record:
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names, as `--set` takes them; what is no number or truth value, as text."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, (bool, int, float)) else str(value)
+    return found
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from latentvae.training.checks import check_start
 from latentvae.training.config import Config
 from latentvae.training.data.batches import BatchLoader, training_batches
 from latentvae.training.data.crops import CropSequence, split_sources, validation_images
+from latentvae.training.data.listing import scan_together
 from latentvae.training.data.sources import FolderSource, Selection, evenly, measured_range, open_source
 from latentvae.training.data.teacher_cache import TeacherCache, provenance
 from latentvae.training.distillation import Teacher, start_linearly
@@ -89,7 +90,7 @@ def set_up(config: Config, resume: str | None) -> Run:
 
     # 3. The images, before any network: a wrong path shows at once.
     config = with_measured_range(config)
-    train_images, val_images = split_sources(config.data)
+    train_images, val_images = split_sources(config.data, scan_together)
 
     # 4. The networks: LPIPS, then the VAE and its teacher.
     loss = VAELoss.build(config.loss).to(device, config.train.dtype)
@@ -115,7 +116,7 @@ def set_up(config: Config, resume: str | None) -> Run:
         sequence.cache = keep_teacher(config, module.teacher, sequence, accelerator)
     batches = training_batches(config, sequence, state.step, rank, world)
     validation = Validation(config, train_images, val_images, channels, module.teacher, rank, world)
-    record = Record(folder, accelerator, state.step)
+    record = Record(folder, accelerator, state.step, config.model_dump(mode="json"))
 
     # 7. Wrap what processes share; from here on gradients are averaged in its backward.
     if config.train.compile:
@@ -137,7 +138,7 @@ def with_measured_range(config: Config) -> Config:
     data = config.data
     if data.percentiles is None or data.train is None:
         return config
-    source = open_source(data.train, data.column)
+    source = open_source(data.train, data.column, scan_together)
     if not isinstance(source, FolderSource):
         return config  # refused with its reason where the sources are opened
     limits = measured_range(source, data.percentiles)

@@ -44,7 +44,11 @@ def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
             adversary.discriminator.parameters(), run.config.optim.max_grad_norm
         )
         finite = finite & torch.isfinite(terms["d_grad_norm"])
-    state.count_step(bool(run.accelerator.reduce(finite.float(), "mean") == 1))
+    # all processes agree, and count every unusable image, by one reduction and one wait for the device
+    skipped = finite.new_tensor(sum(len(batch.skipped) for batch in batches), dtype=torch.float32)
+    agreed, skipped_by_all = run.accelerator.reduce(torch.stack([finite.float(), skipped]), "sum").tolist()
+    state.skipped_images += int(skipped_by_all)
+    state.count_step(agreed == run.accelerator.num_processes)
 
     # 4. Update both networks and the average, or nothing at all.
     optimizers = [state.optimizer, *([adversary.optimizer] if adversary is not None else [])]
@@ -123,9 +127,8 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
         judgements.append(judgement)
         add(sums, {**judgement.terms, **at_last_layer}, share)
     # 2b. One weight for all: averages over batches and processes first, then norms, then their ratio.
-    weight = adaptive_weight(
-        *(run.accelerator.reduce(sums.pop(name), "mean") for name in ("nll_at_last", "g_at_last"))
-    )
+    at_last = torch.stack([sums.pop("nll_at_last"), sums.pop("g_at_last")])
+    weight = adaptive_weight(*run.accelerator.reduce(at_last, "mean"))
     weight = weight * run.config.adversarial.disc_weight * adversary.ramp(run.state.step)
 
     # 2c. On from the reconstructions into the VAE; then the discriminator's own pass.

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from latentvae.training.draws import sample_noise
 from latentvae.training.loop import TrainingInterrupted, stop_on_signal, train
 from latentvae.training.optim import EMA
 from latentvae.training.recipes import load_config
+from latentvae.training.record import Record
 from latentvae.training.setup import set_up
 from latentvae.training.step import optimizer_step
 
@@ -841,10 +843,32 @@ def test_unusable_images_are_named_once_and_counted(photos, tmp_path, caplog):
     (folder / "03.png").write_bytes(b"broken")
     config = configure(folder, tmp_path / "run", "train.max_steps=6", "train.validate_every=100")
     with caplog.at_level(logging.WARNING):
-        advance(config, 6)  # three epochs
+        advanced = advance(config, 6)  # three epochs
+    assert advanced.state.skipped_images >= 2
     run = [record for record in caplog.records if "03.png" in record.getMessage()]
     assert len(run) == 1
     assert "passed over" in run[0].getMessage()
+
+
+def test_a_tracker_gets_the_settings_and_one_id_over_resumes(tmp_path):
+    started = []
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        log_with=[SimpleNamespace(value="wandb")],
+        init_trackers=lambda project, config, init_kwargs: started.append((config, init_kwargs)),
+        get_tracker=lambda name: None,
+    )
+    settings = load_config("tiny", ["data.train=photos", "optim.betas=[0.5, 0.9]"]).model_dump(mode="json")
+    for step in (0, 5):  # the second continues the first
+        Record(tmp_path, accelerator, step, settings)
+    (config, first), (_, second) = started
+    assert config["optim.lr"] == settings["optim"]["lr"]
+    assert config["data.train"] == "photos"
+    assert config["optim.betas"] == "[0.5, 0.9]"
+    assert first == second
+    assert first["wandb"]["resume"] == "allow"
+    Record(tmp_path / "another", accelerator, 0, settings)
+    assert started[-1][1] != first
 
 
 def test_the_tensorboard_tracker_gets_figures_and_pictures(photos, tmp_path):

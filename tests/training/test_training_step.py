@@ -106,6 +106,24 @@ def test_both_optimizers_step_every_batch_and_leave_no_gradient(photos: Path) ->
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_processes_meet_three_times_a_step_besides_the_gradients(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the KL per channel, for both gradients of the adaptive weight, for whether all is finite."""
+    run, batches = start(photos, *GAN)
+    batches[0].skipped.append("3.png: broken")
+    sent = []
+    reduce = run.accelerator.reduce
+    monkeypatch.setattr(
+        run.accelerator,
+        "reduce",
+        lambda tensor, *how, **more: sent.append(tensor) or reduce(tensor, *how, **more),
+    )
+    optimizer_step(run, batches)
+    assert len(sent) == 3
+    assert run.state.skipped_images == 1
+
+
 def test_g_loss_reaches_the_vae_only_and_d_loss_the_discriminator_only(photos: Path) -> None:
     run, batches = start(photos, *GAN)
     adversary = run.state.adversary

@@ -1,9 +1,9 @@
 """Training images: an endless, seekable sequence of crops in which item k is the same in every run."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from latentvae.images.resizing import resize_short_side
 from latentvae.images.tensors import to_uint8
 from latentvae.training.config import DataConfig
 from latentvae.training.data import sources
+from latentvae.training.data.listing import LISTED, ROUNDS, Listing, scan, shuffled
 from latentvae.training.data.memory import Decoded, ImageMemory, decode_all, fits_in_memory
 from latentvae.training.data.sources import ImageSource
 from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
@@ -65,10 +66,10 @@ class CropSequence(Dataset[Item]):
     def __getitem__(self, position: int) -> Item:
         count = len(self.source)
         epoch, offset = divmod(position, count)  # epochs follow one another without a gap, also in a batch
-        order = epoch_order(self.seed, epoch, count)
+        order = EpochOrder(self.seed, epoch, count)
         skipped: list[str] = []
         for attempt in range(count):
-            index = int(order[(offset + attempt) % count])
+            index = order[(offset + attempt) % count]
             image = self.image(index)
             if isinstance(image, torch.Tensor):
                 crop, teacher = self._crop(image, index, position)
@@ -118,14 +119,41 @@ class CropSequence(Dataset[Item]):
         return crop.contiguous(), teacher
 
 
-@lru_cache(maxsize=2)  # the epoch being read, and the next while a batch spans both
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+class EpochOrder:
     """The order in which one epoch visits `count` images; every image once."""
+
+    def __init__(self, seed: int, epoch: int, count: int) -> None:
+        self.drawn = (seed, epoch, count)
+
+    def __getitem__(self, place: int) -> int:
+        count = self.drawn[-1]
+        return (
+            int(_whole_order(*self.drawn)[place]) if count <= LISTED else shuffled(place, count, self._keys)
+        )
+
+    @property
+    def _keys(self) -> tuple[int, ...]:
+        return _round_keys(*self.drawn)
+
+
+@lru_cache(maxsize=2)  # the epoch being read, and the next while a batch spans both
+def _whole_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, count)).permutation(count)
 
 
-def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
+@lru_cache(maxsize=2)  # likewise
+def _round_keys(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng((seed, epoch, count)).integers(0, 2**63, ROUNDS).tolist())
+
+
+def split_sources(
+    config: DataConfig, scan: Callable[[Path], Listing] = scan
+) -> tuple[ImageSource, ImageSource]:
     """Training and validation images, none in both; without `data.val`, some are held out evenly.
+
+    Args:
+        config: data.
+        scan: how a folder is listed: `scan_together` where there are several processes.
 
     Raises:
         ConfigError: no training data given, too few images to hold any out, or what `open_source` raises.
@@ -135,7 +163,7 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
         raise ConfigError(
             "data.train is not set: which images? Add `--set data.train=FOLDER`, or set it in the config."
         )
-    train = sources.with_range(sources.open_source(config.train, config.column), config, "data.train")
+    train = sources.with_range(sources.open_source(config.train, config.column, scan), config, "data.train")
     if config.val is None:
         if len(train) < 2:
             raise ConfigError(
@@ -143,7 +171,7 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
             )
         return sources.hold_out(train, config.val_images)
     # one range for both: measured, it is that of the training images
-    val = sources.with_range(sources.open_source(config.val, config.column), config, "data.val")
+    val = sources.with_range(sources.open_source(config.val, config.column, scan), config, "data.val")
     held_out = sources.Selection(val, sources.evenly(len(val), config.val_images))
     one, other = sources.root(config.train), sources.root(config.val)
     # one within the other may hold the same files; elsewhere nothing needs to be compared

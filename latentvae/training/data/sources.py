@@ -1,7 +1,7 @@
 """Where training images come from: files, Hugging Face datasets or WebDataset shards, all by number."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +11,11 @@ import torch
 
 from latentvae.base.errors import ConfigError, ImageError
 from latentvae.images import scans
-from latentvae.images.reading import SUFFIXES, list_files
+from latentvae.images.reading import SUFFIXES
 from latentvae.images.scans import Window
 from latentvae.training.config import DataConfig
 from latentvae.training.data.datasets import open_parquet, open_saved
+from latentvae.training.data.listing import Listing, scan
 from latentvae.training.data.tars import BRACES, TarSource, expand_braces
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class ImageSource(Protocol):
 class FolderSource:
     """Image files; with a window the samples of one channel, which it scales."""
 
-    paths: list[Path]
+    paths: Sequence[Path]
     window: Window | None = None
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ class Selection:
     """Some images of a source, in the order of `indices`."""
 
     source: ImageSource
-    indices: np.ndarray
+    indices: "np.ndarray | Rest"
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,13 +93,34 @@ class Selection:
         return self.source.load(int(self.indices[index]), channels)
 
 
-def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
+@dataclass(frozen=True)
+class Rest:
+    """The numbers below `count` without some, of which only those left out are kept."""
+
+    count: int
+    without: np.ndarray  # ascending
+
+    def __len__(self) -> int:
+        return self.count - len(self.without)
+
+    def __getitem__(self, place: int) -> int:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        # how many were left out before it: those before which at most `place` numbers stay
+        before = np.searchsorted(self.without - np.arange(len(self.without)), place, side="right")
+        return place + int(before)
+
+
+def open_source(
+    spec: str | Path, column: str | None = None, scan: Callable[[Path], Listing] = scan
+) -> ImageSource:
     """Open image files, a Hugging Face dataset on disk or WebDataset shards, told apart by what is there.
 
     Args:
         spec: a folder, a file, or several of them as a pattern such as shards/{000..011}.tar.
         column: of a dataset: the column with the images, None to find it; of tars: the extension of the
             members, None for all images; of image files: not used.
+        scan: lists a folder.
 
     Raises:
         ImageError: something that is missing or damaged, or no image there.
@@ -110,13 +132,25 @@ def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
         saved = ("dataset_dict.json",), ("dataset_info.json", "state.json")
         if any(all((path / name).is_file() for name in names) for names in saved):
             return open_saved(path, column)
-        files = [file for part in parts(spec) for file in _files(part, f" ({spec})" if part != path else "")]
+        if path.is_dir():
+            return _open_folder(path, column, scan(path))
+        files = [
+            file for part in parts(spec) for file in _files(part, "" if part == path else f" ({spec})", scan)
+        ]
     except OSError as error:
         raise ImageError(
             f"{error.filename} cannot be read ({error.strerror}): check its name and permissions"
         ) from error
     # each file once, however many parts of the pattern name it
     return _open_files(str(spec), list(dict.fromkeys(files)), column)
+
+
+def _open_folder(folder: Path, column: str | None, found: Listing) -> ImageSource:
+    if found.archives:
+        return _open_files(str(folder), found.everything(), column)
+    if not found.images:
+        raise ImageError(f"no image in the folder {folder}. Wanted: {WANTED}.")
+    return FolderSource(found.images)
 
 
 def parts(spec: str | Path) -> list[Path]:
@@ -133,15 +167,15 @@ def root(spec: str | Path) -> Path:
     return path.resolve()
 
 
-def _files(path: Path, context: str) -> list[Path]:
+def _files(path: Path, context: str, scan: Callable[[Path], Listing]) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
         raise ImageError(f"{path} does not exist{context}. Wanted: {WANTED}.")
-    found = list_files(path, (*SUFFIXES, ".tar", ".parquet"))
-    if not found:
+    found = scan(path)
+    if not (files := found.everything()):
         raise ImageError(f"no image in the folder {path}. Wanted: {WANTED}.")
-    return found
+    return files
 
 
 def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource:
@@ -209,7 +243,7 @@ def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
     """
     most = min(count, max(2, len(source) // 10), len(source) // 2)
     held_out = evenly(len(source), most)
-    return Selection(source, np.delete(np.arange(len(source)), held_out)), Selection(source, held_out)
+    return Selection(source, Rest(len(source), held_out)), Selection(source, held_out)
 
 
 def without(source: ImageSource, other: ImageSource) -> Selection:
