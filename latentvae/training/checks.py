@@ -90,6 +90,11 @@ def _check_sizes(data: DataConfig) -> None:
             "be large enough; raise one or lower the other"
         )
 
+    if data.zoom is not None and data.zoom[0] > data.zoom[1]:
+        raise ConfigError(
+            f"data.zoom={list(data.zoom)} begins above its end; use [{data.zoom[1]}, {data.zoom[0]}]"
+        )
+
 
 def _check_range(data: DataConfig) -> None:
     if data.range is not None and data.percentiles is not None:
@@ -177,6 +182,11 @@ def _check_distil(config: Config) -> None:
         raise ConfigError(
             "distil.cache keeps latents of images as they are, and those of a mirror image are others; set "
             "data.horizontal_flip=false, or leave the cache out"
+        )
+    if config.distil.cache is not None and config.data.zoom is not None:
+        raise ConfigError(
+            "distil.cache keeps latents of images at their own scale, and data.zoom scales crops; leave one "
+            "out"
         )
     if config.distil.cache is not None and config.regularise.equivariance.probability:
         raise ConfigError(

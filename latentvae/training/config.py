@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -48,6 +49,9 @@ class DataConfig(Section):
     # px; a VAE is local, so many small crops teach more per second than few large ones
     crop: int = Field(64, ge=16)
     short_side: int | None = Field(None, ge=16)  # resize images to this short side first; None: as they are
+    # sides of crops as shares of an image's short side, drawn between these two and scaled down to `crop`:
+    # 0.25, 1 shows fine detail and whole scenes. Never scaled up. None: crops at the image's own scale
+    zoom: tuple[Share, Share] | None = None
     horizontal_flip: bool = True  # free data: photographs have no handedness
     in_memory: bool = False  # decode everything once; for sets that fit in RAM
     workers: int = Field(1, ge=0)  # processes that decode; 0 is enough with in_memory

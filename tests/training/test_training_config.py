@@ -351,6 +351,15 @@ def test_settings_that_could_not_work_or_would_be_ignored_are_refused(settings, 
         load_config("tiny", settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(["data.zoom=[1, 0.5]"], "begins above its end"), (["data.zoom=[0, 1]"], "data.zoom")],
+)
+def test_a_zoom_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config("tiny", settings)
+
+
 def test_a_constant_rate_has_no_decay_that_must_fit():
     load_config("tiny", ["optim.schedule=constant", "optim.decay_steps=100000"])
 

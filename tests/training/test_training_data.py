@@ -149,6 +149,20 @@ def test_without_horizontal_flip_nothing_flips_and_the_places_stay(paths):
     assert any(before[3] for before, _ in places)
 
 
+def test_crops_are_of_every_scale_between_the_two_and_of_one_seed(tmp_path):
+    paths = [write_map(tmp_path / "0.png", 0, 128, 160)]
+    items = sequence(paths, zoom=(0.125, 1), horizontal_flip=False)
+    # red is x: its slope over the crop tells how many pixels of the image one of the crop stands for
+    crops = [items[k][0] for k in range(200)]
+    scales = [float(crop[0, 0, -1] - crop[0, 0, 0].int()) / (CROP - 1) for crop in crops]
+    assert all(crop.shape == (3, CROP, CROP) for crop in crops)
+    assert min(scales) == pytest.approx(1, abs=0.05)  # never enlarged, though an eighth would be 16 pixels
+    assert max(scales) == pytest.approx(128 / CROP, abs=0.15)
+    assert sum(scale > 2 for scale in scales) == pytest.approx(200 * np.log(2) / np.log(8), abs=30)
+    again = sequence(paths, zoom=(0.125, 1), horizontal_flip=False)
+    assert all(torch.equal(again[k][0], crops[k]) for k in reversed(range(200)))
+
+
 def test_an_image_of_exactly_the_crop_is_used_whole(tmp_path):
     path = write_map(tmp_path / "exact.png", 1, CROP, CROP)
     assert where(sequence([path])[0][0])[:3] == (1, 0, 0)

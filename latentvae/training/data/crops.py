@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from latentvae.base.errors import ConfigError, ImageError, LatentVAEError
 from latentvae.images.resizing import resize_short_side
-from latentvae.images.tensors import to_uint8
+from latentvae.images.tensors import from_uint8, to_uint8
 from latentvae.training.config import DataConfig
 from latentvae.training.data import sources
 from latentvae.training.data.listing import LISTED, ROUNDS, Listing, scan, shuffled
@@ -110,9 +110,15 @@ class CropSequence(Dataset[Item]):
     ) -> tuple[torch.Tensor, TeacherCrop | None]:
         random = np.random.default_rng((self.seed, position))  # no state: any process draws the same crop
         size, step = self.config.crop, self.cache.ratio if self.cache is not None else 1
-        top = step * int(random.integers((image.shape[-2] - size) // step + 1))
-        left = step * int(random.integers((image.shape[-1] - size) // step + 1))
-        crop = image[:, top : top + size, left : left + size]
+        side = size  # of what is cut out
+        if self.config.zoom is not None:
+            short, (least, most) = min(image.shape[-2:]), np.log(self.config.zoom)
+            side = max(size, round(short * float(np.exp(random.uniform(least, most)))))
+        top = step * int(random.integers((image.shape[-2] - side) // step + 1))
+        left = step * int(random.integers((image.shape[-1] - side) // step + 1))
+        crop = image[:, top : top + side, left : left + side]
+        if side > size:
+            crop = to_uint8(resize_short_side(from_uint8(crop), size))
         if self.config.horizontal_flip and random.random() < 0.5:
             crop = crop.flip(-1)
         teacher = None if self.cache is None else self.cache.crop(index, top, left, size)
