@@ -64,6 +64,11 @@ def from_uint8(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
+def as_floats(images: torch.Tensor) -> torch.Tensor:
+    """uint8 as floats in [-1, 1]; floats, which a scan's depth needs, as they are."""
+    return from_uint8(images) if images.dtype == torch.uint8 else images
+
+
 def pad_to_multiple(images: torch.Tensor, multiple: int) -> tuple[torch.Tensor, Padding]:
     """Reflect the right and bottom edges until H and W are multiples; the images themselves where they are.
 

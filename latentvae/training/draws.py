@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from latentvae.images.tensors import from_uint8
+from latentvae.images.tensors import as_floats
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.training.config import EquivarianceConfig, MaskConfig
 from latentvae.training.data.batches import CropBatch
@@ -40,7 +40,7 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     """Move a batch to the device, and make its random choices."""
     config, seed = run.config.regularise, run.config.seed
     sent = batch.pixel_values.to(run.accelerator.device, non_blocking=True)
-    images = from_uint8(sent) if sent.dtype == torch.uint8 else sent
+    images = as_floats(sent)
     images = images.to(run.config.train.dtype, memory_format=run.config.train.memory_format)
     # (B, C, H, W) to latents (B, c, h, w) with h = H / ratio
     ratio = spatial_compression_ratio(run.state.vae)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from latentvae.base.errors import ConfigError, ImageError, LatentVAEError
 from latentvae.images.resizing import resize_short_side
-from latentvae.images.tensors import from_uint8, to_uint8
+from latentvae.images.tensors import as_floats, to_uint8
 from latentvae.training.config import DataConfig
 from latentvae.training.data import sources
 from latentvae.training.data.listing import LISTED, ROUNDS, Listing, scan, shuffled
@@ -118,7 +118,8 @@ class CropSequence(Dataset[Item]):
         left = step * int(random.integers((image.shape[-1] - side) // step + 1))
         crop = image[:, top : top + side, left : left + side]
         if side > size:
-            crop = to_uint8(resize_short_side(from_uint8(crop), size))
+            scaled = resize_short_side(as_floats(crop), size)
+            crop = to_uint8(scaled) if crop.dtype == torch.uint8 else scaled
         if self.config.horizontal_flip and random.random() < 0.5:
             crop = crop.flip(-1)
         teacher = None if self.cache is None else self.cache.crop(index, top, left, size)

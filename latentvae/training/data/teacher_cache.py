@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import ConfigError
 from latentvae.base.files import make_folder, whole_file
-from latentvae.images.tensors import from_uint8, to_uint8
+from latentvae.images.tensors import as_floats, from_uint8, to_uint8
 from latentvae.training.config import Config
 
 MANIFEST = "teacher.json"
@@ -92,11 +92,11 @@ class TeacherCache:
         """Compute what is not there yet of a CropSequence's images, of those whose numbers are in `share`."""
         missing = [index for index in range(len(sequence))[share] if not self.path(index).is_file()]
         for index in tqdm(missing, desc="teacher", unit="image", disable=len(missing) < 2):
-            image = sequence.image(index)  # uint8 (C, H, W)
+            image = sequence.image(index)  # (C, H, W)
             if not isinstance(image, torch.Tensor):  # training passes it over, and says why
                 continue
             height, width = (side // self.ratio * self.ratio for side in image.shape[-2:])
-            moments = teacher.moments(from_uint8(image)[None, :, :height, :width].to(device, dtype))
+            moments = teacher.moments(as_floats(image)[None, :, :height, :width].to(device, dtype))
             picture = teacher.pictures(moments.chunk(2, 1)[0])
             tensors = {"moments": moments[0].float().cpu(), "picture": to_uint8(picture[0].float().cpu())}
             # durable: a name without its bytes after a power cut would be taken for a finished file
