@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, a folder of pictures, and the same numbers on every run."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,10 @@ def _same_numbers() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    if "accelerate" in sys.modules:  # its state, precision included, is shared by all of a process
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture

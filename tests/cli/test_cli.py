@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import typer
-from accelerate.state import AcceleratorState, GradientState
 from conftest import textured
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -61,15 +60,6 @@ def latentvae_command(capsys: pytest.CaptureFixture[str], monkeypatch, tmp_path:
         return Result(stop.value.code or 0, captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
