@@ -13,7 +13,13 @@ LatentVAEError
 
 
 class LatentVAEError(Exception):
-    """Bad input. The message says what came, what was wanted and what to do."""
+    """Bad input. The message says what came, what was wanted and what to do.
+
+    Attributes:
+        ends_run: it is of the machine and not of one image: a full disk would refuse the next one too.
+    """
+
+    ends_run = False
 
 
 class ImageError(LatentVAEError):

@@ -6,7 +6,9 @@
     put_in_place(partial, final)              the last step of it alone, for what several processes fill
     with explained(path, error, message): ... what the disk refuses becomes an error that says what to do
     check_file(path, ...), check_folder(path, ...)    refuse to overwrite, before work is spent
+    check_local(path)                         refuse s3://bucket/x, which Path makes a name here of
     make_folder(path, ...)                    there and writable, or an error
+    portable(name), local(name)               names as text that is the same in any locale, and back
     file_sha256(path), fsync(path)
 
 `error` is the class to raise, `message` what it says: a template with {path} and {reason}, not an f-string,
@@ -16,8 +18,10 @@ What is written is a new file that takes the name: a link to a file is replaced,
 file is replaced too. A link to a folder is followed.
 """
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -30,8 +34,11 @@ from latentvae.base.errors import LatentVAEError
 
 # safetensors reports a full disk as an error of its own, which is no OSError
 REFUSALS = (OSError, SafetensorError)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # nothing else can be written there either
 CANNOT_WRITE = "{path} cannot be written ({reason}): name a place in a folder of yours."
 CANNOT_MAKE = "{path} cannot be written to ({reason}). Choose another folder."
+
+ADDRESS = re.compile(r"([A-Za-z][\w+.-]+:)/+(.*)", re.DOTALL)  # one letter is a drive of Windows
 
 Kind = type[LatentVAEError]
 
@@ -120,11 +127,30 @@ def put_in_place(partial: Path, final: Path, *, durable: bool = False) -> None:
 @contextmanager
 def explained(path: Path, error: Kind = LatentVAEError, message: str = CANNOT_WRITE) -> Iterator[None]:
     """Turn what a disk refuses within the block into `error`, with the reason as people know it."""
+    check_local(path, error)
     try:
         yield
     except REFUSALS as refusal:
         reason = getattr(refusal, "strerror", None) or refusal  # without "[Errno 28]" and temporary names
-        raise error(message.format(path=path, reason=reason)) from refusal
+        failure = error(message.format(path=path, reason=reason))
+        failure.ends_run = getattr(refusal, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(
+            refusal
+        )
+        raise failure from refusal
+
+
+def check_local(path: str | Path, error: Kind = LatentVAEError) -> None:
+    """Refuse an address: as a Path s3://bucket/x is the folder "s3:" here, which would even be made.
+
+    Raises:
+        LatentVAEError: as `error`: says to copy or mount it.
+    """
+    found = ADDRESS.match(str(path))
+    if found and not Path(found[1]).exists():
+        raise error(
+            f"{found[1]}//{found[2]} is an address; wanted a path of this machine: copy it here, or mount "
+            "it, and name that."
+        )
 
 
 def check_file(
@@ -191,6 +217,46 @@ def check_folder(
         raise error(f"{folder} holds {beside}, and all in it would be replaced. {instead}.")
     if names and not overwrite:
         raise error(f"{folder} holds an earlier {what}. {instead}, or pass --overwrite.")
+
+
+def is_too_long(path: Path) -> bool:
+    """Whether the system refuses to look at a path, which can be made all the same, step by step."""
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
+
+
+def may_be_file(path: Path) -> bool:
+    """Whether it is a file, or too long to be looked at: reading it then says so, and names it."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return True
+
+
+def collect_too_long(found: list[Path]) -> Callable[[OSError], None]:
+    """What `os.walk` does about a folder that cannot be read: raise, but put paths that are too long here."""
+
+    def handle(error: OSError) -> None:
+        if error.errno != errno.ENAMETOOLONG:
+            raise error
+        found.append(Path(error.filename))
+
+    return handle
+
+
+def portable(name: str) -> str:
+    """A file's name as text that is the same in any locale: its bytes as UTF-8, others escaped."""
+    return name if os.name == "nt" else os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def local(name: str) -> str:
+    """A name that `portable` made, as this locale has it: what files are opened by."""
+    return name if os.name == "nt" else os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def make_folder(folder: Path, error: Kind = LatentVAEError, message: str = CANNOT_MAKE) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from latentvae.cli.session import Session, image_channels, takes
 if TYPE_CHECKING:
     import torch
 
+EXIT_DIFFERENT = 6  # B is of no use to what was trained on A's latents
 PICTURE = "agreement.png"
 COLUMNS = ("image", "A", "B", "B decodes A's latents", "A decodes B's latents")
 MAX_ROWS = 8  # of the picture; the figures are of all images
@@ -32,7 +34,10 @@ def agree(
     output: Annotated[Path, output_folder("Folder for the picture.")] = OUTPUT,
     size: Annotated[int, typer.Option(min=16, help="Largest side of the images' centres, pixels.")] = 256,
 ) -> None:
-    """Say whether a diffusion model trained on A's latents can use B: each decodes the latents of both."""
+    """Say whether a diffusion model trained on A's latents can use B: each decodes the latents of both.
+
+    Ends with exit code 6 where it cannot, neither for text to image nor for image to image.
+    """
     agreement, devices = pipelines.agree, runtime.devices
     place = devices.usable_device(session.device)
     with devices.fitting_on(place):
@@ -55,6 +60,10 @@ def agree(
     _draw(pairs[:MAX_ROWS], picture)
     result = {"a": a, "b": b, **found.as_dict(), "picture": str(picture), "skipped": session.skipped}
     tell(result, [*_lines(found), f"\nLook at {picture}."], session.json)
+    if not (found.encodes or found.decodes):
+        with suppress(typer.Exit):  # says what was skipped; that B is of no use is the more important code
+            session.finish(len(centres))
+        raise typer.Exit(EXIT_DIFFERENT)
     session.finish(len(centres))
 
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from latentvae import images, models, runtime, store
 from latentvae.base.errors import LatentVAEError, StoreError
-from latentvae.base.files import make_folder
-from latentvae.cli.options import Sample, Seed, StoreArgument, tell
+from latentvae.base.files import local, make_folder
+from latentvae.cli.options import Sample, Seed, StoreArgument, counted, tell
 from latentvae.cli.places import with_ending
 from latentvae.cli.session import IMAGE_OPTIONS, Session, takes
 from latentvae.cli.stores import load_same_model, skip_shard, whole_shards
@@ -51,7 +51,7 @@ def decode(
             progress.update(len(numbers))
     if written:
         result = {"store": str(source), "files": written, "skipped": session.skipped}
-        tell(result, [f"{len(written)} pictures in {output}"], session.json)
+        tell(result, [f"{counted(len(written), 'picture')} in {output}"], session.json)
     session.finish(len(written))
 
 
@@ -131,6 +131,6 @@ def picture_name(key: str, ending: str = ".png") -> Path:
     """
     path = PurePosixPath(key)
     # a drive and a zero byte mean nothing on this system, perhaps, but on another
-    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in key or Path(key).drive:
+    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in key or Path(local(key)).drive:
         raise StoreError(f"the key {key!r} is no path below a folder: this store was not made by `encode`.")
-    return Path(*path.parent.parts, with_ending(path.name, ending, key))
+    return Path(local(str(path.parent)), with_ending(local(path.name), ending, local(key)))

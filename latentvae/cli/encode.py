@@ -13,7 +13,7 @@ import typer
 
 from latentvae import images, models, runtime, store
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, tell
+from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, counted, tell
 from latentvae.cli.session import Session, takes
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Fixed, because tiles change the last bits: a store must not depend on how much memory happens to be free.
 TILE = 1024
 TILED_MEMORY = 1e9
-SHOWN = 20  # vanished, dropped or damaged ones that are named; --json has all
+SHOWN = 20  # vanished, dropped or damaged ones, and captions, that are named; --json has all
 
 
 @takes("model", ..., "device", "precision", "json")
@@ -41,6 +41,13 @@ def encode(
         ),
     ] = None,
     crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
+    no_upscale: Annotated[
+        bool,
+        typer.Option(
+            "--no-upscale",
+            help="With --size: smaller images keep their size, cropped to multiples of 8 latents (64 px).",
+        ),
+    ] = False,
     flips: Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")] = False,
     batch_size: Annotated[
         int | None,
@@ -50,6 +57,12 @@ def encode(
     prune: Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
+    ] = False,
+    rehash: Annotated[
+        bool,
+        typer.Option(
+            "--rehash", help="Read all files again: finds those replaced at the same size and time."
+        ),
     ] = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
@@ -76,11 +89,13 @@ def encode(
             dtype=dtype,
             size=size,
             crop=crop,
+            no_upscale=no_upscale,
             flips=flips,
             batch_size=batch_size,
             shard_size=shard_size,
             prune=prune,
             retry_failed=retry_failed,
+            rehash=rehash,
             weights_sha256=weights,
             workload=store.encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
         )
@@ -169,20 +184,26 @@ def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> N
         )
     rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
     waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
-    line = f"{report.images} images in {folder}; {report.encoded} files done now{rate}{waited}."
+    left = [note for note in report.captions if " left out: " in note]
+    dropped = f" {counted(len(left), 'caption')} left out, as named above." if left else ""
+    done = f"{counted(report.encoded, 'file')} done now{rate}{waited}.{dropped}"
+    line = f"{counted(report.images, 'image')} in {folder}; {done}"
     tell({"store": str(folder), **report.as_dict()}, [line], as_json)
     if report.failures:
-        typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
+        failed = counted(len(report.failures), "image")
+        typer.echo(f"{failed} could not be encoded, as named above.", err=True)
         sys.stdout.flush()  # the result goes before the message of the exit, also into a pipe
         raise typer.Exit(EXIT_SKIPPED)
 
 
 def _changes(report: store.encoding.EncodeReport) -> Iterator[str]:
-    """What became of images that were in the store; many are counted."""
+    """What became of images that were in the store, and of captions; many are counted."""
     for what, names in (
         ("gone, still in the store (--prune takes them out)", report.vanished),
         ("gone, taken out", report.dropped),
         ("was damaged and has been encoded again", report.repaired),
+        ("caption", report.captions),
+        ("caption of no image", report.unclaimed),
     ):
         yield from (f"{what}: {name}" for name in names[:SHOWN])
         if len(names) > SHOWN:

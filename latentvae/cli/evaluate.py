@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from latentvae.base.errors import LatentVAEError, MissingWeightsError
 from latentvae.cli.options import Photos, Sample, Seed, tell
 from latentvae.cli.places import short_names
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
-
-if TYPE_CHECKING:
-    import torch
 
 
 @takes("model", "sample", "seed", *LPIPS_OPTIONS, ..., *IMAGE_OPTIONS)
@@ -44,9 +41,12 @@ def evaluate(
         raise LatentVAEError("--inception-weights was given without --rfid, which uses them: add --rfid.")
     files = images.reading.find_images(paths)
     names = short_names(files, paths)
+    # first: without it, or its weights, what was asked for is not measured
+    inception, rfid_reason = _find_inception(inception_weights) if rfid else (None, None)
     vae = session.load()
     lpips, reason = session.find_lpips()
-    inception, rfid_reason = _find_inception(inception_weights, vae.device) if rfid else (None, None)
+    if inception is not None:
+        inception.to(vae.device)
     # a generator: one image is in memory at a time
     read = ((names[path].as_posix(), image) for path, image, _ in session.read_images(files))
     try:
@@ -61,14 +61,13 @@ def evaluate(
     session.finish(len(summary.images))
 
 
-def _find_inception(
-    weights: Path | None, device: torch.device
-) -> tuple[measure.rfid.Inception | None, str | None]:
-    """rFID's network, or None and the reason. Weights that were named and cannot be used are an error."""
+def _find_inception(weights: Path | None) -> tuple[measure.rfid.Inception | None, str | None]:
+    """rFID's network, or None and the reason, which is said. Named weights must be usable."""
     try:
-        return measure.rfid.load_inception(weights).to(device), None
+        return measure.rfid.load_inception(weights), None
     except MissingWeightsError as error:
         # what was asked for by name must not be left out silently
         if weights is not None:
             raise
+        typer.echo(f"rFID will not be measured, the rest will: {error}", err=True)
         return None, str(error)

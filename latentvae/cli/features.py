@@ -7,7 +7,7 @@ import typer
 
 from latentvae.base.files import make_folder
 from latentvae.cli.gathering import Grid, Labels, Request, Size, Sources, gather
-from latentvae.cli.options import tell
+from latentvae.cli.options import counted, tell
 from latentvae.cli.session import Session, takes
 from latentvae.toolbox import atlas
 
@@ -37,7 +37,7 @@ def features(
         labelled = {"features": count, "labels_from": found.gallery.labels_from}
         result = {"files": files, "images": len(table.keys), **labelled, **about}
         lines = [
-            f"{len(table.keys)} images, {count} features each: {about['pooling']}.",
+            f"{counted(len(table.keys), 'image')}, {count} features each: {about['pooling']}.",
             *(f"Note: {note}" for note in found.notes),
             f"Written: {', '.join(files)}",
         ]

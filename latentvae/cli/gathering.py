@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from latentvae import images, models, store
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import portable
 from latentvae.cli.places import root_of, short_names
 from latentvae.cli.session import Session, image_channels
 from latentvae.cli.stores import load_same_model, whole_shards
@@ -99,7 +100,7 @@ def _side(request: Request, count: int) -> int:
 
 def _from_images(session: Session, request: Request) -> Gathering:
     files = images.reading.find_images(request.sources)
-    names = {path: name.as_posix() for path, name in short_names(files, request.sources).items()}
+    names = {path: portable(name.as_posix()) for path, name in short_names(files, request.sources).items()}
     labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
     vae = session.load()
     weights, side = models.fingerprint.weight_hash(vae), _side(request, len(files))

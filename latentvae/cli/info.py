@@ -1,8 +1,9 @@
-"""`latentvae info`: what a model is."""
+"""`latentvae info`: what a model is, or an .lvae file."""
 
+from pathlib import Path
 from typing import Any
 
-from latentvae import models
+from latentvae import codec, models
 from latentvae.cli.options import Json, ModelArgument, SameModel, tell
 from latentvae.cli.session import read_sidecar
 
@@ -12,14 +13,38 @@ def info(
     same: SameModel = None,
     json: Json = False,
 ) -> None:
-    """Print a model's config, parameters, compression ratio, channels and latent statistics."""
+    """Print a model's config, parameters, compression ratio, channels and latent statistics.
+
+    Of a compressed image, IN.lvae: its model, quality and size.
+    """
     # named here, because the sidecar is looked for under it
     model = model or same or models.loading.DEFAULT_MODEL
+    if Path(model).suffix.lower() == ".lvae":
+        file = codec.compression.describe(model)
+        tell(file, _file_lines(file), json)
+        return
     figures = models.loading.describe(models.loading.load(model))
     figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
     figures["bundled_models"] = models.loading.bundled()
     figures["other_programs"] = models.formats.programs.program_notes(figures["config"])
     tell(figures, _lines(figures), json)
+
+
+def _file_lines(file: dict[str, Any]) -> list[str]:
+    """What an .lvae file says of itself, as aligned text."""
+    model = file["model"]
+    if model is None:
+        known = file["released"]
+        model = f"{known[0]} of release {known[1]}" if known else "none that is bundled"
+    rows = {
+        "model": f"{model} (weights {file['weights']}...)",
+        "quality": f"{file['quality']} of 100",
+        "image": f"{file['width']}x{file['height']} px, {file['image_channels']} channels",
+        "latent channels": file["latent_channels"],
+        "size": f"{file['bytes']:,} bytes, {file['bpp']:.4f} bpp",
+        "format version": file["version"],
+    }
+    return [f"{name:<15}  {value}" for name, value in rows.items()]
 
 
 def _lines(figures: dict[str, Any]) -> list[str]:

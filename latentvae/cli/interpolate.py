@@ -11,9 +11,9 @@ import typer
 from latentvae import images, runtime
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.base.files import make_folder
-from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.options import OUTPUT, counted, output_folder, tell
 from latentvae.cli.places import check_output, write_json
-from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, counted, takes
+from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
 from latentvae.toolbox import editing
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ COPIES = 1.5  # of all frames that memory holds at once: an animation's are byte
 def interpolate(
     session: Session,
     paths: Annotated[
-        list[Path], typer.Argument(help="Two or more images, in the order of the way; or folders.")
+        list[Path],
+        typer.Argument(
+            help="Two or more images, in the order of the way, again where it comes back; or folders."
+        ),
     ],
     output: Annotated[Path, output_folder("Folder for what is written.")] = OUTPUT,
     frames: Annotated[
@@ -51,16 +54,18 @@ def interpolate(
     # frames that lie among the images would be ends of the next way
     for place in [output, *(output / name for name in routes if separate)]:
         check_output(place, paths)
-    files = images.reading.find_images(paths)
+    # one by one: an image that is named again is passed again
+    files = [file for path in paths for file in images.reading.find_images(path)]
     vae = session.load()
     make_folder(output)
     # steps in LPIPS tell jumps; without its weights the rms of pixels has to do
     lpips, reason = session.find_lpips()
-    read = _read_ends(session, files)
+    read = _read_ends(session, list(dict.fromkeys(files)))
     if fit:
         read = _match_first(session, read)
     # the first image again: of its own frame the animation leaves one out
-    used = [*read, next(iter(read))] if closed else list(read)
+    used = [file for file in files if file in read]
+    used += used[:1] if closed else []
     ends = [read[path] for path in used]  # (C, H, W) each
     _check_room((len(ends) - 1) * (frames - 1) + 1, ends[0])
     results = []

@@ -1,5 +1,6 @@
 """The `latentvae` command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped,
-4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work.
+4 training stopped by a signal after saving, 5 `doctor` found that fp16 does not work, 6 `agree` found that B
+cannot take A's place.
 """
 
 import io
@@ -33,8 +34,10 @@ VERBS = {
     "verify": "Check every shard of a store against its hashes and its index; exit code 2 where something is "
     "wrong.",
     "shards": "Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on.",
-    "compress": "Compress an image; prints the bits per pixel of the whole file, and what decoding it gives.",
-    "decompress": "Decompress an image that `latentvae compress` wrote, with the same model.",
+    "compress": "Compress an image, or a folder; prints the bits per pixel of whole files, and what decoding "
+    "them gives.",
+    "decompress": "Decompress an image that `latentvae compress` wrote, or a folder of them, with the same "
+    "model.",
     "sample": "Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.",
     "interpolate": "Interpolate between images: writes a strip, an animation and the size of each step.",
     "vary": "Vary images: writes copies (their captions too) and a contact sheet, and prints how far they "
@@ -96,7 +99,7 @@ app = typer.Typer(
     help=ABOUT,
     epilog="Exit codes: 0 done, 1 a bug, 2 bad input, 3 done but some inputs were skipped, "
     "4 training stopped by a signal or train.max_minutes after saving, 5 `doctor` found that fp16 does not "
-    "work, 130 stopped by Ctrl-C.",
+    "work, 6 `agree` found that B cannot take A's place, 130 stopped by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

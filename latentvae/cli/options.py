@@ -69,6 +69,11 @@ def output_folder(purpose: str) -> OptionInfo:
     return typer.Option("--output", "-o", help=purpose)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 images."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def tell(result: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
     """Print a result as one JSON object, or as lines for people, on standard output."""
     if as_json:

@@ -11,9 +11,9 @@ import typer
 
 from latentvae import images, runtime, store
 from latentvae.base.errors import LatentVAEError
-from latentvae.base.files import make_folder
+from latentvae.base.files import check_local, make_folder
 from latentvae.base.optional import need
-from latentvae.cli.options import EXIT_INTERRUPTED, tell
+from latentvae.cli.options import EXIT_INTERRUPTED, counted, tell
 from latentvae.cli.session import Session, takes
 from latentvae.cli.stores import load_same_model
 from latentvae.toolbox import priors
@@ -108,6 +108,7 @@ def _check(kind: Kind, settings: priors.diffusion.DiffusionSettings, folder: Pat
         raise LatentVAEError(f"--by-class is of --kind diffusion; {kind} came.")
     else:
         need("sklearn")  # for principal components and mixtures
+    check_local(folder)
     priors.prior.check_target(folder.resolve())  # "." has no name, and no parent to write beside it
     make_folder(folder.resolve().parent)
 
@@ -160,7 +161,8 @@ def _read(session: Session, source: Path, size: int | None) -> priors.latent_set
 def _lines(card: priors.prior.PriorCard, folder: Path) -> list[str]:
     """What was learned, for people."""
     shape, learned = "x".join(map(str, card.latent_shape)), card.fit
-    lines = [f"{card.kind} prior of {card.images} images, latents {shape}, VAE {card.weights_sha256[:12]}."]
+    count, vae = counted(card.images, "image"), card.weights_sha256[:12]
+    lines = [f"{card.kind} prior of {count}, latents {shape}, VAE {vae}."]
     if card.images < learned["store_images"]:
         lines.append(f"Note: {learned['store_images']} images are in the store; memory holds {card.images}.")
     if card.kind == "diffusion":

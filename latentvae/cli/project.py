@@ -14,7 +14,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder, whole_file
 from latentvae.base.optional import need
 from latentvae.cli.gathering import Gathering, Grid, Labels, Request, Size, Sources, gather
-from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.options import OUTPUT, counted, output_folder, tell
 from latentvae.cli.places import check_output, write_json
 from latentvae.cli.session import Session, takes
 from latentvae.toolbox import atlas
@@ -143,7 +143,8 @@ def _write_all(
     output: Path, name: str, cards: list[Card], mapped: Projection, result: dict[str, Any]
 ) -> list[Path]:
     """Write page, pictures, figures and table; the page first in what is returned."""
-    about = f"{len(cards):,} images, {_axes_text(mapped)}, {result['clusters']['count']} clusters"
+    about = f"{counted(len(cards), 'image')}, {_axes_text(mapped)}, "
+    about += counted(result["clusters"]["count"], "cluster")
     page = output / "projection.html"
     with whole_file(page) as partial:
         partial.write_text(atlas.page.write_page(cards, name, about, _figure_rows(result)), encoding="utf-8")
@@ -216,20 +217,19 @@ def _figure(value: float | None) -> str:
 def _lines(found: Gathering, mapped: Projection, grouped: Clustering, result: dict[str, Any]) -> list[str]:
     """The figures for people."""
     gallery = found.gallery
-    lines = [
-        f"{len(gallery)} images, {gallery.features.values.shape[1]} features each; map: {_axes_text(mapped)}."
-    ]
+    count, features = counted(len(gallery), "image"), gallery.features.values.shape[1]
+    lines = [f"{count}, {features} features each; map: {_axes_text(mapped)}."]
     sizes = ", ".join(map(str, grouped.sizes))
     chosen = (
         f", chosen by silhouette ({grouped.silhouettes[grouped.count]:.2f})" if grouped.silhouettes else ""
     )
-    lines.append(f"{grouped.count} clusters{chosen}, of {sizes} images.")
+    lines.append(f"{counted(grouped.count, 'cluster')}{chosen}, of {sizes} images.")
     if gallery.labels_from is None:
         lines.append("No labels: --labels, captions or subfolders would give them.")
     else:
         names = len(set(gallery.labels) - {""})
-        count = atlas.labels.count_labelled(gallery.labels)
-        lines.append(f"{names} labels of {count} images, from {SOURCES[gallery.labels_from]}.")
+        labelled = atlas.labels.count_labelled(gallery.labels)
+        lines.append(f"{names} labels of {labelled} images, from {SOURCES[gallery.labels_from]}.")
     if rows := _figure_rows(result):
         lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
         lines += [f"{what:34}{latents:>16}{pixels:>16}" for what, latents, pixels in rows]

@@ -11,7 +11,7 @@ import typer
 from latentvae import images
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder
-from latentvae.cli.options import OUTPUT, output_folder, tell
+from latentvae.cli.options import OUTPUT, counted, output_folder, tell
 from latentvae.cli.places import write_json
 from latentvae.cli.session import Session, image_channels, takes
 from latentvae.toolbox import priors
@@ -72,7 +72,7 @@ def sample(
     batches = sampling.sample_batches(vae, chosen, count, seed, labels=labels, progress=True)
     _write(batches, labels or sampling.sample_labels(chosen, count, seed), output, result)
     height, width = result["size"]
-    lines = [f"{count} images of {width}x{height} px, {chosen.card.kind} prior."]
+    lines = [f"{counted(count, 'image')} of {width}x{height} px, {chosen.card.kind} prior."]
     if result["note"]:
         lines.append(f"Note: {HONEST}")
     tell(result, [*lines, f"Look at {output / 'samples.png'}."], session.json)

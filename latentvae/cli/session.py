@@ -113,7 +113,13 @@ class Session:
             self.finish(0)
 
     def skip(self, path: Path | str, error: LatentVAEError) -> None:
-        """Name an input that is left out on standard error, beside the progress bar and not in it."""
+        """Name an input that is left out on standard error, beside the progress bar and not in it.
+
+        Raises:
+            LatentVAEError: this very error, where the others would fail like it: the disk is full.
+        """
+        if error.ends_run:
+            raise error
         self.skipped.append({"path": str(path), "reason": str(error)})
         tqdm.write(f"skipped: {error}", file=sys.stderr)
 
@@ -137,7 +143,7 @@ class Session:
                 raise LatentVAEError(f"the only image could not be read: {first}")
             raise LatentVAEError(f"none of the {skipped} images could be read; the first: {first}")
         were = "was" if skipped == 1 else "were"
-        of = f"{skipped} of {counted(done + skipped, 'image')}"
+        of = f"{skipped} of {options.counted(done + skipped, 'image')}"
         typer.echo(f"{of} {were} skipped, as named above.", err=True)
         raise typer.Exit(options.EXIT_SKIPPED)
 
@@ -226,8 +232,3 @@ def read_sidecar(source: str) -> dict[str, Any]:
         if sidecar.is_file():
             return json.loads(sidecar.read_text(encoding="utf-8"))
     return {}
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 images."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -7,7 +7,7 @@ import typer
 from tqdm import tqdm
 
 from latentvae import store
-from latentvae.cli.options import Json, StoreArgument, tell
+from latentvae.cli.options import Json, StoreArgument, counted, tell
 
 
 def shards(
@@ -27,4 +27,4 @@ def shards(
     # as WebDataset takes it: braces stand for all numbers between
     pattern = tars[0].name if len(tars) == 1 else f"latents-{{000000..{number}}}.tar"
     result = {"images": count, "tars": [str(tar) for tar in tars]}
-    tell(result, [f"{count} images in {output / pattern}"], json)
+    tell(result, [f"{counted(count, 'image')} in {output / pattern}"], json)

@@ -15,7 +15,11 @@ def train(
     config: Annotated[str, typer.Option("--config", "-c", help="A recipe's name or a YAML file.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", help="Override a setting: section.key=value. Repeatable."),
+        typer.Option(
+            "--set",
+            "-s",
+            help="Override a setting: section.key=value. Repeatable. Text as it is, nothing for none.",
+        ),
     ] = None,
     resume: Annotated[
         str | None,

@@ -1,19 +1,32 @@
-"""Compress images to small files: the posterior's mode, quantised and entropy-coded."""
+"""Compress images to small files: the posterior's mode, quantised and entropy-coded.
+
+Files of a released version are read by every later one; docs/formats.md says what that takes.
+"""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import CodecError
 from latentvae.codec.coding import entropy_decode, entropy_encode
-from latentvae.codec.container import HASH_BYTES, Header, pack, read_lvae, unpack
+from latentvae.codec.container import HASH_BYTES, VERSION, Header, pack, read_lvae, unpack
 from latentvae.codec.quantisation import dequantise, in_steps, steps
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import decode, encode
 from latentvae.models.loading import bundled, load, spatial_compression_ratio
 
-__all__ = ["check_model", "compress", "decode_payload", "decompress", "read_lvae", "unpack"]
+__all__ = ["check_model", "compress", "decode_payload", "decompress", "describe", "read_lvae", "unpack"]
 
 DEFAULT_QUALITY = 50
+# Weights that releases have bundled, by how their hash begins: name and the last release that has them. Files
+# need them for ever, so whoever replaces a bundled model leaves its line here.
+RELEASED = {
+    "e7199bb1a8919be5": ("f8c4-small", "0.1.0"),
+    "6c32fffc57779617": ("f8c16-small", "0.1.0"),
+    "b90db30da7dc4a38": ("sd-small", "0.1.0"),
+}
 RATE_WEIGHT = 0.05  # measured: more saves bits at equal PSNR, and costs some at equal LPIPS
 
 
@@ -84,7 +97,7 @@ def check_model(vae: AutoencoderKL, header: Header) -> None:
     if header.weights != _short_hash(vae):
         raise CodecError(
             f"this file needs the VAE whose weight hash begins with {header.weights.hex()}"
-            f"{_bundled_name(header.weights)}; this one's is {_short_hash(vae).hex()}. "
+            f"{_whose(header.weights)}; this one's is {_short_hash(vae).hex()}. "
             "Give that one as --model, at the precision it compressed with."
         )
     ratio = spatial_compression_ratio(vae)
@@ -96,11 +109,49 @@ def check_model(vae: AutoencoderKL, header: Header) -> None:
         raise CodecError("this file is damaged: its sizes do not fit the model it names. Get it again.")
 
 
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a file says of itself, as JSON values; `model` is the bundled model that decodes it, or None.
+
+    Raises:
+        CodecError: it cannot be read, or is damaged.
+    """
+    header, payload = read_lvae(path)
+    size = Path(path).stat().st_size
+    return {
+        "file": str(path),
+        "version": VERSION,
+        "weights": header.weights.hex(),
+        "model": _bundled(header.weights),
+        "released": RELEASED.get(header.weights.hex()),
+        "quality": header.quality,
+        "width": header.width,
+        "height": header.height,
+        "image_channels": header.image_channels,
+        "latent_channels": len(header.steps),
+        "bytes": size,
+        "payload_bytes": len(payload),
+        "bpp": 8 * size / (header.width * header.height),
+    }
+
+
 def _short_hash(vae: AutoencoderKL) -> bytes:
     return bytes.fromhex(weight_hash(vae))[:HASH_BYTES]
 
 
-def _bundled_name(weights: bytes) -> str:
-    # hashed only now that something is wrong: each takes a load of its weights
-    names = [name for name in bundled() if _short_hash(load(name)) == weights]
-    return f" (the bundled {names[0]})" if names else ""
+def _bundled(weights: bytes) -> str | None:
+    """The bundled model of these weights."""
+    # each takes a load of its weights; where a release had them, its own name is the first to try
+    known = RELEASED.get(weights.hex(), ("", ""))[0]
+    names = sorted(bundled(), key=lambda name: name != known)
+    return next((name for name in names if _short_hash(load(name)) == weights), None)
+
+
+def _whose(weights: bytes) -> str:
+    """Where weights are to be had, for messages."""
+    name, released = _bundled(weights), RELEASED.get(weights.hex())
+    if name is not None:
+        return f" (the bundled {name})"
+    if released is not None:
+        name, release = released
+        return f" (the {name} of release {release}, since replaced: take its folder from that release)"
+    return ""

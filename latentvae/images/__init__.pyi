@@ -1,5 +1,6 @@
 from . import captions as captions
 from . import drawing as drawing
+from . import given as given
 from . import reading as reading
 from . import resizing as resizing
 from . import saving as saving

@@ -1,15 +1,28 @@
-"""Captions and labels beside images: NAME.txt, NAME.json, or a metadata.jsonl as `datasets` reads it."""
+"""Captions and labels beside images: NAME.txt, NAME.json, or a metadata.jsonl as `datasets` reads it.
+
+What has the image's name but for upper and lower case, or the Unicode form, is the image's too, unless it is
+another image's by its exact name. Texts are UTF-8, or what a mark at their beginning says; or Windows-1252.
+"""
 
 import json
+import posixpath
+import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from latentvae.base.errors import StoreError
+from latentvae.base.files import local, portable
 
 METADATA = "metadata.jsonl"
 PREFIX = "caption "  # of notes made here
 MAX_BYTES = 1 << 20  # of one sidecar; a larger one is no caption
+SIDECARS = (".json", ".txt")  # the later one counts
+MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # of Windows' editors
+WESTERN = "windows-1252"
+GUESSED = f"read as {WESTERN}, for it is no UTF-8: save it as UTF-8 if that is wrong"
+MAX_HIGH = 1 / 3  # of the bytes above ASCII's: more is text of another script
 
 Caption = dict[str, Any] | None
 
@@ -23,7 +36,8 @@ def read_caption(image: Path, root: Path) -> tuple[Caption, list[str]]:
 
     Returns:
         The image's line of metadata.jsonl without `file_name`, updated by the object in NAME.json, updated by
-        {"caption": the text of NAME.txt}; None where there is none of these.
+        {"caption": the text of NAME.txt}; None where there is none of these. A note also says where an
+        encoding had to be guessed.
 
     Raises:
         StoreError: a metadata.jsonl that is none.
@@ -31,21 +45,57 @@ def read_caption(image: Path, root: Path) -> tuple[Caption, list[str]]:
     found: dict[str, Any] = {}
     notes: list[str] = []
     for folder in _upto(image.parent, root):
-        if METADATA in _names(folder):
-            found.update(_metadata(folder / METADATA).get(image.relative_to(folder).as_posix(), {}))
+        if METADATA in _listed(folder).names:
+            metadata = _metadata(folder / METADATA)
+            found.update(metadata.of(portable(image.relative_to(folder).as_posix())))
+            notes += metadata.notes
             break
-    for sidecar in (image.with_suffix(".json"), image.with_suffix(".txt")):  # the later one counts
-        if sidecar.name in _names(image.parent):
+    for suffix in SIDECARS:
+        name = _listed(image.parent).sidecar(image, suffix)
+        if name is not None:
             try:
-                found.update(_read(sidecar))
+                value, guessed = _read(image.with_name(name))
+                found.update(value)
+                notes += [f"{PREFIX}{name} {guessed}"] if guessed else []
             except (OSError, ValueError, RecursionError) as error:
-                notes.append(f"{PREFIX}{sidecar.name} left out: {error}")
+                notes.append(f"{PREFIX}{name} left out: {error}")
     return found or None, notes
+
+
+def unclaimed(images: list[Path], roots: list[Path]) -> list[str]:
+    """Paths of the NAME.txt and NAME.json beside images that none of these is called like, sorted.
+
+    And how many lines of a metadata.jsonl name none of them.
+    """
+    folders: dict[Path, set[str]] = {}
+    below: dict[Path, set[str]] = {}
+    for image, root in zip(images, roots, strict=True):
+        try:
+            listed = _listed(image.parent)
+        except OSError:  # a path that is too long: the image is named as one that failed
+            continue
+        names = {listed.sidecar(image, suffix) for suffix in SIDECARS}
+        folders.setdefault(image.parent, set()).update(name for name in names if name)
+        folder = next((each for each in _upto(image.parent, root) if METADATA in _listed(each).names), None)
+        if folder is not None:
+            below.setdefault(folder, set()).add(
+                _metadata(folder / METADATA).name_of(portable(image.relative_to(folder).as_posix())) or ""
+            )
+    left = [
+        str(folder / name)
+        for folder, claimed in folders.items()
+        for name in _listed(folder).names - claimed
+        if Path(name).suffix.lower() in SIDECARS and not name.startswith(".")
+    ]
+    for folder, named in below.items():
+        if others := sorted(_metadata(folder / METADATA).rows.keys() - named):
+            left.append(f"{folder / METADATA}: {len(others)} of its lines, the first of {others[0]!r}")
+    return sorted(left)
 
 
 def forget() -> None:
     """Read folders anew: to be called when a run begins."""
-    _names.cache_clear()
+    _listed.cache_clear()
     _metadata.cache_clear()
 
 
@@ -54,17 +104,103 @@ def _upto(folder: Path, root: Path) -> list[Path]:
     return [folder, *(parent for parent in folder.parents if inside and parent.is_relative_to(root))]
 
 
-@lru_cache(maxsize=256)  # folders: images come sorted, so the next ones are mostly in the same
-def _names(folder: Path) -> frozenset[str]:
+def _loose(name: str) -> str:
+    """A name without what differs between systems: case, Unicode form, "./" and Windows' backslashes."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")).casefold())
+
+
+@dataclass(frozen=True)
+class _Listed:
     """What is in a folder, so that a missing sidecar costs nothing."""
-    return frozenset(path.name for path in folder.iterdir() if path.suffix in (".txt", ".json", ".jsonl"))
+
+    names: frozenset[str]  # that may be sidecars
+    others: frozenset[str]  # without suffixes, of other files: images are among them
+    loose: dict[str, list[str]]  # names as they are by `_loose`
+
+    def sidecar(self, image: Path, suffix: str) -> str | None:
+        """The name of an image's sidecar, if there is one; of several that differ in case, none."""
+        exact = image.with_suffix(suffix).name
+        if exact in self.names:
+            return exact
+        found = self.loose.get(_loose(exact), [])
+        if len(own := [name for name in found if Path(name).stem == image.stem]) == 1:
+            return own[0]  # of several the one that differs in its suffix alone
+        free = [name for name in found if Path(name).stem not in self.others]
+        return free[0] if len(free) == 1 else None
+
+
+@lru_cache(maxsize=256)  # folders: images come sorted, so the next ones are mostly in the same
+def _listed(folder: Path) -> _Listed:
+    names, others, loose = set[str](), set[str](), dict[str, list[str]]()
+    for path in folder.iterdir():
+        if path.suffix.lower() in (*SIDECARS, ".jsonl"):
+            names.add(path.name)
+            loose.setdefault(_loose(path.name), []).append(path.name)
+        elif path.suffix:  # folders have none, mostly
+            others.add(path.stem)
+    return _Listed(frozenset(names), frozenset(others), loose)
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The lines of a metadata.jsonl by `file_name`, and what a person should know of it."""
+
+    folder: Path
+    rows: dict[str, dict[str, Any]]
+    loose: dict[str, list[str]]
+    notes: list[str]
+
+    def name_of(self, name: str) -> str | None:
+        """The `file_name` of an image's line; one that differs in form counts if it is no other file's."""
+        if name in self.rows:
+            return name
+        # of a system that does not tell a.jpg from A.jpg, the file that is there is the image itself
+        found = [
+            each
+            for each in self.loose.get(_loose(name), [])
+            if _plain(each) == name
+            or not _is_other(self.folder / local(_plain(each)), self.folder / local(name))
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def of(self, name: str) -> dict[str, Any]:
+        """An image's line."""
+        found = self.name_of(name)
+        return {} if found is None else self.rows[found]
+
+
+def _plain(name: str) -> str:
+    return posixpath.normpath(name.replace("\\", "/"))
+
+
+def _is_other(path: Path, image: Path) -> bool:
+    try:
+        return not path.samefile(image)
+    except OSError:  # one of them is not there
+        return False
 
 
 @lru_cache(maxsize=4)  # a file may have a line for every image of a data set
-def _metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a metadata.jsonl by `file_name`."""
-    rows: dict[str, dict[str, Any]] = {}
+def _metadata(path: Path) -> _Metadata:
     with path.open("rb") as file:
+        mark = file.read(4)
+    encoding = next((name for start, name in MARKS.items() if mark.startswith(start)), "utf-8")
+    try:
+        rows, notes = _rows(path, encoding), list[str]()
+    except UnicodeDecodeError:
+        try:
+            rows, notes = _rows(path, WESTERN), [f"{PREFIX}{path.name} {GUESSED}"]
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{path} is no text in {encoding} ({error}): save it as UTF-8.") from error
+    loose: dict[str, list[str]] = {}
+    for name in rows:
+        loose.setdefault(_loose(name), []).append(name)
+    return _Metadata(path.parent, rows, loose, notes)
+
+
+def _rows(path: Path, encoding: str) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    with path.open(encoding=encoding) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -80,13 +216,29 @@ def _metadata(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _read(sidecar: Path) -> dict[str, Any]:
+def _read(sidecar: Path) -> tuple[dict[str, Any], str]:
+    """What a sidecar says, and what a person should know of its encoding."""
     if sidecar.stat().st_size > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES} bytes")
-    text = sidecar.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
-    if sidecar.suffix == ".txt":
-        return {"caption": text.strip()}
+    text, guessed = _decoded(sidecar.read_bytes())
+    if sidecar.suffix.lower() == ".txt":
+        return {"caption": text.strip()}, guessed
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
-    return value
+    return value, guessed
+
+
+def _decoded(data: bytes) -> tuple[str, str]:
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    guessed = ""
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        # a few letters above ASCII are Western; detectors take a short caption for anything
+        if encoding != "utf-8" or sum(byte > 127 for byte in data) > MAX_HIGH * len(data):
+            raise ValueError(f"no text in {encoding}: save it as UTF-8") from error
+        text, guessed = data.decode(WESTERN), GUESSED
+    if "\0" in text:
+        raise ValueError("zero bytes in it: save it as UTF-8")
+    return text, guessed

@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageCms, ImageFile, features
 
 from latentvae.base.errors import ImageError
+from latentvae.base.files import check_local, collect_too_long, is_too_long, may_be_file
+from latentvae.images.given import Given, array_samples, file_bytes
 from latentvae.images.tensors import channels_first_tensor, channels_last_array, from_uint8
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ ORIENTATION_TAG, BITS_TAG, PHOTOMETRIC_TAG = 0x0112, 258, 262  # of EXIF and TIF
 UNUSABLE = "unusable ICC profile ignored"
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # ICC's colour spaces as Pillow's
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's mode "L" means
+
 
 Colour = tuple[int, int, int]
 PathLike = str | Path
@@ -105,6 +108,7 @@ def _find_in(path: Path) -> list[Path]:
             raise ImageError(f"no image in the folder {path}: put files there that end in one of {accepted}")
         return found
     if not path.exists():
+        check_local(path, ImageError)
         raise ImageError(f"{path} does not exist: name an image file ({accepted}) or a folder of them")
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(f"{path} ends in '{path.suffix}', but an image was wanted: use one of {accepted}")
@@ -119,22 +123,23 @@ def list_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield files below root, following links to folders unless that would visit one twice."""
 
-    def refuse(error: OSError) -> None:
-        raise error
-
+    too_long = list[Path]()
     top = root.resolve()
     visited = {top}
-    for folder, names, files in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, names, files in os.walk(root, onerror=collect_too_long(too_long), followlinks=True):
         names[:] = [name for name in sorted(names) if _follow(Path(folder, name), top, visited)]
         for file in files:
             path = Path(folder, file)
-            if not file.startswith(".") and path.suffix.lower() in suffixes and path.is_file():
+            if not file.startswith(".") and path.suffix.lower() in suffixes and may_be_file(path):
                 yield path
+    yield from too_long
 
 
 def _follow(folder: Path, top: Path, visited: set[Path]) -> bool:
     if folder.name.startswith("."):
         return False
+    if is_too_long(folder):  # no link, then
+        return True
     real = folder.resolve()  # where a link leads
     # A link into the tree would list its images under two names, one to above the tree would list the disk.
     loops = folder.is_symlink() and (real.is_relative_to(top) or top.is_relative_to(real))
@@ -145,7 +150,7 @@ def _follow(folder: Path, top: Path, visited: set[Path]) -> bool:
 
 
 def load_image(
-    source: PathLike | bytes,
+    source: PathLike | Given,
     *,
     name: str = "image bytes",
     background: Colour = (255, 255, 255),
@@ -159,7 +164,7 @@ def load_image(
 
 
 def load_image_with_info(
-    source: PathLike | bytes,
+    source: PathLike | Given,
     *,
     name: str = "image bytes",
     background: Colour = (255, 255, 255),
@@ -169,8 +174,10 @@ def load_image_with_info(
     """Load one image upright, in sRGB, without alpha, and say what that took.
 
     Args:
-        source: the path of an image file, or what is in one; the content decides the format, not a suffix.
-        name: what messages call bytes; a path names itself.
+        source: the path of an image file, or what is in one, as bytes or an open binary file (the content
+            decides the format, not a suffix); or a Pillow image; or an array or tensor (H, W), (H, W, C) or
+            (C, H, W) of sRGB values, C 1, 3 or 4: uint8, uint16, or floats in [0, 1].
+        name: what messages call what is no path; a path names itself.
         background: 8-bit sRGB colour put behind transparent pixels.
         max_pixels: refuse more, from the header, before anything is decompressed.
         channels: 3 for RGB, 1 for luminance (BT.601).
@@ -182,11 +189,25 @@ def load_image_with_info(
         raise ImageError(
             f"channels={channels} came, but images have 3 (RGB) or 1 (luminance): pass one of these"
         )
-    pixels = read_pixels(ImageBytes(source, name) if isinstance(source, bytes) else Path(source), max_pixels)
+    pixels = _pixels(source, name, max_pixels)
     images = _with_channels(_composite(pixels, background), channels)
     size = (images.shape[2], images.shape[1])
     info = ImageInfo(*size, pixels.mode, pixels.format, pixels.notes, pixels.frames)
     return images, info
+
+
+def _pixels(source: PathLike | Given, name: str, max_pixels: int) -> Pixels:
+    if isinstance(source, np.ndarray | torch.Tensor):
+        pixels = Pixels(*array_samples(source), mode=str(source.dtype), format="array")
+        height, width = pixels.colour.shape[:2]
+        _check_size(ImageBytes(b"", name), width, height, max_pixels)
+        return pixels
+    if isinstance(source, str | os.PathLike):
+        return read_pixels(Path(source), max_pixels)
+    pixels = read_pixels(ImageBytes(file_bytes(source), name), max_pixels)
+    if isinstance(source, Image.Image):  # not what it was carried in
+        pixels.mode, pixels.format = source.mode, source.format or ""
+    return pixels
 
 
 def _composite(pixels: Pixels, background: Colour) -> torch.Tensor:
@@ -240,6 +261,7 @@ def _opened(path: Source, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """Open the file, refuse a bomb by its header, and name the file in whatever goes wrong inside."""
     try:
         if isinstance(path, Path) and not path.is_file():
+            check_local(path, ImageError)
             came = "is no file" if path.exists() else "does not exist"
             raise ImageError(f"{path} {came}, but one image file was wanted: use find_images for a folder")
         with path.open("rb") if isinstance(path, Path) else io.BytesIO(path.data) as file:

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 PREPROCESSING_VERSION = 1  # to be raised when the same image file would give other pixels
 SHARES = 8  # sides of buckets are multiples of an eighth of the size, where the compression ratio allows
+OWN_STEP = 8  # latents, that sides of images in buckets of their own are multiples of: 64 px of most models
 MAX_ASPECT = 2.0  # longer side by shorter one of a bucket
 MAX_RESIZED = 1 << 26  # pixels, scaled and not yet cropped: lines a pixel wide would become terabytes
 
@@ -21,13 +22,15 @@ class Preprocessing(BaseModel):
     """What is done to an image between its file and the encoder's padding.
 
     `as-is`: nothing. `size`: scaled and cropped at the middle to the nearest of a few aspect ratios of about
-    size x size pixels. `centre-crop`: the shorter side scaled to `size`, and the square in the middle.
+    size x size pixels. `size-no-upscale`: the same, but images that would be enlarged keep their size, and
+    are cropped at the middle to multiples of 8 latents (of one, where that is all).
+    `centre-crop`: the shorter side scaled to `size`, and the square in the middle.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = PREPROCESSING_VERSION
-    policy: Literal["as-is", "size", "centre-crop"] = "as-is"
+    policy: Literal["as-is", "size", "size-no-upscale", "centre-crop"] = "as-is"
     size: int | None = None  # pixels; None with as-is
     channels: int = 3  # 3: RGB, 1: luminance
     range: tuple[float, float] | None = None  # samples that become -1 and 1; None: what the files' type holds
@@ -92,7 +95,18 @@ def plan_geometry(original: Size, policy: Preprocessing, ratio: int) -> Geometry
     aspect = original[0] / original[1]
     # by the logarithm, so that 1:2 and 2:1 are equally far from a square
     bucket = min(buckets(policy.size, ratio), key=lambda size: abs(math.log(size[0] / size[1] / aspect)))
-    return _cover(original, bucket)
+    covered = _cover(original, bucket)
+    if policy.policy == "size-no-upscale" and covered.resized and covered.resized[0] > original[0]:
+        width, height = (_own_side(side, ratio) for side in original)
+        left, top = (original[0] - width) // 2, (original[1] - height) // 2
+        return Geometry(None, None if (width, height) == original else (left, top, width, height))
+    return covered
+
+
+def _own_side(side: int, ratio: int) -> int:
+    """A side that is not enlarged, rounded down so that images of about a size share a batch."""
+    step = ratio * OWN_STEP if side >= ratio * OWN_STEP else ratio if side >= ratio else 1
+    return side - side % step
 
 
 def buckets(size: int, ratio: int) -> list[Size]:

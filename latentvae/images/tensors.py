@@ -1,11 +1,15 @@
 """Images as tensors in [-1, 1] and as bytes, padded and cropped."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from latentvae.base.errors import ImageError
+
+NEAR, LARGEST = 2.0, 8.0  # values beyond these are doubtful, and of another scale
+DARK, LIGHT = 0.05, 0.5  # nearly all images in [0, 1] reach from below one to above the other
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,29 @@ def from_uint8(array: np.ndarray | torch.Tensor) -> torch.Tensor:
 def as_floats(images: torch.Tensor) -> torch.Tensor:
     """uint8 as floats in [-1, 1]; floats, which a scan's depth needs, as they are."""
     return from_uint8(images) if images.dtype == torch.uint8 else images
+
+
+def check_range(images: torch.Tensor) -> None:
+    """Refuse images that are not on the scale of [-1, 1]; warn of [0, 1], and of values beyond 2.
+
+    A little beyond is usual: resampling overshoots, and so do decoders.
+
+    Raises:
+        ImageError: integers, or values beyond 8 on either side.
+    """
+    remedy = "latentvae.load_image takes files, bytes, Pillow images and arrays, and gives that"
+    if not images.is_floating_point():
+        raise ImageError(f"images of {images.dtype} came; wanted floats in [-1, 1]: {remedy}")
+    if not images.numel():
+        return
+    low, high = (float(value) for value in images.detach().aminmax())  # NaN passes: the model may say where
+    came = f"images from {low:g} to {high:g} came; wanted [-1, 1] (black to white)"
+    if max(-low, high) > LARGEST:
+        raise ImageError(f"{came}: {remedy}")
+    if 0 <= low < DARK < LIGHT < high <= 1:  # black is -1: pictures without a dark pixel are rare
+        warnings.warn(f"{came}: if these are in [0, 1], encode images * 2 - 1", stacklevel=3)
+    elif max(-low, high) > NEAR:
+        warnings.warn(f"{came}: if these were normalised by a mean and a std, leave that out", stacklevel=3)
 
 
 def pad_to_multiple(images: torch.Tensor, multiple: int) -> tuple[torch.Tensor, Padding]:

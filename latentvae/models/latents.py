@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import adaptive_avg_pool2d
 
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.images.tensors import Padding, crop_padding, pad_to_multiple
+from latentvae.images.tensors import Padding, check_range, crop_padding, pad_to_multiple
 from latentvae.models.loading import spatial_compression_ratio
 
 # The clamp of diffusers and LDM: exp(20) is the largest variance, and keeps the KL finite in float32.
@@ -76,19 +76,20 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[Posterior, Padding
     """Encode images of any size; sizes that the compression ratio does not divide are padded by reflection.
 
     Args:
-        images: (B, C, H, W) in [-1, 1], any float dtype, any device.
+        images: (B, C, H, W) in [-1, 1], any float dtype, any device. What looks like [0, 1] is warned of.
 
     Returns:
         The posterior over latents (B, c, h, w), and the padding that `decode` takes to give H x W back.
 
     Raises:
-        ImageError: images of another number of channels than the model's.
+        ImageError: images of another number of channels than the model's, of integers, or far beyond [-1, 1].
     """
     channels = vae.config["in_channels"]
     if images.ndim != 4 or images.shape[1] != channels:
         raise ImageError(
             f"images of shape {tuple(images.shape)} came; this model takes (B, {channels}, H, W)."
         )
+    check_range(images)
     padded, padding = pad_to_multiple(images, spatial_compression_ratio(vae))
     return Posterior(vae.encode(padded.to(vae.device, vae.dtype)).latent_dist.parameters), padding
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ModelError
+from latentvae.base.files import check_local
 from latentvae.images.scans import Window
 from latentvae.models.formats.deriving import derive_config
 from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
@@ -131,6 +132,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     if not path.is_file():
+        check_local(path, ModelError)
         raise ModelError(f"no such file: {path}.")
     stored = read_stored(path)
     config = _own_config(stored)
@@ -160,6 +162,7 @@ def _own_config(stored: StoredVAE) -> dict[str, Any] | None:
 
 
 def _load_hub(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
+    check_local(name, ModelError)
     if name.count("/") != 1 or name.startswith((".", "/")):
         known = [*bundled(), *PRESETS]
         raise ModelError(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from latentvae.base.errors import ImageError, StoreError
+from latentvae.base.files import local
 from latentvae.images.resizing import Geometry
 from latentvae.images.scans import load
 from latentvae.models.latents import Posterior, Scaling, decode
@@ -184,7 +185,7 @@ def original_image(entry: Entry, manifest: Manifest, largest: int | None = None)
     if largest is not None and entry.encoded_width * entry.encoded_height > largest:
         return None
     try:
-        image, _ = load(entry.source, manifest.preprocessing.channels, manifest.window)
+        image, _ = load(local(entry.source), manifest.preprocessing.channels, manifest.window)
     except ImageError:  # gone, or no image any more
         return None
     return Geometry(entry.resized, entry.cropped).apply(image)
@@ -215,7 +216,7 @@ class StoreReader:
 
     def __init__(self, store: str | Path) -> None:
         self.store = Path(store).absolute()  # files are opened again and again, wherever the process then is
-        self.manifest = layout.read_manifest(self.store)
+        self.manifest = layout.read_manifest(store)
         if not self.manifest.count:
             raise StoreError(
                 f"the store {store} holds no image: run `latentvae encode` with images that can be read."

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from latentvae.base.errors import ImageError
+from latentvae.images import captions
 from latentvae.images.reading import PathLike
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import spatial_compression_ratio
@@ -67,6 +68,8 @@ class EncodeReport:
         vanished: keys in the store whose files are gone.
         dropped: keys that were taken out: their files are gone, and pruning was asked for.
         repaired: what was damaged.
+        captions: of images whose captions could not be read, or only in an encoding that was guessed.
+        unclaimed: caption files beside the images that belong to none of them.
         seconds: of examining, encoding and writing.
         waiting: share of the model's time in which it had nothing to do.
     """
@@ -77,6 +80,8 @@ class EncodeReport:
     vanished: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    unclaimed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     waiting: float = 0.0
 
@@ -98,11 +103,13 @@ def encode_folder(
     dtype: DtypeName = "bf16",
     size: int | None = None,
     crop: bool = False,
+    no_upscale: bool = False,
     flips: bool = False,
     batch_size: int | None = None,
     shard_size: int | None = None,
     prune: bool = False,
     retry_failed: bool = False,
+    rehash: bool = False,
     weights_sha256: str | None = None,
     workload: Workload | None = None,
 ) -> EncodeReport:
@@ -119,11 +126,14 @@ def encode_folder(
         dtype: of the stored moments.
         size: None: images as they are. Pixels: scale and crop them to aspect ratios of about size x size.
         crop: with a size: to squares of it.
+        no_upscale: with a size: leave smaller images as large as they are, cropped to multiples of 64 px (of
+            a model of 8 px to a latent).
         flips: also store the moments of each mirror image.
         batch_size: of images up to 512 x 512; larger ones are encoded fewer at a time. None: as the store, 8.
         shard_size: images in a shard. None: as the store, 1024.
         prune: take images out whose files are gone.
         retry_failed: try images again that could not be encoded; else only those whose files have changed.
+        rehash: read all files again: one that was replaced by another of the same size and time is noticed.
         weights_sha256: `weight_hash` of the weights in float32, where `vae` was rounded.
         workload: threads and progress.
 
@@ -133,7 +143,7 @@ def encode_folder(
         ImageError: no image.
     """
     processes, folder, journal = Processes(), Path(store), Journal(Path(store))
-    policy, weights = planning.preprocessing(vae, size, crop), weights_sha256 or weight_hash(vae)
+    policy, weights = planning.preprocessing(vae, size, crop, no_upscale), weights_sha256 or weight_hash(vae)
 
     def settings() -> Manifest:  # once the store is held: another run may have made it till then
         old, sizes = journal.settings(), (batch_size, shard_size)
@@ -146,7 +156,7 @@ def encode_folder(
             # 2. the store: locked, and what a killed run left completed
             _begin(journal, settings, processes, held)
             worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
-            return _run(worker, prune, retry_failed, held)
+            return _run(worker, prune, retry_failed, rehash, held)
     except BaseException as error:  # Ctrl-C too: the others would wait for this process
         processes.fail(error)
         raise
@@ -162,7 +172,7 @@ def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Proces
         held.enter_context(joined(journal.store, processes.rank))
 
 
-def _run(worker: "Worker", prune: bool, retry_failed: bool, held: ExitStack) -> EncodeReport:
+def _run(worker: "Worker", prune: bool, retry_failed: bool, rehash: bool, held: ExitStack) -> EncodeReport:
     """Plan, examine what is there, encode the rest, and put the reports together.
 
     Raises:
@@ -182,12 +192,16 @@ def _run(worker: "Worker", prune: bool, retry_failed: bool, held: ExitStack) -> 
         _leave(processes, held)
         raise planning.refusal(journal.store, losses)
     # 5. what is new, changed or damaged is encoded
-    mine = worker.encode(plan.shards, retry_failed)
+    mine = worker.encode(plan.shards, retry_failed, rehash)
     # 6. store.json
     report = _report(journal, plan, processes.share("done", mine))
     processes.share("reported", None)  # finishing deletes what the reports are made from
     if processes.is_main:
         journal.finish(worker.settings, [shard.name for shard in plan.shards])
+        sources = worker.sources.values()
+        report.unclaimed = captions.unclaimed(
+            [each.path for each in sources], [each.root for each in sources]
+        )
     report.seconds = time.perf_counter() - start
     _leave(processes, held)
     return report
@@ -213,6 +227,7 @@ def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> Encode
         vanished=sorted({key for shard in plan.shards for key in shard.vanished}),
         dropped=plan.dropped,
         repaired=[*plan.damaged, *unread, *(problem for part in parts for problem in part["repaired"])],
+        captions=[note for part in parts for note in part["captions"]],
         waiting=max(part["waiting"] for part in parts),
     )
 
@@ -245,12 +260,14 @@ class Worker:
                 losses.append(Loss(problem, keys))
         return losses
 
-    def encode(self, shards: list[PlannedShard], retry_failed: bool) -> dict[str, Any]:
+    def encode(self, shards: list[PlannedShard], retry_failed: bool, rehash: bool) -> dict[str, Any]:
         """Do this process's shards, which `check` has seen; what it did, as JSON values."""
         wanted: list[PlannedShard] = []
         for shard in self._own(shards, "examining"):
             damaged = shard.name in self.damaged
-            finding = planning.inspect_shard(self.journal.store, shard, self.sources, retry_failed, damaged)
+            finding = planning.inspect_shard(
+                self.journal.store, shard, self.sources, retry_failed, rehash, damaged
+            )
             if finding.encode:
                 wanted.append(shard)
             elif finding.lists is not None and shard.record is not None:  # the tensors stay as they are
@@ -259,6 +276,13 @@ class Worker:
             "encoded": sum(len(shard.keys) for shard in wanted),
             "repaired": list(self.damaged.values()),
             "waiting": self._encode(wanted) if wanted else 0.0,
+            "captions": [
+                f"{entry.key}: {note}"
+                for shard in self._own(shards, "reading captions")
+                for entry in layout.read_entries(self.journal.store, shard.name, captions.PREFIX)
+                for note in entry.notes
+                if note.startswith(captions.PREFIX)
+            ],
         }
 
     @property

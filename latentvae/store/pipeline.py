@@ -94,7 +94,7 @@ class Loader:
     def load(self, key: str) -> Loaded | Failure:
         """One image, or why it cannot be used."""
         source = self.sources[key]
-        name, size_bytes, mtime_ns = str(source.path), 0, 0
+        name, size_bytes, mtime_ns = source.name, 0, 0
         sha256 = ""  # of a file that is too large to be read
         try:
             state = source.path.stat()

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import file_sha256
+from latentvae.base.files import file_sha256, portable
 from latentvae.images import captions
 from latentvae.images.reading import PathLike, find_images
 from latentvae.images.resizing import Preprocessing
@@ -38,6 +38,11 @@ class Source:
     path: Path
     root: Path
 
+    @property
+    def name(self) -> str:
+        """What the store calls the file."""
+        return portable(str(self.path))
+
     def caption(self) -> tuple[captions.Caption, list[str]]:
         """What is said about it, and notes on what cannot be read: see `captions.read_caption`."""
         return captions.read_caption(self.path, self.root)
@@ -60,7 +65,7 @@ def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str,
         if inside in path.resolve().parents:  # its preview.png is no image of the user's
             continue
         root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)
-        key = path.relative_to(root).as_posix()
+        key = portable(path.relative_to(root).as_posix())
         if key in found and not found[key].path.samefile(path):  # naming one image twice does no harm
             raise StoreError(
                 f"{found[key].path} and {path} would both have the key {key!r}: name a folder that holds "
@@ -70,11 +75,14 @@ def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str,
     return dict(sorted(found.items()))
 
 
-def preprocessing(vae: AutoencoderKL, size: int | None, crop: bool) -> Preprocessing:
-    """The policy that `size` and `crop` mean for a model.
+def preprocessing(
+    vae: AutoencoderKL, size: int | None, crop: bool, no_upscale: bool = False
+) -> Preprocessing:
+    """The policy that `size`, `crop` and `no_upscale` mean for a model.
 
     Raises:
-        StoreError: a crop without a size, a size out of range, or a model that takes no images from files.
+        StoreError: a crop without a size, or with `no_upscale`; a size out of range; or a model that takes no
+            images from files.
     """
     channels = vae.config["in_channels"]
     if channels not in (1, 3):
@@ -84,11 +92,16 @@ def preprocessing(vae: AutoencoderKL, size: int | None, crop: bool) -> Preproces
     if size is None:
         if crop:
             raise StoreError("crop came without a size: give the side of the squares to crop, --size.")
+        if no_upscale:
+            raise StoreError("no_upscale came without a size: without --size nothing is enlarged.")
         return Preprocessing(channels=channels, range=limits)
+    if crop and no_upscale:
+        raise StoreError("crop came with no_upscale: squares of one size, or images of their own, not both.")
     least = 2 ** (len(vae.config["block_out_channels"]) - 1)  # the spatial_compression_ratio
     if not least <= size <= MAX_SIZE:
         raise StoreError(f"size={size} came; wanted {least} to {MAX_SIZE} pixels.")
-    policy: Literal["centre-crop", "size"] = "centre-crop" if crop else "size"
+    policy: Literal["centre-crop", "size-no-upscale", "size"]
+    policy = "centre-crop" if crop else "size-no-upscale" if no_upscale else "size"
     return Preprocessing(policy=policy, size=size, channels=channels, range=limits)
 
 
@@ -315,7 +328,12 @@ class Finding(NamedTuple):
 
 
 def inspect_shard(
-    store: Path, shard: PlannedShard, sources: dict[str, Source], retry_failed: bool, damaged: bool
+    store: Path,
+    shard: PlannedShard,
+    sources: dict[str, Source],
+    retry_failed: bool,
+    rehash: bool,
+    damaged: bool,
 ) -> Finding:
     """Compare a planned shard with what is on disk.
 
@@ -323,6 +341,7 @@ def inspect_shard(
 
     Args:
         retry_failed: encode a shard again in which images failed.
+        rehash: read files all the same.
         damaged: whether the shard's files do not match its hashes.
     """
     if shard.record is None or damaged:
@@ -330,8 +349,8 @@ def inspect_shard(
     entries, failures = layout.read_entries(store, shard.name), layout.read_failures(store, shard.name)
     if shard.pruned or (retry_failed and failures):
         return Finding(True)
-    new_entries = [_renewed(entry, sources.get(entry.key)) for entry in entries]
-    new_failures = [_renewed(failure, sources.get(failure.key)) for failure in failures]
+    new_entries = [_renewed(entry, sources.get(entry.key), rehash) for entry in entries]
+    new_failures = [_renewed(failure, sources.get(failure.key), rehash) for failure in failures]
     same_entries = [entry for entry in new_entries if entry is not None]
     same_failures = [failure for failure in new_failures if failure is not None]
     if len(same_entries) < len(entries) or len(same_failures) < len(failures):
@@ -341,7 +360,7 @@ def inspect_shard(
     return Finding(False, (same_entries, same_failures))
 
 
-def _renewed(line: Line, source: Source | None) -> Line | None:
+def _renewed(line: Line, source: Source | None, rehash: bool) -> Line | None:
     """The line with the file's time and caption as they are now; None where the content is another."""
     if source is None:  # vanished: what is stored stays
         return line
@@ -351,12 +370,14 @@ def _renewed(line: Line, source: Source | None) -> Line | None:
         if line.sha256 is None:  # could not be read: None here if it can be now
             source.path.open("rb").close()
             return None
-        if not same and (state.st_size != line.size_bytes or file_sha256(source.path) != line.sha256):
+        if (rehash or not same) and (
+            state.st_size != line.size_bytes or file_sha256(source.path) != line.sha256
+        ):
             return None
     except OSError:  # gone since it was listed, or not readable any more: what is stored stays
         return line
     if isinstance(line, Failure):  # which has no caption
-        return replace(line, source=str(source.path), mtime_ns=state.st_mtime_ns)
+        return replace(line, source=source.name, mtime_ns=state.st_mtime_ns)
     caption, caption_notes = source.caption()
     notes = [note for note in line.notes if not note.startswith(captions.PREFIX)] + caption_notes
-    return replace(line, source=str(source.path), mtime_ns=state.st_mtime_ns, caption=caption, notes=notes)
+    return replace(line, source=source.name, mtime_ns=state.st_mtime_ns, caption=caption, notes=notes)

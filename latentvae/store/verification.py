@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from latentvae.base.errors import StoreError
+from latentvae.base.files import file_sha256, local
 from latentvae.images.drawing import grid
 from latentvae.images.reading import PathLike
 from latentvae.models.latents import Posterior
@@ -42,6 +43,26 @@ def verify(store: PathLike, *, progress: bool = False) -> list[str]:
     # shards of a killed run that no manifest names yet, or what somebody left here
     strangers = {path.name for path in folder.glob("latents-*") if path.name.split(".")[0] not in names}
     return [*problems, *(f"{name} is in no list of shards" for name in sorted(strangers))]
+
+
+def verify_sources(store: PathLike, *, progress: bool = False) -> list[str]:
+    """Images of a store whose files are gone or are not those that were encoded: each is read and hashed.
+
+    Raises:
+        StoreError: the folder is no store, or an index is damaged.
+    """
+    folder, problems = Path(store), list[str]()
+    manifest = layout.read_manifest(folder)
+    with tqdm(total=manifest.count, desc="reading", unit="image", disable=not progress, delay=2) as bar:
+        for record in manifest.shards:
+            for entry in layout.read_entries(folder, record.name):
+                try:
+                    if file_sha256(Path(local(entry.source))) != entry.sha256:
+                        problems.append(f"{entry.key}: {entry.source} is not the file that was encoded")
+                except OSError as error:
+                    problems.append(f"{entry.key}: {entry.source} cannot be read ({error.strerror})")
+                bar.update()
+    return problems
 
 
 def _check_content(

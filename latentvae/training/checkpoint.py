@@ -103,9 +103,10 @@ def write_whole(
         shutil.rmtree(partial, ignore_errors=True)
         last = listing(folder)
         kept = f"{last[-1]} is intact" if last else "there is none before it"
+        onward = "add --resume latest" if last else "start again"
         raise LatentVAEError(
             f"the checkpoint of step {state.step} could not be written ({error}); {kept}. Make room, then "
-            "add --resume latest."
+            f"{onward}."
         ) from error
     accelerator.wait_for_everyone()
     return final

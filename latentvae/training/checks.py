@@ -13,7 +13,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from latentvae.base.errors import ConfigError, ModelError
-from latentvae.base.files import check_folder
+from latentvae.base.files import check_folder, check_local
 from latentvae.measure.lpips import smallest_side
 from latentvae.models.loading import SIDECAR
 from latentvae.models.presets import nearest, preset_config
@@ -62,6 +62,8 @@ def check_values(config: Config) -> None:
     Raises:
         ConfigError: names both settings, and values that would do.
     """
+    for place in (config.output, config.data.train or "", config.data.val or ""):
+        check_local(place, ConfigError)
     _check_sizes(config.data)
     _check_range(config.data)
     _check_model(config.model)

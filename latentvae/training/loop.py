@@ -282,10 +282,11 @@ def check_finite(run: Run) -> None:
         LatentVAEError: with the remedy; nothing is saved over the last checkpoint.
     """
     if run.state.bad_steps >= run.config.train.max_bad_steps:
+        saved = checkpoint.listing(run.checkpoints)
+        onward = f"and add --resume latest: {saved[-1]} is intact" if saved else "and start again"
         raise LatentVAEError(
             f"loss or gradient was not finite in {run.state.bad_steps} steps in a row, the last of them "
-            f"step {run.state.step}. The last checkpoint is intact: lower optim.lr, or use "
-            "train.precision=fp32, and add --resume latest."
+            f"step {run.state.step}. Lower optim.lr, or use train.precision=fp32, {onward}."
         )
 
 

@@ -1,8 +1,13 @@
-"""How a run is told what to do: a recipe by its name or a YAML file, with `--set a.b=c` on top."""
+"""How a run is told what to do: a recipe by its name or a YAML file, with `--set a.b=c` on top.
+
+On the command line the setting's type says how its value is read: see `_parse`.
+"""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -87,7 +92,7 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section.")
     try:
-        tree[last] = yaml.safe_load(text)  # so a list or null is written as in a file
+        tree[last] = _parse(_kinds([*sections, last]), text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting!r}: {text!r} is not a YAML value ({error}).") from error
 
@@ -118,6 +123,41 @@ def _follow_length(config: Config, length: int, given: set[str]) -> None:
             "train.max_steps=%d is shorter than the %d steps of the recipe, so %s; set them to have others",
             *(last, length, " and ".join(changes)),
         )
+
+
+def _kinds(key: list[str]) -> tuple[Any, ...]:
+    """The types that a setting may have; none where there is no such setting, or it may have any."""
+    kind: Any = Config
+    for name in key:
+        fields = kind.model_fields if _is_section(kind) else {}
+        if name not in fields:
+            return ()
+        kind = fields[name].annotation
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _parse(kinds: tuple[Any, ...], text: str) -> Any:
+    """A value from the command line, where a folder may be called `2024`, `no` or `set #2`.
+
+    Text is taken as it stands, nothing at all means None. Of lists the brackets are YAML's, their elements
+    text; dictionaries and whole sections are written as in a file. Pydantic reads the rest.
+    """
+    if str in kinds:
+        return text or None
+    if not kinds or any(kind is dict or get_origin(kind) is dict or _is_section(kind) for kind in kinds):
+        return yaml.safe_load(text)
+    text = text.strip()
+    if text in ("", "null"):
+        return None
+    if any(get_origin(kind) in (list, tuple) for kind in kinds):
+        return yaml.load(text, yaml.BaseLoader)
+    with suppress(ValueError):  # pydantic reads no 0x10; YAML reads 010 as 8 and 1:30 as 90
+        return int(text, 0) if int in kinds else text
+    return text
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _explain(problem: Any) -> str:

@@ -206,8 +206,11 @@ def draw_curves(metrics: Path, picture: Path) -> Path | None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         for name, (steps, values) in lines.items():
-            raw = axes.plot(steps, values, alpha=0.3 if len(values) > 30 else 1, linewidth=1)
-            if len(values) > 30:
+            noisy = len(values) > 30
+            raw = axes.plot(
+                steps, values, alpha=0.3 if noisy else 1, linewidth=1, label=None if noisy else name
+            )
+            if noisy:
                 axes.plot(steps, smooth(values), color=raw[0].get_color(), linewidth=1.5, label=name)
         if len(lines) > 1:
             axes.legend(fontsize=8, frameon=False)

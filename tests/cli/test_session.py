@@ -9,8 +9,8 @@ import typer
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.main import main
-from latentvae.cli.options import EXIT_SKIPPED
-from latentvae.cli.session import Session, counted, read_sidecar
+from latentvae.cli.options import EXIT_SKIPPED, counted
+from latentvae.cli.session import Session, read_sidecar
 from latentvae.models.exporting import SIDECAR
 from latentvae.models.loading import DEFAULT_MODEL
 

@@ -157,7 +157,6 @@ def test_all_problems_are_named_at_once():
         "data.horizontal_flip=perhaps",
         "data.crop=8",
         "data.val_images=0",
-        "data.train=[a, b]",
         "seed=-1",  # numpy's generators take no negative seed: it would fail with the first crop
         "seed=0x10000000000000000",  # torch takes 64 bits
         "seed=1.5",
@@ -233,10 +232,42 @@ def test_a_value_may_hold_equals_signs_dots_and_spaces():
     assert load_config(None, ["data.train=../my photos/a=b.c"]).data.train == "../my photos/a=b.c"
 
 
-@pytest.mark.parametrize("folder", ["2024", "1.5", "no"])
-def test_a_folder_whose_name_looks_like_another_type_says_what_came(folder):
-    assert "data.train" in refusal(f"data.train={folder}")
-    assert load_config(None, [f"data.train='{folder}'"]).data.train == folder  # the way out
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "set #2",
+        "2024",
+        "1.5",
+        "no",
+        "null",
+        "~",
+        "2024-01-01",
+        "[a, b]",
+        "{a: b}",
+        "a: b",
+        "'a'",
+        " a ",
+        "*a",
+        "1:30",
+    ],
+)
+def test_text_is_taken_as_it_stands_though_it_looks_like_another_type(folder):
+    assert load_config(None, [f"data.train={folder}"]).data.train == folder
+    assert load_config(None, [f"output={folder}"]).output == folder
+    assert load_config(None, [f"loss.perceptual_weights={folder}"]).loss.perceptual_weights == folder
+
+
+def test_numbers_are_read_as_people_write_them_and_lists_hold_text():
+    config = load_config(None, ["seed=0x10", "train.max_steps= 1_000 ", "model.freeze=[no, 010, '*.norm*']"])
+    assert (config.seed, config.train.max_steps) == (16, 1000)
+    assert config.model.freeze == ["no", "010", "*.norm*"]
+    assert "came: '1:30'" in refusal("train.max_steps=1:30")  # 90, says YAML
+    assert load_config(None, ["train.batch_size=010"]).train.batch_size == 10  # and this is 8
+
+
+def test_nothing_means_none():
+    assert load_config("tiny", ["data.train=a", "data.train="]).data.train is None
+    assert load_config("tiny", ["data.short_side="]).data.short_side is None
 
 
 def test_the_last_setting_wins_and_settings_win_over_the_file(tmp_path):

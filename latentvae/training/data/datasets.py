@@ -59,7 +59,8 @@ class DatasetSource:
             cell = self.rows[index][self.column]
         except Exception as error:  # what Arrow raises depends on where the file is damaged
             raise SourceError(
-                f"{name} can no longer be read ({error}). Restore the dataset, and add --resume latest."
+                f"{name} can no longer be read ({error}). Restore the dataset; what was saved "
+                "goes on with --resume latest."
             ) from error
         if isinstance(cell, dict):
             cell = cell["path"] if cell["bytes"] is None else cell["bytes"]

@@ -97,12 +97,13 @@ class TarSource:
                 data = file.read(size)
         except OSError as error:
             raise SourceError(
-                f"{shard} can no longer be read ({error.strerror or error}). Restore it, and add "
-                "--resume latest."
+                f"{shard} can no longer be read ({error.strerror or error}). Restore it; what was "
+                "saved goes on with --resume latest."
             ) from error
         if len(data) < size:
             raise SourceError(
-                f"{shard} is shorter than when the run began. Restore it, and add --resume latest."
+                f"{shard} is shorter than when the run began. Restore it; what was saved goes on with "
+                "--resume latest."
             )
         return load_image(data, name=self.name(index), channels=channels)
 
