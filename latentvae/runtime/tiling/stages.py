@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
+from latentvae.runtime.plain import is_plain
 from latentvae.runtime.tiling.layers import Conv, Down, Map, Norm, Residual, Stored, Up
 from latentvae.runtime.tiling.maps import Scratch, Statistics, rows_of_boxes
 
@@ -154,7 +155,10 @@ class TiledRun(Walk):
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         super().attend(name, attention, source)
         tensor = source.whole()  # (1, C, h, w); the result replaces it
-        tensor.copy_(attention(tensor.to(self.device), temb=None))
+        given = tensor.to(self.device)
+        if given is tensor and not all(map(is_plain, attention.modules())):
+            given = tensor.clone()  # a hook may keep it
+        tensor.copy_(attention(given, temb=None))
         source.statistics = Statistics()
         source.statistics.add(tensor)
         self._finish(name, source.statistics)
@@ -243,10 +247,8 @@ def _resnet(walk: Walk, name: str, block: Any, x: Map) -> Residual:
 def _finished(walk: Walk, y: Residual) -> Stored:
     """Store a resnet's result, in place of its source or else of its first half where one has its size."""
     for over in y.sources:
-        if isinstance(over, Stored) and over.channels == y.channels:
-            # what a tile reads around itself of the map that it overwrites
-            halo = {y.hidden: 1, y.source: 0 if isinstance(y.hidden, Stored) else 2}[over]
-            walk.store(y, over, halo)
+        if isinstance(over, Stored) and y.may_replace(over):
+            walk.store(y, over, y.reaches(over))
             break
     else:
         over = walk.store(y)
