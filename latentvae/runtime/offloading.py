@@ -1,4 +1,4 @@
-"""Hooks of accelerate and diffusers that bring a module's weights when it is called, and change nothing else."""
+"""Hooks of accelerate and diffusers that bring a module's weights when it is called, and do nothing else."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,7 +39,7 @@ def foreign_hook(module: torch.nn.Module) -> str | None:
 
 @contextmanager
 def weights_of(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Have the hooks of modules bring their weights, though nobody calls these modules, and take them away."""
+    """Have the hooks of modules that nobody calls bring their weights, and afterwards take them away."""
     with ExitStack() as stack:
         for module in modules:
             for hook in hooks_of(module):

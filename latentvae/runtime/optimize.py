@@ -51,8 +51,8 @@ def optimize(
 
     Args:
         upsample: nearest x2 upsampling and its convolution as one transposed convolution.
-        norm: SiLU in resnets overwrites its norm's output; on a CPU norms measure large maps by blocks, because torch's
-            own channels_last norm loses three digits there. Without gradients.
+        norm: SiLU in resnets overwrites its norm's output; on a CPU norms measure large maps by blocks, as
+            torch's own channels_last norm loses three digits there. Without gradients.
         residual: resnets without steps that do nothing, and their sums in place (without gradients).
         winograd: wide 3x3 convolutions with a quarter of the products, on a CPU in float32 and float64,
             without gradients. Wants channels_last. Keeps buffers of about 60 MB from call to call.

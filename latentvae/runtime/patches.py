@@ -65,8 +65,8 @@ class Patches:
         """
         if self.original is not None:
             raise pickle.PicklingError(
-                f"{self.name or 'a module'} had a forward of its own before latentvae patched it, which a pickled "
-                "copy would lack. Call latentvae.restore(vae) before you pickle it."
+                f"{self.name or 'a module'} had a forward of its own before latentvae patched it, which a "
+                "pickled copy would lack. Call latentvae.restore(vae) before you pickle it."
             )
         _say_once("a pickled copy computes as stock: call optimize or enable_exact_tiling there again.")
         return dict, ()
@@ -94,7 +94,9 @@ def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     feature, function = ours.functions[-1]
     if feature != "seamless" and transformed():
         if feature == "tiling":
-            _say_once("not tiled: torch.func, forward-mode AD, tracing and torch's modes get the ordinary way.")
+            _say_once(
+                "not tiled: torch.func, forward-mode AD, tracing and torch's modes go the ordinary way."
+            )
         return underlying(self, "optimize")(*args, **kwargs)
     return function(self, *args, **kwargs)
 
@@ -146,7 +148,7 @@ def patch(module: torch.nn.Module, function: Callable[..., Any], feature: str) -
 
 
 def name_patches(vae: torch.nn.Module) -> None:
-    """Tell what is patched its name in the VAE, for messages; and let it be said anew that it runs as stock."""
+    """Tell what is patched its name in the VAE, for messages; and let each say anew that it runs as stock."""
     for name, module in vae.named_modules():
         ours = patches_of(module)
         if ours is not None:
@@ -199,7 +201,7 @@ def is_patched(module: torch.nn.Module, feature: str) -> bool:
 
 
 def restore(vae: AutoencoderKL, feature: str | None = None) -> AutoencoderKL:
-    """Undo `optimize`, `enable_exact_tiling` and `make_seamless`: the VAE computes as stock diffusers does again.
+    """Undo `optimize`, `enable_exact_tiling` and `make_seamless`: the VAE computes as stock diffusers does.
 
     A dtype that `optimize` was asked for stays: what rounding took is gone. Restoring twice, or a stock VAE,
     does nothing.

@@ -1,6 +1,6 @@
-"""Whether a module is still what our forwards take it for: asked at every call, as anyone may attach anything.
+"""Whether a module is still what our forwards take it for: asked at every call, as all may attach anything.
 
-Where it is not, that module runs as stock, and so do its neighbours in whatever they would have done together.
+Where it is not, that module runs as stock, and so do its neighbours in what they would have done together.
 """
 
 import functools
@@ -35,26 +35,26 @@ _WEIGHTS = (nn.Parameter, torch.Tensor)  # a tensor's subclass may be quantised 
 
 
 def change(module: nn.Module) -> str | None:
-    """What makes a module compute other things than its class as it comes: None, or words to follow its name."""
-    kind = type(module)
+    """What makes a module compute other things than its class as it comes, in words that follow its name."""
+    kind, ours = type(module), patches_of(module)
     if kind not in _FORWARDS:  # not isinstance: a subclass, as a parametrised module is, may compute anything
-        return f"is a {kind.__name__}"
+        return f"is a {class_name(kind)}"
+    if ours is not None and ours.kind is not kind:
+        return f"is a {class_name(kind)}, and was a {class_name(ours.kind)}"
     if kind.forward is not _FORWARDS[kind] or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return f"is of the class {kind.__name__}, whose forward was replaced"
-    if "_conv_forward" in module.__dict__:
-        return "has a _conv_forward of its own"
-    ours = patches_of(module)
-    if ours is not None:
-        if ours.kind is not kind:
-            return f"is a {kind.__name__}, and was a {ours.kind.__name__}"
-        if ours.original is not None:
-            return "has a forward of its own"
-    for tensor in module._parameters.values():
-        if tensor is not None and type(tensor) not in _WEIGHTS:
-            return f"has weights of the class {type(tensor).__name__}"
-    if kind is nn.Conv2d and module._parameters.get("weight") is None:
-        return "has weights that are no parameters"
+    if (ours is not None and ours.original is not None) or "_conv_forward" in module.__dict__:
+        return "has a forward of its own"
+    tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
+    if any(type(tensor) not in _WEIGHTS for tensor in tensors) or (kind is nn.Conv2d and not tensors):
+        return "has weights that are no plain parameters"
     return None
+
+
+def class_name(kind: type) -> str:
+    """A class's name, with its module where that is neither torch's nor diffusers'."""
+    known = kind.__module__.partition(".")[0] in ("torch", "diffusers")
+    return kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def attachment(module: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Borders that meet: convolutions that see the other side of a map beyond its border, for textures that tile."""
+"""Borders that meet: convolutions that see a map's other side beyond its border, for textures that tile."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def wraps(conv: Any) -> tuple[bool, bool]:
 def _wrapped(self: nn.Conv2d, image: torch.Tensor, x: bool, y: bool) -> torch.Tensor:
     ours = patches_of(self)
     _check(ours.name if ours is not None else "a convolution", self)  # it may have been changed since
-    height, width = self.padding  # of zeros where it does not wrap
+    height, width = map(int, self.padding)  # of zeros where it does not wrap
     across, down = x * width, y * height
     image = F.pad(image, (across, across, down, down), mode="circular")
     rest = (height - down, width - across)

@@ -3,7 +3,8 @@
 Every layer is a map that may be read box by box: a box is computed from the boxes of its sources, which reach
 a halo of a pixel or two further, by the model's own modules with their own zero padding. What a false border
 has touched is cropped off; at true borders the halo ends as the map does, so that the padding is the right
-one, or comes from the other side of the map where a convolution wraps around. Nothing but a `Stored` map keeps what was computed: reading anything else twice computes it twice.
+one, or comes from the other side of the map where a convolution wraps around. Nothing but a `Stored` map
+keeps what was computed: reading anything else twice computes it twice.
 """
 
 from abc import ABC, abstractmethod
@@ -215,13 +216,13 @@ class Residual(Map):
         self.at_once = isinstance(hidden, Conv) and hidden.wraps == self.wraps
 
     def reaches(self, over: Map) -> int:
-        """How far from a tile it reads a source, or the first half of it where that is computed on the way."""
+        """How far from a tile it reads a source, on the way to its first half or as that."""
         if over is self.hidden:
             return 1
         return 2 if isinstance(self.hidden, Conv) else 0
 
     def may_replace(self, over: Map) -> bool:
-        """Whether it may be written over a source while it is read, which is not so far away as to wrap."""
+        """Whether it may be written over a source while that is read: of the same size, and not around it."""
         wraps = (*self.wraps, *(self.hidden.wraps if isinstance(self.hidden, Conv) else ()))
         return over.channels == self.channels and not (self.reaches(over) and any(wraps))
 

@@ -39,7 +39,7 @@ class Box(NamedTuple):
         return Box(self.top - halo, self.bottom + halo, self.left - halo, self.right + halo)
 
     def within(self, size: Size, wraps: tuple[bool, bool]) -> "Box":
-        """This box as far as a map of that size goes, and beyond it along the axes (y, x) that wrap around."""
+        """This box as far as a map of that size goes, and beyond along the axes (y, x) that wrap around."""
         top, bottom = (-math.inf, math.inf) if wraps[0] else (0, size.height)
         left, right = (-math.inf, math.inf) if wraps[1] else (0, size.width)
         return Box(

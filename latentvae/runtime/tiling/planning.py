@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from latentvae.base.errors import ModelError
 from latentvae.runtime.memory import ordinary_peak
 from latentvae.runtime.patches import check_autoencoder
 from latentvae.runtime.tiling.layers import Stored
@@ -20,12 +21,16 @@ SETTINGS = "_latentvae_tiling"  # the attribute of an encoder or decoder that ho
 
 @dataclass(frozen=True)
 class Settings:
-    """What `enable_exact_tiling` was asked for; `scratch` None is the memory of the input's device."""
+    """What `enable_exact_tiling` was asked for; `scratch` None is the memory of the input's device.
+
+    `width` is of the wider of the first two levels, by which a computation without tiles is measured.
+    """
 
     tile_size: int = DEFAULT_TILE
     scratch: Path | torch.device | None = None
     progress: bool = False
     memory: float = DEFAULT_MEMORY
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,12 @@ def plan(
         tile_size, memory: as in `enable_exact_tiling`. Default: what that was called with, or its defaults.
 
     Raises:
-        ModelError: not an AutoencoderKL, or one with blocks that cannot be tiled.
+        ModelError: not an AutoencoderKL, one with blocks that cannot be tiled, or without one of its halves.
     """
     check_autoencoder(vae)
+    for name in ("encoder", "decoder"):
+        if getattr(vae, name, None) is None:
+            raise ModelError(f"this VAE has no {name}; a plan says what encoding and decoding take.")
     check_structure(vae)
     asked: Settings = getattr(vae.encoder, SETTINGS, Settings())
     settings = Settings(

@@ -9,14 +9,13 @@ import torch
 from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.runtime.plain import is_plain
 from latentvae.runtime.tiling.layers import Conv, Down, Map, Norm, Residual, Stored, Up
 from latentvae.runtime.tiling.maps import Scratch, Statistics, rows_of_boxes
 
 # A tile may take the memory of this many maps of the first level's width and tile_size x tile_size pixels.
 MAPS_PER_TILE = 3
-# Stock attention holds this many maps at its worst moment: its norm, queries, keys, values, results.
-MAPS_OF_ATTENTION = 7
+# Stock attention holds this many maps at its worst moment: its input, norm, queries, keys, values, results.
+MAPS_OF_ATTENTION = 8
 # Where nothing fits, the peak may be this much above the lowest: two plans a percent apart can differ by half
 # of the computation.
 ABOVE_LOWEST = 1.05
@@ -155,10 +154,8 @@ class TiledRun(Walk):
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         super().attend(name, attention, source)
         tensor = source.whole()  # (1, C, h, w); the result replaces it
-        given = tensor.to(self.device)
-        if given is tensor and not all(map(is_plain, attention.modules())):
-            given = tensor.clone()  # a hook may keep it
-        tensor.copy_(attention(given, temb=None))
+        # a copy, because hooks and processors may keep what they are given
+        tensor.copy_(attention(tensor.to(self.device, copy=True), temb=None))
         source.statistics = Statistics()
         source.statistics.add(tensor)
         self._finish(name, source.statistics)

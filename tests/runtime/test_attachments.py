@@ -1,0 +1,316 @@
+"""Whatever is attached to a VAE: what stock gives with it, or a refusal by name; never anything else."""
+
+import copy
+import functools
+import logging
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks import ModelHook as DiffusersHook
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from vaes import assert_close, both, build, calls
+
+from latentvae.base.errors import LatentVAEError, ModelError
+from latentvae.runtime.optimize import optimize
+from latentvae.runtime.patches import patched, restore
+from latentvae.runtime.seamless import make_seamless
+from latentvae.runtime.tiling.planning import plan
+from latentvae.runtime.tiling.switch import enable_exact_tiling
+
+__all__ = ["calls"]
+
+TILE = 16
+Seen = list[torch.Tensor]  # what hooks were given: kept, not copied, so that overwriting it would show
+BLOCK = "decoder.up_blocks.0"
+RESNET = f"{BLOCK}.resnets.0"
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- attachments: each changes a VAE, and notes in `seen` what it is given
+
+
+def sees_output(name: str, vae: Any, seen: Seen) -> None:
+    vae.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
+
+
+def sees_input(name: str, vae: Any, seen: Seen) -> None:
+    vae.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+
+def changes_output(name: str, vae: Any, seen: Seen) -> None:
+    vae.get_submodule(name).register_forward_hook(lambda module, args, output: output - output.mean())
+
+
+def changes_input(name: str, vae: Any, seen: Seen) -> None:
+    vae.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0] * 0.5, *args[1:]))
+
+
+def wraps_forward(name: str, vae: Any, seen: Seen) -> None:
+    module = vae.get_submodule(name)
+    inner = module.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return inner(x * 1.5, *args, **kwargs)
+
+    module.forward = forward
+
+
+def replaces_forward(name: str, vae: Any, seen: Seen) -> None:
+    module = vae.get_submodule(name)
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tanh(type(module).forward(module, x, *args, **kwargs))
+
+    module.forward = forward
+
+
+def partial_forward(name: str, vae: Any, seen: Seen) -> None:
+    module = vae.get_submodule(name)
+    module.forward = functools.partial(
+        lambda inner, x, *args, **kwargs: -inner(x, *args, **kwargs), module.forward
+    )
+
+
+class _Doubling(ModelHook):
+    def post_forward(self, module: Any, output: Any) -> Any:
+        return output * 2
+
+
+class _DoublingOfDiffusers(DiffusersHook):
+    def post_forward(self, module: Any, output: Any) -> Any:
+        return output * 2
+
+
+def hook_of_accelerate(name: str, vae: Any, seen: Seen) -> None:
+    add_hook_to_module(vae.get_submodule(name), _Doubling())
+
+
+def hook_of_diffusers(name: str, vae: Any, seen: Seen) -> None:
+    registry = HookRegistry.check_if_exists_or_initialize(vae.get_submodule(name))
+    registry.register_hook(_DoublingOfDiffusers(), "doubling")
+
+
+def padding_mode(mode: str, vae: Any, seen: Seen) -> None:
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = mode
+
+
+def conv_forward_recipe(name: str, vae: Any, seen: Seen) -> None:
+    """What people use for textures that tile along x alone."""
+
+    def forward(self: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        x = nn.functional.pad(x, (left, right, 0, 0), mode="circular")
+        x = nn.functional.pad(x, (0, 0, top, bottom))
+        return nn.functional.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    for module in vae.get_submodule(name).modules():
+        if isinstance(module, nn.Conv2d):
+            module._conv_forward = forward.__get__(module)
+
+
+def weight_norm(name: str, vae: Any, seen: Seen) -> None:
+    conv = vae.get_submodule(name)
+    torch.nn.utils.parametrizations.weight_norm(conv)
+    conv.parametrizations.weight.original0.mul_(1.5)
+
+
+def prune(name: str, vae: Any, seen: Seen) -> None:
+    torch.nn.utils.prune.l1_unstructured(vae.get_submodule(name), "weight", 0.5)
+
+
+def lora(targets: str, vae: Any, seen: Seen) -> None:
+    torch.manual_seed(5)
+    inject_adapter_in_model(LoraConfig(target_modules=targets.split(), init_lora_weights=False), vae)
+    vae.double().eval()
+
+
+def another_class(name: str, vae: Any, seen: Seen) -> None:
+    vae.get_submodule(name).__class__ = {nn.SiLU: nn.ReLU, nn.Conv2d: _Scaled}[type(vae.get_submodule(name))]
+
+
+class _Scaled(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.7
+
+
+def another_module(name: str, vae: Any, seen: Seen) -> None:
+    torch.manual_seed(6)
+    old = vae.get_submodule(name)
+    if isinstance(old, nn.Conv2d):
+        new: nn.Module = nn.Conv2d(old.in_channels, old.out_channels, 5, padding=2, groups=2).double()
+    else:
+        new = nn.Softsign() if isinstance(old, nn.SiLU) else nn.InstanceNorm2d(old.num_channels).double()
+    vae.set_submodule(name, new)
+
+
+def attributes(name: str, vae: Any, seen: Seen) -> None:
+    conv = vae.get_submodule(name)
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+
+
+ATTACHMENTS: dict[str, Callable[[Any, Seen], None]] = {
+    f"{function.__name__} {name}": functools.partial(function, name)
+    for function, names in {
+        sees_output: [
+            f"{RESNET}.norm1",
+            f"{RESNET}.conv2",
+            f"{RESNET}.dropout",
+            "decoder.conv_norm_out",
+            BLOCK,
+        ],
+        sees_input: [
+            f"{RESNET}.conv1",
+            f"{RESNET}.conv2",
+            f"{BLOCK}.upsamplers.0.conv",
+            f"{RESNET}.nonlinearity",
+        ],
+        changes_output: [
+            BLOCK,
+            RESNET,
+            f"{RESNET}.norm2",
+            f"{RESNET}.conv1",
+            "decoder.mid_block.attentions.0",
+        ],
+        changes_input: [f"{RESNET}.conv1", f"{BLOCK}.upsamplers.0", "encoder.down_blocks.0.downsamplers.0"],
+        wraps_forward: [f"{RESNET}.conv1", RESNET, "decoder.conv_act", "decoder", "encoder.conv_in"],
+        replaces_forward: [
+            f"{RESNET}.conv2",
+            f"{RESNET}.norm1",
+            RESNET,
+            BLOCK,
+            f"{BLOCK}.upsamplers.0",
+            "decoder",
+        ],
+        partial_forward: [f"{RESNET}.conv1", f"{RESNET}.nonlinearity"],
+        hook_of_accelerate: [f"{RESNET}.conv1", f"{RESNET}.norm2", BLOCK],
+        hook_of_diffusers: [f"{RESNET}.conv2", RESNET],
+        padding_mode: ["circular", "reflect", "replicate"],
+        conv_forward_recipe: ["", RESNET],
+        weight_norm: [f"{RESNET}.conv1"],
+        prune: [f"{RESNET}.conv2"],
+        lora: ["conv1 conv2", "to_q", "conv_shortcut conv_in"],
+        another_class: [f"{RESNET}.conv1", f"{RESNET}.nonlinearity"],
+        another_module: [f"{RESNET}.conv1", f"{RESNET}.norm2", f"{RESNET}.nonlinearity"],
+        attributes: [f"{RESNET}.conv1"],
+    }.items()
+    for name in names
+}
+
+
+# --- the comparison
+
+
+def switch_on(features: str, vae: Any) -> None:
+    if "optimize" in features:
+        optimize(vae)
+    if "tiling" in features:
+        enable_exact_tiling(vae, TILE, memory=0 if "tight" in features else 4e9)
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, (1, 3, 20, 26), and latents of that size, both larger than a tile."""
+    torch.manual_seed(1)
+    return torch.rand(1, 3, 20, 26, dtype=torch.float64) * 2 - 1, torch.randn(
+        1, 4, 10, 13, dtype=torch.float64
+    )
+
+
+def compare(attach: Callable[[Any, Seen], None], features: str, attach_first: bool) -> bool:
+    """Assert that it gives what stock gives; False where it refused."""
+    stock, ours = build(2), build(2)
+    wanted_seen: Seen = []
+    seen: Seen = []
+    attach(stock, wanted_seen)
+    wanted = both(stock, *data())
+    try:
+        if attach_first:
+            attach(ours, seen)
+        switch_on(features, ours)
+        if not attach_first:
+            attach(ours, seen)
+        found = both(ours, *data())
+    except LatentVAEError as error:
+        refusal = str(error)
+    else:
+        assert_close(found, wanted)
+        assert_close(seen, wanted_seen)
+        return True
+    assert "encoder" in refusal or "decoder" in refusal  # by its name
+    return False
+
+
+@pytest.mark.parametrize("features", ["optimize", "tiling", "optimize tiling", "tight tiling"])
+@pytest.mark.parametrize("attachment", ATTACHMENTS)
+def test_equals_stock_or_is_refused(attachment: str, features: str, calls: list[str]) -> None:
+    done = [compare(ATTACHMENTS[attachment], features, attach_first) for attach_first in (True, False)]
+    if features == "optimize":
+        assert all(done)
+    elif "tight" not in features:
+        assert done[1]  # there is memory to compute it whole
+    elif not attachment.startswith(("padding_mode", "lora to_q", "changes_output decoder.mid")):
+        # who gives the decoder another forward afterwards has it called; all else is refused
+        assert done == [False, attachment.endswith("_forward decoder")]
+
+
+KINDS = (
+    sees_output,
+    sees_input,
+    changes_output,
+    changes_input,
+    wraps_forward,
+    replaces_forward,
+    partial_forward,
+)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_anything_anywhere(seed: int, calls: list[str]) -> None:
+    draws = random.Random(seed)
+    names = [
+        name for name, module in build(2).named_modules() if name and not isinstance(module, nn.ModuleList)
+    ]
+    convs = [name for name in names if "conv" in name and "conv_" not in name]
+    chosen: list[Callable[[Any, Seen], None]] = []
+    for _ in range(draws.randint(1, 4)):
+        kind = draws.choice([*KINDS, hook_of_accelerate, hook_of_diffusers, _pads_one, _pads_one])
+        chosen.append(functools.partial(kind, draws.choice(convs if kind is _pads_one else names)))
+    features = draws.choice(["optimize", "tiling", "optimize tiling", "tight tiling"])
+    first = draws.randint(0, len(chosen))
+
+    def attach(part: slice) -> Callable[[Any, Seen], None]:
+        return lambda vae, seen: [one(vae, seen) for one in chosen[part]] and None
+
+    stock, ours, wanted_seen, seen = build(2), build(2), [], []
+    attach(slice(None))(stock, wanted_seen)
+    wanted = both(stock, *data())
+    try:
+        attach(slice(first))(ours, seen)
+        switch_on(features, ours)
+        attach(slice(first, None))(ours, seen)
+        found = both(ours, *data())
+    except LatentVAEError:
+        assert "tiling" in features
+        return
+    assert_close(found, wanted)
+    assert_close(seen, wanted_seen)
+
+
+def _pads_one(name: str, vae: Any, seen: Seen) -> None:
+    modes = ("circular", "replicate", "reflect")
+    vae.get_submodule(name).padding_mode = modes[sum(map(ord, name)) % 3]
