@@ -41,7 +41,7 @@ class Patches:
         original: the forward that somebody else had given it before us, or None.
         undo: what `restore` calls for each feature, for what it changed besides forwards.
         covered: somebody has put a forward of theirs around ours, so ours cannot be taken out.
-        said: that it runs as stock was logged.
+        said: names of the modules of this VAE of which it was logged that they run as stock; one set for all.
     """
 
     def __init__(self, kind: type) -> None:
@@ -50,7 +50,8 @@ class Patches:
         self.functions: list[tuple[str, Callable[..., Any]]] = []
         self.original: Callable[..., Any] | None = None
         self.undo: dict[str, Callable[[torch.nn.Module], None]] = {}
-        self.covered = self.said = False
+        self.covered = False
+        self.said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Patches":
         twin = Patches(self.kind)
@@ -149,10 +150,11 @@ def patch(module: torch.nn.Module, function: Callable[..., Any], feature: str) -
 
 def name_patches(vae: torch.nn.Module) -> None:
     """Tell what is patched its name in the VAE, for messages; and let each say anew that it runs as stock."""
+    said: set[str] = set()
     for name, module in vae.named_modules():
         ours = patches_of(module)
         if ours is not None:
-            ours.name, ours.said = name, False
+            ours.name, ours.said = name, said
 
 
 def is_ours(function: Any) -> bool:

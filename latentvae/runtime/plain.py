@@ -115,12 +115,13 @@ def is_changed(module: nn.Module) -> bool:
 
 
 def say(module: nn.Module, found: str) -> None:
-    """Log once that a module runs as stock."""
+    """Log once that a module runs as stock: a warning for the first of a VAE, as there may be a hundred."""
     ours = patches_of(module)
-    if ours is None or ours.said or torch.compiler.is_compiling():
+    if ours is None or ours.name in ours.said or torch.compiler.is_compiling():
         return
-    ours.said = True
-    logger.warning("runs as stock: %s %s.", ours.name or f"a {type(module).__name__}", found)
+    level = logging.INFO if ours.said else logging.WARNING
+    ours.said.add(ours.name)
+    logger.log(level, "runs as stock: %s %s.", ours.name or f"a {type(module).__name__}", found)
 
 
 def is_3x3(conv: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import logging
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -12,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks import ModelHook as DiffusersHook
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from vaes import assert_close, both, build, calls
 
 from latentvae.base.errors import LatentVAEError, ModelError
+from latentvae.runtime import patches
 from latentvae.runtime.optimize import optimize
 from latentvae.runtime.patches import patched, restore
 from latentvae.runtime.seamless import make_seamless
+from latentvae.runtime.tiling import stages
 from latentvae.runtime.tiling.planning import plan
 from latentvae.runtime.tiling.switch import enable_exact_tiling
 
@@ -314,3 +316,208 @@ def test_anything_anywhere(seed: int, calls: list[str]) -> None:
 def _pads_one(name: str, vae: Any, seen: Seen) -> None:
     modes = ("circular", "replicate", "reflect")
     vae.get_submodule(name).padding_mode = modes[sum(map(ord, name)) % 3]
+
+
+# --- offloading
+
+
+def blocks_on_disk(vae: Any, folder: Path) -> None:
+    blocks = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1, "block_modules": blocks}
+    apply_group_offloading(vae, torch.device("cpu"), offload_to_disk_path=str(folder), **options)
+
+
+def leaves_on_disk(vae: Any, folder: Path) -> None:
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": str(folder)}
+    apply_group_offloading(vae, torch.device("cpu"), **options)
+
+
+def sequential(vae: Any, folder: Path) -> None:
+    cpu_offload(vae, execution_device=torch.device("cpu"))
+
+
+def whole_blocks(vae: Any, folder: Path) -> None:
+    """Hooks on blocks that bring the weights of all they contain, as a device map's."""
+    for block in (*vae.decoder.up_blocks, *vae.encoder.down_blocks, vae.decoder.mid_block):
+        options = {"offload": True, "place_submodules": True, "weights_map": None}
+        add_hook_to_module(block, AlignDevicesHook(torch.device("cpu"), **options))
+
+
+@pytest.mark.parametrize("features", ["optimize", "tight tiling", "optimize tiling"])
+@pytest.mark.parametrize("offload", [blocks_on_disk, leaves_on_disk, sequential, whole_blocks])
+def test_offloaded_weights_are_reached(
+    offload: Any, features: str, calls: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = both(build(2), *data())
+    for number, offload_first in enumerate((True, False)):
+        vae = build(2)
+        if offload_first:
+            offload(vae, tmp_path / str(number))
+        switch_on(features, vae)
+        if not offload_first:
+            offload(vae, tmp_path / str(number))
+        for _ in range(2):  # the weights go away again in between
+            assert_close(both(vae, *data()), wanted)
+    assert not caplog.records  # nothing ran as stock, nothing whole
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("features", ["optimize", "tight tiling", "optimize tiling"])
+def test_copies(features: str, calls: list[str], tmp_path: Path) -> None:
+    wanted, vae = both(build(2), *data()), build(2)
+    switch_on(features, vae)
+    twin = copy.deepcopy(vae)
+    assert patched(twin) == patched(vae)
+    vae.share_memory()
+    assert_close(both(vae, *data()), wanted)
+    torch.save(vae, tmp_path / "vae.pt")
+    for loaded in (pickle.loads(pickle.dumps(vae)), torch.load(tmp_path / "vae.pt", weights_only=False)):
+        assert not patched(loaded)
+        calls.clear()
+        assert_close(both(loaded, *data()), wanted)
+        assert not calls
+        switch_on(features, loaded)
+        assert patched(loaded) == patched(vae)
+        assert_close(both(loaded, *data()), wanted)
+    for parameter in vae.parameters():
+        parameter.zero_()
+    assert_close(both(twin, *data()), wanted)
+
+
+def test_a_pickle_names_nothing_of_ours_and_says_that_it_is_stock(caplog: pytest.LogCaptureFixture) -> None:
+    patches._say_once.cache_clear()
+    vae = enable_exact_tiling(optimize(build(2)), TILE)
+    assert b"latentvae.runtime" not in pickle.dumps(vae)  # so it loads where this package is not installed
+    assert [record.message for record in caplog.records] == [
+        "a pickled copy computes as stock: call optimize or enable_exact_tiling there again."
+    ]
+    vae = build(2)
+    vae.decoder.conv_in.forward = torch.nn.Identity()
+    optimize(vae)
+    with pytest.raises(pickle.PicklingError, match=r"decoder\.conv_in had a forward of its own"):
+        pickle.dumps(vae)
+
+
+# --- transforms
+
+
+def _both_ways(function: Callable[[Any], torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    wanted = function(build(2, attention=False).requires_grad_(False))
+    for features in ("optimize", "optimize tiling"):
+        vae = build(2, attention=False).requires_grad_(False)
+        switch_on(features, vae)
+        patches._say_once.cache_clear()
+        assert_close([function(vae)], [wanted])
+        assert ("not tiled" in caplog.text) == ("tiling" in features)
+
+
+def test_transforms_get_what_stock_gives(calls: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    latents = data()[1]
+
+    def forward_ad(vae: Any) -> torch.Tensor:
+        with torch.autograd.forward_ad.dual_level(), torch.enable_grad():
+            dual = torch.autograd.forward_ad.make_dual(latents, torch.ones_like(latents))
+            return torch.autograd.forward_ad.unpack_dual(vae.decode(dual).sample).tangent
+
+    functions: list[Callable[[Any], torch.Tensor]] = [
+        forward_ad,
+        lambda vae: torch.func.jvp(lambda z: vae.decode(z).sample, (latents,), (torch.ones_like(latents),))[
+            1
+        ],
+        lambda vae: torch.func.vmap(lambda z: vae.decode(z[None]).sample[0])(latents.repeat(2, 1, 1, 1)),
+        lambda vae: torch.func.grad(lambda z: vae.decode(z).sample.square().sum())(latents),
+    ]
+    for function in functions:
+        caplog.clear()
+        _both_ways(function, caplog)
+    assert not calls
+
+
+def test_modes_see_every_operation(calls: list[str]) -> None:
+    counts = []
+    for vae in (build(2), optimize(build(2))):
+        with FlopCounterMode(display=False) as counter:
+            vae.decode(data()[1])
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_compiles_in_one_graph() -> None:
+    for features in ("optimize", "seamless optimize"):
+        vae = build(2, attention=False)
+        if "seamless" in features:
+            make_seamless(vae, y=False)
+        wanted = vae.decode(data()[1]).sample
+        optimize(vae)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda z, vae=vae: vae.decode(z).sample, fullgraph=True, backend="eager")
+        assert_close([compiled(data()[1])], [wanted])
+
+
+@pytest.mark.slow
+def test_compiling_a_tiled_vae_leaves_tiling_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = build(2, attention=False)
+    wanted = vae.decode(data()[1]).sample
+    enable_exact_tiling(optimize(vae), TILE)
+    torch._dynamo.reset()
+    compiled = torch.compile(vae.decoder, backend="eager")
+    seen = []
+    monkeypatch.setattr(stages.TiledRun, "attend", lambda *_: None)
+    monkeypatch.setattr(stages.TiledRun, "_finish", lambda *_: seen.append(torch.compiler.is_compiling()))
+    for _ in range(2):
+        assert_close([compiled(vae.post_quant_conv(data()[1]))], [wanted])
+    assert seen
+    assert not any(seen)
+    with pytest.raises(Exception, match=r"exact tiling is not compiled: latentvae\.restore"):
+        torch.compile(vae.decoder, backend="eager", fullgraph=True)(vae.post_quant_conv(data()[1]))
+
+
+# --- the rest
+
+
+def test_running_as_stock_is_said_once_and_by_name(
+    calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = optimize(build(2))
+    sees_output(f"{RESNET}.norm1", vae, [])
+    for _ in range(2):
+        both(vae, *data())
+    assert [record.message for record in caplog.records] == [f"runs as stock: {RESNET}.norm1 has hooks."]
+    caplog.clear()
+    enable_exact_tiling(vae, TILE)
+    for _ in range(2):
+        both(vae, *data())
+    found = f"not tiled, but computed whole, because of {RESNET}.norm1, which has hooks."
+    assert [record.message for record in caplog.records] == [found]
+
+
+def test_forwards_put_around_ours_survive_restore_and_another_optimize(calls: list[str]) -> None:
+    vae, stock = optimize(build(2)), build(2)
+    for model in (vae, stock):
+        wraps_forward(f"{RESNET}.conv1", model, [])
+    wanted = both(stock, *data())
+    for step in (restore, optimize, optimize, restore):
+        step(vae)
+        assert_close(both(vae, *data()), wanted)
+
+
+@pytest.mark.parametrize("gone", ["encoder", "decoder"])
+def test_one_half_is_enough(gone: str, calls: list[str]) -> None:
+    vae = build(2)
+    images, latents = data()
+    run = (
+        (lambda: vae.decode(latents).sample)
+        if gone == "encoder"
+        else lambda: vae.encode(images).latent_dist.mean
+    )
+    wanted = run()
+    delattr(vae, gone)
+    enable_exact_tiling(optimize(vae), TILE)
+    assert_close([run()], [wanted])
+    assert calls
+    with pytest.raises(ModelError, match=f"no {gone}"):
+        plan(vae, 64, 64)
+    assert_close([make_seamless(restore(vae)) and restore(vae) and run()], [wanted])

@@ -195,8 +195,8 @@ def _must_stay_whole(model: Any, pixels: int, dtype: torch.dtype, settings: plan
             f"the memory={settings.memory:.3g} that was given. {structure.REMEDY}"
         )
     ours = patches_of(model)
-    if ours is not None and not ours.said:
-        ours.said = True
+    if ours is not None and ours.name not in ours.said:
+        ours.said.add(ours.name)
         logger.warning("not tiled, but computed whole, because of %s.", found)
     return True
 
