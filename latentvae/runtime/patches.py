@@ -40,6 +40,7 @@ class Patches:
         functions: (feature, function), from the innermost out.
         original: the forward that somebody else had given it before us, or None.
         undo: what `restore` calls for each feature, for what it changed besides forwards.
+        settings: what the outermost feature was asked for, in its own words.
         covered: somebody has put a forward of theirs around ours, so ours cannot be taken out.
         said: names of the modules of this VAE of which it was logged that they run as stock; one set for all.
     """
@@ -50,6 +51,7 @@ class Patches:
         self.functions: list[tuple[str, Callable[..., Any]]] = []
         self.original: Callable[..., Any] | None = None
         self.undo: dict[str, Callable[[torch.nn.Module], None]] = {}
+        self.settings: Any = None
         self.covered = False
         self.said: set[str] = set()
 
@@ -186,6 +188,13 @@ def on_restore(module: torch.nn.Module, function: Callable[[torch.nn.Module], No
     ours = patches_of(module) or Patches(type(module))
     setattr(module, _OURS, ours)
     ours.undo[feature] = function
+
+
+def keep_settings(module: torch.nn.Module, settings: Any) -> None:
+    """Keep with a patched module what its outermost feature was asked for."""
+    ours = patches_of(module)
+    if ours is not None:
+        ours.settings = settings
 
 
 def patched(model: torch.nn.Module, feature: str | None = None) -> list[str]:

@@ -16,7 +16,6 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks import ModelHook as DiffusersHook
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from torch.nn.utils.prune import l1_unstructured
 from torch.utils.flop_counter import FlopCounterMode
 from vaes import assert_close, both, build, calls
 
@@ -133,8 +132,12 @@ def weight_norm(name: str, vae: Any, seen: Seen) -> None:
     conv.parametrizations.weight.original0.mul_(1.5)
 
 
-def prune(name: str, vae: Any, seen: Seen) -> None:
-    l1_unstructured(vae.get_submodule(name), "weight", 0.5)
+def derived_weights(name: str, vae: Any, seen: Seen) -> None:
+    """As pruning does it: the weight is no parameter, but made by a hook."""
+    vae.get_submodule(name).weight.mul_(3)
+    torch.manual_seed(7)
+    torch.nn.utils.spectral_norm(vae.get_submodule(name))
+    vae.eval()
 
 
 def lora(targets: str, vae: Any, seen: Seen) -> None:
@@ -206,7 +209,7 @@ ATTACHMENTS: dict[str, Callable[[Any, Seen], None]] = {
         padding_mode: ["circular", "reflect", "replicate"],
         conv_forward_recipe: ["", RESNET],
         weight_norm: [f"{RESNET}.conv1"],
-        prune: [f"{RESNET}.conv2"],
+        derived_weights: [f"{RESNET}.conv2"],
         lora: ["conv1 conv2", "to_q", "conv_shortcut conv_in"],
         another_class: [f"{RESNET}.conv1", f"{RESNET}.nonlinearity"],
         another_module: [f"{RESNET}.conv1", f"{RESNET}.norm2", f"{RESNET}.nonlinearity"],
@@ -359,6 +362,12 @@ def test_offloaded_weights_are_reached(
         if offload_first:
             offload(vae, tmp_path / str(number))
         switch_on(features, vae)
+        if not offload_first and "disk" in offload.__name__ and "optimize" in features:
+            with pytest.raises(
+                ValueError, match="non contiguous"
+            ):  # diffusers writes no channels_last weights
+                offload(vae, tmp_path / str(number))
+            continue
         if not offload_first:
             offload(vae, tmp_path / str(number))
         for _ in range(2):  # the weights go away again in between

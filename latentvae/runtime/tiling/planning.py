@@ -9,14 +9,13 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ModelError
 from latentvae.runtime.memory import ordinary_peak
-from latentvae.runtime.patches import check_autoencoder
+from latentvae.runtime.patches import check_autoencoder, is_patched, patches_of
 from latentvae.runtime.tiling.layers import Stored
 from latentvae.runtime.tiling.stages import Stage, Walk, choose, decoder_stages, encoder_stages
 from latentvae.runtime.tiling.structure import check_structure
 
 DEFAULT_TILE = 512  # pixels of a side
 DEFAULT_MEMORY = 4e9  # bytes
-SETTINGS = "_latentvae_tiling"  # the attribute of an encoder or decoder that holds them
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,12 @@ class Settings:
     progress: bool = False
     memory: float = DEFAULT_MEMORY
     width: int = 0
+
+
+def settings_of(model: torch.nn.Module) -> Settings:
+    """What `enable_exact_tiling` was asked for, or its defaults if it is off."""
+    ours = patches_of(model)
+    return ours.settings if ours is not None and is_patched(model, "tiling") else Settings()
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def plan(
         if getattr(vae, name, None) is None:
             raise ModelError(f"this VAE has no {name}; a plan says what encoding and decoding take.")
     check_structure(vae)
-    asked: Settings = getattr(vae.encoder, SETTINGS, Settings())
+    asked = settings_of(vae.encoder)
     settings = Settings(
         asked.tile_size if tile_size is None else tile_size,
         memory=asked.memory if memory is None else memory,

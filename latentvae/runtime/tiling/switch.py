@@ -17,6 +17,7 @@ from latentvae.runtime.memory import peak_of
 from latentvae.runtime.offloading import weights_of
 from latentvae.runtime.patches import (
     check_autoencoder,
+    keep_settings,
     name_patches,
     on_restore,
     patch,
@@ -69,9 +70,8 @@ def enable_exact_tiling(
         model = getattr(vae, name, None)
         if model is None:  # deleted by who only wants the other
             continue
-        setattr(model, planning.SETTINGS, settings)
         patch(model, forward, "tiling")
-        on_restore(model, _forget, "tiling")
+        keep_settings(model, settings)
     # named as what diffusers calls where its own tiling is on: so that does not cut what we get whole
     for method in (_tiled_encode, tiled_decode):
         setattr(vae, method.__name__, types.MethodType(method, vae))
@@ -96,10 +96,6 @@ def _scratch_place(store: str | Path | torch.device | None) -> Path | torch.devi
         return torch.device("cpu")
     maps.check_scratch_folder(Path(store))
     return Path(store)
-
-
-def _forget(model: torch.nn.Module) -> None:
-    model.__dict__.pop(planning.SETTINGS, None)
 
 
 def _restore_methods(vae: torch.nn.Module) -> None:
@@ -168,7 +164,7 @@ def _goes_ordinary_way(model: torch.nn.Module, sample: torch.Tensor, size: Seque
         ModelError: something that is attached would see tiles, and the whole is not allowed so much memory.
         ImageError: there are values that are not finite.
     """
-    settings: planning.Settings = getattr(model, planning.SETTINGS)
+    settings = planning.settings_of(model)
     small = max(size) <= settings.tile_size
     if torch.is_grad_enabled() and any(t.requires_grad for t in (sample, *model.parameters())):
         if not small:
@@ -204,7 +200,7 @@ def _must_stay_whole(model: Any, pixels: int, dtype: torch.dtype, settings: plan
 @torch.no_grad()
 def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """Encode or decode a batch, one sample after the other: the statistics are each sample's own."""
-    settings: planning.Settings = getattr(model, planning.SETTINGS)
+    settings = planning.settings_of(model)
     decodes, kind = hasattr(model, "up_blocks"), batch.device.type
     run_stages = stages.decoder_stages if decodes else stages.encoder_stages
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.dtype
