@@ -145,7 +145,7 @@ def patch(module: torch.nn.Module, function: Callable[..., Any], feature: str) -
         ours.covered = not is_stock and (ours.covered or bool(ours.functions))
         if not ours.covered:
             ours.original = None if is_stock else current  # given back by restore
-            setattr(holder, name, types.MethodType(forward, module))
+            vars(holder)[name] = types.MethodType(forward, module)
     others = [pair for pair in ours.functions if pair[0] != feature]
     ours.functions = sorted([*others, (feature, function)], key=lambda pair: FEATURES.index(pair[0]))
 

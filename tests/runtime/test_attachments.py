@@ -408,7 +408,7 @@ def test_a_pickle_names_nothing_of_ours_and_says_that_it_is_stock(caplog: pytest
         "a pickled copy computes as stock: call optimize or enable_exact_tiling there again."
     ]
     vae = build(2)
-    vae.decoder.conv_in.forward = torch.nn.Identity()
+    replaces_forward("decoder.conv_in", vae, [])
     optimize(vae)
     with pytest.raises(pickle.PicklingError, match=r"decoder\.conv_in had a forward of its own"):
         pickle.dumps(vae)
