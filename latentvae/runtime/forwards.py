@@ -74,7 +74,7 @@ def resnet(
     """ResnetBlock2D without the steps that do nothing: no dropout, no division by 1, sums in place."""
     # AutoencoderKL passes none of these: whoever does wants the steps that are left out here
     asked = temb is not None or args or kwargs
-    if asked or is_changed(self) or not is_simple(self) or not _drops_nothing(self.dropout):
+    if asked or is_changed(self) or not is_simple(self) or not _runs_unseen(self):
         return underlying(self, "optimize")(x, temb, *args, **kwargs)
     hidden = _normed_conv(self.norm1, self.nonlinearity, self.conv1, x)
     if self.conv_shortcut is not None:
@@ -85,9 +85,11 @@ def resnet(
     return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
-def _drops_nothing(dropout: nn.Module) -> bool:
-    """Whether a dropout does nothing, and nobody would see that it is not called."""
-    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and is_plain(dropout)
+def _runs_unseen(self: ResnetBlock2D) -> bool:
+    """Whether nobody would see that dropout, which does nothing, is not called, and the shortcut early."""
+    dropout, shortcut = self.dropout, self.conv_shortcut
+    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and is_plain(dropout)
+    return idle and (shortcut is None or is_plain(shortcut))
 
 
 def _normed_conv(
@@ -102,9 +104,7 @@ def _normed_conv(
     else:
         hidden = norm(x)
     hidden = conv(activation(hidden, overwrite=True) if overwrites else activation(hidden))
-    if plus is None:
-        return hidden
-    return _sum(hidden, plus) if is_plain(conv) else plus + hidden
+    return _sum(hidden, plus) if plus is None or is_plain(conv) else plus + hidden
 
 
 def _sum(hidden: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:

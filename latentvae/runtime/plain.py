@@ -83,10 +83,15 @@ def _foreign_forward(module: nn.Module, forward: Any) -> str | None:
         hook = foreign_hook(module)
         if hook is not None:
             return f"has a {hook}"
-        holder, name = innermost(module)
-        forward = getattr(holder, name)
+        forward = _innermost(module)
     stock = getattr(forward, "__func__", None) is type(module).forward
     return None if stock or is_ours(forward) else "has a forward of its own"
+
+
+def _innermost(module: nn.Module) -> Any:
+    """A module's forward underneath every hook."""
+    holder, name = innermost(module)
+    return getattr(holder, name)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -100,6 +105,8 @@ def takes_ours(*modules: Any) -> bool:
         if not isinstance(module, nn.Module) or not is_patched(module, "optimize"):
             return False
         found = attachment(module)
+        if found is None and not is_ours(module.__dict__.get("forward")) and not is_ours(_innermost(module)):
+            found = "has its class's forward back"
         if found is not None:
             say(module, found)
             return False

@@ -87,6 +87,12 @@ def partial_forward(name: str, vae: Any, seen: Seen) -> None:
     )
 
 
+def resets_forward(name: str, vae: Any, seen: Seen) -> None:
+    """As code does that kept what was there before it put something else there."""
+    module = vae.get_submodule(name)
+    module.forward = type(module).forward.__get__(module)
+
+
 class _Doubling(ModelHook):
     def post_forward(self, module: Any, output: Any) -> Any:
         return output * 2
@@ -204,6 +210,7 @@ ATTACHMENTS: dict[str, Callable[[Any, Seen], None]] = {
             "decoder",
         ],
         partial_forward: [f"{RESNET}.conv1", f"{RESNET}.nonlinearity"],
+        resets_forward: [f"{RESNET}.conv1", f"{RESNET}.nonlinearity", f"{BLOCK}.upsamplers.0.conv"],
         hook_of_accelerate: [f"{RESNET}.conv1", f"{RESNET}.norm2", BLOCK],
         hook_of_diffusers: [f"{RESNET}.conv2", RESNET],
         padding_mode: ["circular", "reflect", "replicate"],
@@ -220,7 +227,13 @@ ATTACHMENTS: dict[str, Callable[[Any, Seen], None]] = {
 
 
 # of these, tiling loses nothing
-TILED = ("padding_mode", "lora to_q", "changes_output decoder.mid", f"another_class {RESNET}.nonlinearity")
+TILED = (
+    "padding_mode",
+    "lora to_q",
+    "changes_output decoder.mid",
+    "resets_forward",
+    f"another_class {RESNET}.nonlinearity",
+)
 
 
 # --- the comparison
@@ -279,13 +292,8 @@ def test_equals_stock_or_is_refused(attachment: str, features: str, calls: list[
 
 
 KINDS = (
-    sees_output,
-    sees_input,
-    changes_output,
-    changes_input,
-    wraps_forward,
-    replaces_forward,
-    partial_forward,
+    *(sees_output, sees_input, changes_output, changes_input),
+    *(wraps_forward, replaces_forward, partial_forward, resets_forward),
 )
 
 
