@@ -24,7 +24,7 @@ QUESTIONS = ("takes_ours", "is_changed", "is_plain", "is_simple", "is_nearest", 
 
 @torch.no_grad()
 def share_of_questions(vae: Any, repeats: int = 5) -> tuple[float, float]:
-    """Seconds of a decode on one core, and of the questions in it: each is noted with its arguments, then asked alone."""
+    """Seconds of a decode on one core, and of the questions in it, which are noted and asked again alone."""
     torch.set_num_threads(
         1
     )  # so that processor time, which other programs lengthen little, is that of the decode

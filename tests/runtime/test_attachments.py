@@ -308,6 +308,8 @@ def test_anything_anywhere(seed: int, calls: list[str]) -> None:
     for _ in range(draws.randint(1, 4)):
         kind = draws.choice([*KINDS, hook_of_accelerate, hook_of_diffusers, _pads_one, _pads_one])
         chosen.append(functools.partial(kind, draws.choice(convs if kind is _pads_one else names)))
+    if draws.random() < 0.3:
+        chosen.insert(draws.randint(0, len(chosen)), functools.partial(lora, draws.choice(convs)))
     features = draws.choice(["optimize", "tiling", "optimize tiling", "tight tiling"])
     first = draws.randint(0, len(chosen))
 
