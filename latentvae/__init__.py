@@ -29,6 +29,7 @@ _HOME = {
     "load": "models.loading",
     "optimize": "runtime.optimize",
     "restore": "runtime.patches",
+    "make_seamless": "runtime.seamless",
     "agree": "pipelines.agree",
     "preview": "pipelines.preview",
     "swap": "pipelines.swap",

@@ -21,6 +21,7 @@ from .pipelines.preview import preview as preview
 from .pipelines.swap import swap as swap
 from .runtime.optimize import optimize as optimize
 from .runtime.patches import restore as restore
+from .runtime.seamless import make_seamless as make_seamless
 from .runtime.tiling.planning import plan as plan
 from .runtime.tiling.switch import enable_exact_tiling as enable_exact_tiling
 from .store.buckets import BucketBatchSampler as BucketBatchSampler

@@ -2,6 +2,9 @@ from . import devices as devices
 from . import forwards as forwards
 from . import kernels as kernels
 from . import memory as memory
+from . import offloading as offloading
 from . import optimize as optimize
 from . import patches as patches
+from . import plain as plain
+from . import seamless as seamless
 from . import tiling as tiling

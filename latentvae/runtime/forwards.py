@@ -1,7 +1,8 @@
 """Forwards that `optimize` puts in the place of diffusers' own: the same results, to rounding, sooner.
 
 Convolutions, norms and activations take arguments that only these forwards pass to each other, so that work
-can be done in another module's place while each module is still called, and the hooks on it run.
+can be done in another module's place. They do so only where nobody would see it: whatever is attached to one
+of these modules, or changed in it, `plain` finds at the call, and then it gets and gives what stock does.
 """
 
 from typing import Any
@@ -13,17 +14,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from latentvae.runtime.kernels import groupnorm, winograd
-from latentvae.runtime.patches import is_patched, underlying
-
-
-def is_ours(*modules: Any) -> bool:
-    """Whether these take our arguments: patched, and since then not replaced (as PEFT does) nor watched."""
-    types = (nn.Conv2d, nn.GroupNorm, nn.SiLU)
-    return all(
-        type(module) in types and is_patched(module, "optimize") and not module._forward_hooks
-        for module in modules
-    )
-
+from latentvae.runtime.patches import underlying
+from latentvae.runtime.plain import is_3x3, is_changed, is_nearest, is_plain, is_simple, takes_ours
 
 # --- upsampling
 
@@ -32,10 +24,11 @@ def upsample(
     self: Upsample2D, x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """Upsample2D that leaves the upsampling to its convolution."""
-    conv = conv_of(self)
     # an output_size need not be twice the input's: only doubling is folded
-    if output_size is not None or args or kwargs or not is_ours(conv) or not _can_fold(conv, x):
+    asked = output_size is not None or args or kwargs
+    if asked or is_changed(self) or not is_nearest(self) or not _folds(conv_of(self), x):
         return underlying(self, "optimize")(x, output_size, *args, **kwargs)
+    conv = conv_of(self)
     return conv(x, upsample=True)  # (B, C, h, w) -> (B, K, 2h, 2w)
 
 
@@ -44,8 +37,10 @@ def conv_of(upsampler: Upsample2D) -> Any:
     return upsampler.conv if upsampler.name == "conv" else upsampler.Conv2d_0
 
 
-def _can_fold(conv: nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether transposed convolutions are known to work there; cuDNN's are not beyond 32-bit indices."""
+def _folds(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether a convolution takes our argument, and transposed ones are known to work: not beyond 32 bits."""
+    if not takes_ours(conv) or not is_3x3(conv):
+        return False
     size = 4 * x.numel() // conv.in_channels * conv.out_channels
     return x.device.type == "cpu" or (x.device.type == "cuda" and size < 2**31)
 
@@ -78,7 +73,8 @@ def resnet(
 ) -> torch.Tensor:
     """ResnetBlock2D without the steps that do nothing: no dropout, no division by 1, sums in place."""
     # AutoencoderKL passes none of these: whoever does wants the steps that are left out here
-    if temb is not None or args or kwargs or (self.training and self.dropout.p):
+    asked = temb is not None or args or kwargs
+    if asked or is_changed(self) or not is_simple(self) or not _runs_unseen(self):
         return underlying(self, "optimize")(x, temb, *args, **kwargs)
     hidden = _normed_conv(self.norm1, self.nonlinearity, self.conv1, x)
     if self.conv_shortcut is not None:
@@ -89,14 +85,26 @@ def resnet(
     return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
+def _runs_unseen(self: ResnetBlock2D) -> bool:
+    """Whether nobody would see that dropout, which does nothing, is not called, and the shortcut early."""
+    dropout, shortcut = self.dropout, self.conv_shortcut
+    idle = type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and is_plain(dropout)
+    return idle and (shortcut is None or is_plain(shortcut))
+
+
 def _normed_conv(
     norm: nn.Module, activation: nn.Module, conv: nn.Module, x: torch.Tensor, plus: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Norm, activation, convolution and sum: in one go over x where the patches of all three allow it."""
-    hidden = norm(x, deferred=True) if is_ours(norm, activation, conv) else norm(x)
-    if isinstance(hidden, groupnorm.Affine):  # the convolution applies it block by block, in the cache
-        return conv(x, before=hidden, plus=plus)
-    return _sum(conv(activation(hidden)), plus)
+    overwrites = takes_ours(norm, activation)  # else somebody may have kept what the norm gave
+    if overwrites and takes_ours(conv) and is_3x3(conv):
+        hidden = norm(x, deferred=True)
+        if isinstance(hidden, groupnorm.Affine):  # the convolution applies it block by block, in the cache
+            return conv(x, before=hidden, plus=plus)
+    else:
+        hidden = norm(x)
+    hidden = conv(activation(hidden, overwrite=True) if overwrites else activation(hidden))
+    return _sum(hidden, plus) if plus is None or is_plain(conv) else plus + hidden
 
 
 def _sum(hidden: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
@@ -113,14 +121,16 @@ def group_norm(
     self: nn.GroupNorm, x: torch.Tensor, deferred: bool = False
 ) -> torch.Tensor | groupnorm.Affine:
     """GroupNorm that measures large maps well; if `deferred`, it may say what to do to x, and not do it."""
-    if not groupnorm.suits_norm(self, x):
+    if is_changed(self) or not groupnorm.suits_norm(self, x):
         return underlying(self, "optimize")(x)
     affine = groupnorm.affine(self, x)
     return affine if deferred else groupnorm.apply(x, affine, silu=False)
 
 
-def silu(self: nn.SiLU, x: torch.Tensor) -> torch.Tensor:
-    """SiLU that overwrites its input: for the output of a norm, which nobody else reads."""
+def silu(self: nn.SiLU, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+    """SiLU that overwrites its input if asked to: the output of a norm, which nobody else reads."""
+    if not overwrite:
+        return underlying(self, "optimize")(x)
     return F.silu(x, inplace=not x.requires_grad)
 
 
@@ -132,6 +142,8 @@ def conv(
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A 3x3 convolution of x normalised and activated as `before` says, or upsampled, with `plus` added."""
+    if is_changed(self) or not is_3x3(self):  # then nobody passes arguments of ours
+        return underlying(self, "optimize")(x)
     scheme = winograd.UPSAMPLING if upsample else winograd.CONVOLUTION
     # blocks write into plain buffers, where autograd cannot follow
     recorded = plus is not None and plus.requires_grad and torch.is_grad_enabled()

@@ -11,8 +11,12 @@ MAPS_AT_PEAK = 5
 
 def ordinary_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     """Bytes above the weights that an image of so many pixels takes without tiling."""
-    map_channels = max(vae.config["block_out_channels"][:2])
-    return MAPS_AT_PEAK * map_channels * vae.dtype.itemsize * height * width
+    return peak_of(max(vae.config["block_out_channels"][:2]), height * width, vae.dtype.itemsize)
+
+
+def peak_of(channels: int, pixels: int, itemsize: int) -> int:
+    """Bytes above the weights without tiling, from the wider of the first two levels and the values' size."""
+    return MAPS_AT_PEAK * channels * itemsize * pixels
 
 
 def batches_at_once(vae: AutoencoderKL, height: int, width: int) -> int:

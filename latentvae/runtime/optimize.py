@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
@@ -17,7 +18,15 @@ from torch import nn
 from latentvae.base.errors import ModelError
 from latentvae.models.loading import cast
 from latentvae.runtime import forwards
-from latentvae.runtime.patches import check_autoencoder, on_restore, patch, patched, restore
+from latentvae.runtime.patches import (
+    check_autoencoder,
+    name_patches,
+    on_restore,
+    patch,
+    patched,
+    restore,
+)
+from latentvae.runtime.plain import change, is_3x3, is_nearest, is_simple
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +51,8 @@ def optimize(
 
     Args:
         upsample: nearest x2 upsampling and its convolution as one transposed convolution.
-        norm: SiLU overwrites its norm's output; on a CPU norms measure large maps by blocks, because torch's
-            own channels_last norm loses three digits there. Without gradients.
+        norm: SiLU in resnets overwrites its norm's output; on a CPU norms measure large maps by blocks, as
+            torch's own channels_last norm loses three digits there. Without gradients.
         residual: resnets without steps that do nothing, and their sums in place (without gradients).
         winograd: wide 3x3 convolutions with a quarter of the products, on a CPU in float32 and float64,
             without gradients. Wants channels_last. Keeps buffers of about 60 MB from call to call.
@@ -75,27 +84,25 @@ def optimize(
         simplify_resnets(vae)
     if compile:
         compile_halves(vae)
+    name_patches(vae)
     logger.debug("optimized %d modules", len(patched(vae, "optimize")))
     return vae
 
 
+def halves(vae: AutoencoderKL) -> list[Any]:
+    """Encoder and decoder, or the one that is left: who only decodes deletes the other."""
+    found = [getattr(vae, name, None) for name in ("encoder", "decoder")]
+    return [half for half in found if isinstance(half, Encoder | Decoder)]
+
+
 def _plain_conv(module: Any) -> bool:
-    """Whether it is a 3x3 convolution of stride 1 with a border of zeros, and not wrapped or parametrised."""
-    if type(module) is not nn.Conv2d:  # a parametrised one is a subclass, with weights of its own
-        return False
-    found = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-    return found == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and module.padding_mode == "zeros"
+    """Whether it is a 3x3 convolution of stride 1 with a border of zeros, as its class computes it."""
+    return type(module) is nn.Conv2d and change(module) is None and is_3x3(module)
 
 
 def _plain_resnet(module: Any) -> bool:
-    """Whether it neither takes an embedding nor resamples."""
-    return (
-        type(module) is ResnetBlock2D
-        and module.upsample is None
-        and module.downsample is None
-        and module.time_emb_proj is None
-        and module.time_embedding_norm != "scale_shift"
-    )
+    """Whether it neither takes an embedding nor resamples, and is as its class computes it."""
+    return type(module) is ResnetBlock2D and change(module) is None and is_simple(module)
 
 
 def fold_upsamplers(vae: AutoencoderKL, *, winograd: bool = True) -> None:
@@ -107,25 +114,23 @@ def fold_upsamplers(vae: AutoencoderKL, *, winograd: bool = True) -> None:
     for name, module in vae.named_modules():
         if type(module) is not Upsample2D:
             continue
-        # a transposed convolution of the model's own, or a norm in between, is not what we fold
-        plain = module.use_conv and module.interpolate and not module.use_conv_transpose and not module.norm
-        if plain and _plain_conv(forwards.conv_of(module)):
+        if change(module) is None and is_nearest(module) and _plain_conv(forwards.conv_of(module)):
             patch(forwards.conv_of(module), forwards.conv if winograd else forwards.folding_conv, "optimize")
             patch(module, forwards.upsample, "optimize")
         else:
-            logger.warning("left as stock: %s is not nearest upsampling and a 3x3 convolution", name)
+            logger.warning("left as stock: %s is not nearest upsampling and a plain 3x3 convolution", name)
 
 
 def replace_norms(vae: AutoencoderKL) -> None:
-    """Measure large maps by blocks, and let each SiLU after a GroupNorm overwrite the norm's output."""
-    # the last norm of each half stands outside of all resnets
-    norms = [(half.conv_norm_out, half.conv_act) for half in (vae.encoder, vae.decoder)]
+    """Measure large maps by blocks, and let each SiLU in a resnet overwrite its norm's output."""
+    norms = [half.conv_norm_out for half in halves(vae)]
     for resnet in filter(_plain_resnet, vae.modules()):
-        norms += [(resnet.norm1, resnet.nonlinearity), (resnet.norm2, resnet.nonlinearity)]
-    for norm, activation in norms:
-        if type(norm) is nn.GroupNorm and type(activation) is nn.SiLU:
+        norms += [resnet.norm1, resnet.norm2]
+        if type(resnet.nonlinearity) is nn.SiLU and change(resnet.nonlinearity) is None:
+            patch(resnet.nonlinearity, forwards.silu, "optimize")
+    for norm in norms:
+        if type(norm) is nn.GroupNorm and change(norm) is None:
             patch(norm, forwards.group_norm, "optimize")
-            patch(activation, forwards.silu, "optimize")
 
 
 def simplify_resnets(vae: AutoencoderKL) -> None:
@@ -134,7 +139,7 @@ def simplify_resnets(vae: AutoencoderKL) -> None:
         if _plain_resnet(module):
             patch(module, forwards.resnet, "optimize")
         elif isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D):
-            logger.warning("left as stock: %s takes an embedding or resamples", name)
+            logger.warning("left as stock: %s takes an embedding, resamples, or was changed", name)
 
 
 def use_winograd(vae: AutoencoderKL) -> None:
@@ -153,7 +158,7 @@ def use_channels_last(vae: AutoencoderKL) -> None:
         _set_memory_format(vae, torch.channels_last)
         on_restore(vae, _use_contiguous, "optimize")
     # convolutions keep the layout of their input, so converting once on the way in is enough
-    for half in (vae.encoder, vae.decoder):
+    for half in halves(vae):
         patch(half.conv_in, forwards.conv_in, "optimize")
         patch(half.conv_out, forwards.conv_out, "optimize")
 
@@ -174,7 +179,7 @@ def compile_halves(vae: AutoencoderKL) -> None:
     if problem:
         logger.warning("not compiled: %s. Everything else is as fast as it was.", problem)
         return
-    for half in (vae.encoder, vae.decoder):
+    for half in halves(vae):
         # the class's function, since a patch must hold no module; dynamic: one compilation for all sizes
         patch(half, torch.compile(type(half).forward, dynamic=True), "optimize")
 

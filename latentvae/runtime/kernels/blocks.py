@@ -24,6 +24,8 @@ Job = TypeVar("Job")
 
 def suits_blocks(module: torch.nn.Module, x: torch.Tensor) -> bool:
     """Whether what `module` does to x may be computed so: channels_last on a CPU, and nothing records it."""
+    if torch.compiler.is_compiling():  # first: what follows would be traced
+        return False
     parameters = list(module.parameters(recurse=False))
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -33,7 +35,6 @@ def suits_blocks(module: torch.nn.Module, x: torch.Tensor) -> bool:
         and x.stride(1) == 1  # channels_last: a block of rows is one piece of memory
         and all(parameter.dtype == x.dtype for parameter in parameters)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)))
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch.is_autocast_enabled("cpu")
         and torch.get_float32_matmul_precision()

@@ -27,7 +27,7 @@ class Affine(NamedTuple):
 
 def suits_norm(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
     """Whether `affine` and `apply` can stand in for `norm` on x, and the map is large enough."""
-    return norm.affine and x.numel() > BLOCK and blocks.suits_blocks(norm, x)
+    return norm.affine and blocks.suits_blocks(norm, x) and x.numel() > BLOCK
 
 
 def affine(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:

@@ -98,7 +98,7 @@ def suits_convolution(conv: torch.nn.Conv2d, x: torch.Tensor, scheme: Scheme) ->
     """Whether `convolve` can stand in for a 3x3 `conv` on x, and is likely faster."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3] * (scheme.outputs // scheme.step) ** 2
     wide = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
-    return wide and pixels >= MIN_PIXELS and blocks.suits_blocks(conv, x)
+    return wide and blocks.suits_blocks(conv, x) and pixels >= MIN_PIXELS
 
 
 def convolve(

@@ -5,3 +5,4 @@ from . import planning as planning
 from . import stages as stages
 from . import structure as structure
 from . import switch as switch
+from . import uncompiled as uncompiled

@@ -3,7 +3,8 @@
 Every layer is a map that may be read box by box: a box is computed from the boxes of its sources, which reach
 a halo of a pixel or two further, by the model's own modules with their own zero padding. What a false border
 has touched is cropped off; at true borders the halo ends as the map does, so that the padding is the right
-one. Nothing but a `Stored` map keeps what was computed: reading anything else twice computes it twice.
+one, or comes from the other side of the map where a convolution wraps around. Nothing but a `Stored` map
+keeps what was computed: reading anything else twice computes it twice.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentvae.base.errors import ModelError
-from latentvae.runtime.tiling.maps import Box, OldEdges, Statistics, pieces
+from latentvae.runtime.forwards import conv_of
+from latentvae.runtime.seamless import wraps
+from latentvae.runtime.tiling.maps import Box, OldEdges, Statistics, pieces, turns
 
 
 class Map(ABC):
@@ -36,6 +39,15 @@ class Map(ABC):
     @abstractmethod
     def read(self, box: Box) -> torch.Tensor:
         """The values in a box, (1, C, h, w)."""
+
+    def around(self, box: Box) -> torch.Tensor:
+        """The values in a box that may reach beyond the map, which begins anew there."""
+        rows, columns = turns(box.top, box.bottom, self.height), turns(box.left, box.right, self.width)
+        if len(rows) == len(columns) == 1:
+            return self.read(Box(*rows[0], *columns[0]))
+        strips = [torch.cat([self.read(Box(*row, *column)) for column in columns], 3) for row in rows]
+        result = torch.cat(strips, 2)
+        return result.contiguous(memory_format=_layout(strips[0]))
 
     @abstractmethod
     def footprint(self, pixels: int) -> tuple[int, int]:
@@ -151,17 +163,10 @@ def _layout(tile: torch.Tensor) -> torch.memory_format:
 
 
 def _weight_and_bias(norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm's parameters, also where accelerate's sequential offloading keeps them away between calls."""
-    hook: Any = getattr(norm, "_hf_hook", None)
-    if norm.weight.device.type != "meta":
-        return norm.weight, norm.bias
-    if hook is None:
+    """A norm's parameters, which the hooks of offloading have brought by now."""
+    if norm.weight.device.type == "meta":
         raise ModelError("the model's weights are on the meta device. Load them before you encode or decode.")
-    hook.pre_forward(norm)
-    try:
-        return norm.weight.clone(), norm.bias.clone()
-    finally:
-        hook.post_forward(norm, None)
+    return norm.weight, norm.bias
 
 
 class Conv(Map):
@@ -172,10 +177,11 @@ class Conv(Map):
         flops = source.flops + 18 * conv.in_channels * conv.out_channels
         super().__init__(name, conv.out_channels, source.height, source.width, flops)
         self.source, self.conv, self.norm, self.sources = source, conv, norm, (source,)
+        self.wraps = wraps(conv)
 
     def read(self, box: Box) -> torch.Tensor:
-        outer = box.grown(1, self)
-        return box.cropped(self.apply(self.source.read(outer)), outer)
+        outer = box.grown(1).within(self, self.wraps)
+        return box.cropped(self.apply(self.source.around(outer)), outer)
 
     def apply(self, tile: torch.Tensor) -> torch.Tensor:
         """Norm, activation and convolution of a tile; the outermost pixels are right at true borders only."""
@@ -205,17 +211,31 @@ class Residual(Map):
         super().__init__(name, block.conv2.out_channels, source.height, source.width, flops)
         self.block, self.source, self.hidden, self.sources = block, source, hidden, (source, hidden)
         self.norm = Norm(block.norm2, block.nonlinearity, hidden.statistics)
+        self.wraps = wraps(block.conv2)
+        # beyond the map, the first convolution makes what comes around only where both wrap
+        self.at_once = isinstance(hidden, Conv) and hidden.wraps == self.wraps
+
+    def reaches(self, over: Map) -> int:
+        """How far from a tile it reads a source, on the way to its first half or as that."""
+        if over is self.hidden:
+            return 1
+        return 2 if isinstance(self.hidden, Conv) else 0
+
+    def may_replace(self, over: Map) -> bool:
+        """Whether it may be written over a source while that is read: of the same size, and not around it."""
+        wraps = (*self.wraps, *(self.hidden.wraps if isinstance(self.hidden, Conv) else ()))
+        return over.channels == self.channels and not (self.reaches(over) and any(wraps))
 
     def read(self, box: Box) -> torch.Tensor:
-        block, inner = self.block, box.grown(1, self)
+        block, inner = self.block, box.grown(1).within(self, self.wraps)
         source = None
-        if isinstance(self.hidden, Conv):  # one reading of the source serves both
-            outer = inner.grown(1, self)
-            tile = self.source.read(outer)
+        if isinstance(self.hidden, Conv) and self.at_once:  # one reading of the source serves both
+            outer = inner.grown(1).within(self, self.wraps)
+            tile = self.source.around(outer)
             source = box.cropped(tile, outer)
             hidden = inner.cropped(self.hidden.apply(tile), outer)
         else:
-            hidden = self.hidden.read(inner)  # from the scratch: the source is read later, without a halo
+            hidden = self.hidden.around(inner)  # from the scratch: the source is read later, without a halo
         hidden = self.norm(hidden)
         result = box.cropped(block.conv2(hidden), inner)
         del hidden  # before the source is read, or three tiles would lie in memory
@@ -251,16 +271,13 @@ class Up(Map):
         flops = source.flops / 4 + 18 * source.channels * channels
         super().__init__(name, channels, 2 * source.height, 2 * source.width, flops)
         self.source, self.upsampler, self.sources = source, upsampler, (source,)
+        self.wraps = wraps(conv_of(upsampler))
 
     def read(self, box: Box) -> torch.Tensor:
         # a 3x3 window reaches 1 px of the large map, which is a repeated pixel of the small one
-        inner = Box(
-            max((box.top - 1) // 2, 0),
-            min((box.bottom + 2) // 2, self.source.height),
-            max((box.left - 1) // 2, 0),
-            min((box.right + 2) // 2, self.source.width),
-        )
-        return box.cropped(self.upsampler(self.source.read(inner)), Box(*(2 * edge for edge in inner)))
+        reach = Box((box.top - 1) // 2, (box.bottom + 2) // 2, (box.left - 1) // 2, (box.right + 2) // 2)
+        inner = reach.within(self.source, self.wraps)
+        return box.cropped(self.upsampler(self.source.around(inner)), Box(*(2 * edge for edge in inner)))
 
     def footprint(self, pixels: int) -> tuple[int, int]:
         peak, read = self.source.footprint(pixels // 4)

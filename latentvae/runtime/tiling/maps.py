@@ -1,6 +1,7 @@
 """Maps: activations that are computed tile by tile and kept in memory or in files, and their statistics."""
 
 import itertools
+import math
 import mmap
 import os
 import shutil
@@ -33,13 +34,17 @@ class Box(NamedTuple):
     left: int
     right: int
 
-    def grown(self, halo: int, size: Size) -> "Box":
-        """This box and `halo` pixels around it, as far as a map of that size goes."""
+    def grown(self, halo: int) -> "Box":
+        """This box and `halo` pixels around it."""
+        return Box(self.top - halo, self.bottom + halo, self.left - halo, self.right + halo)
+
+    def within(self, size: Size, wraps: tuple[bool, bool]) -> "Box":
+        """This box as far as a map of that size goes, and beyond along the axes (y, x) that wrap around."""
+        top, bottom = (-math.inf, math.inf) if wraps[0] else (0, size.height)
+        left, right = (-math.inf, math.inf) if wraps[1] else (0, size.width)
         return Box(
-            max(self.top - halo, 0),
-            min(self.bottom + halo, size.height),
-            max(self.left - halo, 0),
-            min(self.right + halo, size.width),
+            *(int(max(self.top, top)), int(min(self.bottom, bottom))),
+            *(int(max(self.left, left)), int(min(self.right, right))),
         )
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -50,6 +55,16 @@ class Box(NamedTuple):
         """This part of a tile that holds the box `outer`, as a view."""
         top, left = self.top - outer.top, self.left - outer.left
         return tile[:, :, top : top + self.bottom - self.top, left : left + self.right - self.left]
+
+
+def turns(first: int, last: int, size: int) -> list[tuple[int, int]]:
+    """first..last of an axis that begins anew after `size`, as spans within it."""
+    spans = []
+    while first < last:
+        start = first % size
+        spans.append((start, min(start + last - first, size)))
+        first += spans[-1][1] - start
+    return spans
 
 
 def rows_of_boxes(size: Size, side: int) -> list[list[Box]]:

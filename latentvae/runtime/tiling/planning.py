@@ -7,25 +7,35 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from latentvae.base.errors import ModelError
 from latentvae.runtime.memory import ordinary_peak
-from latentvae.runtime.patches import check_autoencoder
+from latentvae.runtime.patches import check_autoencoder, is_patched, patches_of
 from latentvae.runtime.tiling.layers import Stored
 from latentvae.runtime.tiling.stages import Stage, Walk, choose, decoder_stages, encoder_stages
 from latentvae.runtime.tiling.structure import check_structure
 
 DEFAULT_TILE = 512  # pixels of a side
 DEFAULT_MEMORY = 4e9  # bytes
-SETTINGS = "_latentvae_tiling"  # the attribute of an encoder or decoder that holds them
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `enable_exact_tiling` was asked for; `scratch` None is the memory of the input's device."""
+    """What `enable_exact_tiling` was asked for; `scratch` None is the memory of the input's device.
+
+    `width` is of the wider of the first two levels, by which a computation without tiles is measured.
+    """
 
     tile_size: int = DEFAULT_TILE
     scratch: Path | torch.device | None = None
     progress: bool = False
     memory: float = DEFAULT_MEMORY
+    width: int = 0
+
+
+def settings_of(model: torch.nn.Module) -> Settings:
+    """What `enable_exact_tiling` was asked for, or its defaults if it is off."""
+    ours = patches_of(model)
+    return ours.settings if ours is not None and is_patched(model, "tiling") else Settings()
 
 
 @dataclass(frozen=True)
@@ -106,11 +116,14 @@ def plan(
         tile_size, memory: as in `enable_exact_tiling`. Default: what that was called with, or its defaults.
 
     Raises:
-        ModelError: not an AutoencoderKL, or one with blocks that cannot be tiled.
+        ModelError: not an AutoencoderKL, one with blocks that cannot be tiled, or without one of its halves.
     """
     check_autoencoder(vae)
+    for name in ("encoder", "decoder"):
+        if getattr(vae, name, None) is None:
+            raise ModelError(f"this VAE has no {name}; a plan says what encoding and decoding take.")
     check_structure(vae)
-    asked: Settings = getattr(vae.encoder, SETTINGS, Settings())
+    asked = settings_of(vae.encoder)
     settings = Settings(
         asked.tile_size if tile_size is None else tile_size,
         memory=asked.memory if memory is None else memory,

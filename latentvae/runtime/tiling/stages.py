@@ -14,8 +14,8 @@ from latentvae.runtime.tiling.maps import Scratch, Statistics, rows_of_boxes
 
 # A tile may take the memory of this many maps of the first level's width and tile_size x tile_size pixels.
 MAPS_PER_TILE = 3
-# Stock attention holds this many maps at its worst moment: its norm, queries, keys, values, results.
-MAPS_OF_ATTENTION = 7
+# Stock attention holds this many maps at its worst moment: its input, norm, queries, keys, values, results.
+MAPS_OF_ATTENTION = 8
 # Where nothing fits, the peak may be this much above the lowest: two plans a percent apart can differ by half
 # of the computation.
 ABOVE_LOWEST = 1.05
@@ -154,7 +154,8 @@ class TiledRun(Walk):
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         super().attend(name, attention, source)
         tensor = source.whole()  # (1, C, h, w); the result replaces it
-        tensor.copy_(attention(tensor.to(self.device), temb=None))
+        # a copy, because hooks and processors may keep what they are given
+        tensor.copy_(attention(tensor.to(self.device, copy=True), temb=None))
         source.statistics = Statistics()
         source.statistics.add(tensor)
         self._finish(name, source.statistics)
@@ -243,10 +244,8 @@ def _resnet(walk: Walk, name: str, block: Any, x: Map) -> Residual:
 def _finished(walk: Walk, y: Residual) -> Stored:
     """Store a resnet's result, in place of its source or else of its first half where one has its size."""
     for over in y.sources:
-        if isinstance(over, Stored) and over.channels == y.channels:
-            # what a tile reads around itself of the map that it overwrites
-            halo = {y.hidden: 1, y.source: 0 if isinstance(y.hidden, Stored) else 2}[over]
-            walk.store(y, over, halo)
+        if isinstance(over, Stored) and y.may_replace(over):
+            walk.store(y, over, y.reaches(over))
             break
     else:
         over = walk.store(y)
