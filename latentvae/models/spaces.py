@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from latentvae.models.formats.stored import CONFIG_NAME
 from latentvae.models.latents import scale, unscale
 from latentvae.models.loading import (
-    CONFIG_NAME,
     SUBFOLDERS,
     from_pretrained,
     hub_config,
