@@ -14,6 +14,7 @@ from vaes import tiny_autoencoder
 from latentvae.base.errors import LatentVAEError
 from latentvae.models import loading
 from latentvae.models.presets import SPACES
+from latentvae.models.spaces import space_name
 from latentvae.pipelines.agree import agree
 from latentvae.pipelines.checks import LatentSpaceError, SwapError
 from latentvae.pipelines.preview import preview
@@ -156,6 +157,7 @@ def test_a_pipeline_with_a_tiny_autoencoder_is_saved_and_loaded(
     tiny_autoencoder(case.channels).save_pretrained(tmp_path / "taesd")
     pipe = case.make()
     swap(pipe, str(tmp_path / "taesd"), allow_new_latent_space=True)  # by its folder
+    assert "(taesd)" in space_name(pipe.vae)
     pipe.save_pretrained(tmp_path / "pipe")
     loaded = pipeline.from_pretrained(tmp_path / "pipe")
     loaded.set_progress_bar_config(disable=True)
