@@ -156,10 +156,10 @@ def test_the_teachers_own_pictures_are_measured_once(
     assert alone[0] == alone[1]
 
 
-@pytest.mark.parametrize("logvar", [-6.0, -14.0])
 def test_a_students_variance_becomes_the_stated_one_where_the_teacher_has_none(
-    logvar: float, photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
 ) -> None:
+    logvar = -6.0
     steps = ("train.max_steps=40", "train.validate_every=40", "train.save_every=40", "optim.lr=1e-2")
     more = ("model.space=sd", f"distil.logvar={logvar}", "distil.learn=encoder", "train.ema_decay=0", *steps)
     vae, _ = run(photo_folder, tmp_path / "run", tiny_teacher, init, *more)
