@@ -19,13 +19,14 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from machine import machine
 
 import latentvae
+from latentvae.models.loading import cast
 from latentvae.pipelines.preview import Preview
 from latentvae.training.machine import has_fast_bfloat16
 
-# of Stable Diffusion 1.5, and one that is small enough to be no excuse
+# one that is small enough to be no excuse, and Stable Diffusion 1.5's
 UNETS: dict[str, dict[str, Any]] = {
-    "sd": {"cross_attention_dim": 768, "attention_head_dim": 8},
     "tiny": {"cross_attention_dim": 32, "attention_head_dim": 8, "block_out_channels": (32, 64, 128, 128)},
+    "sd": {"cross_attention_dim": 768, "attention_head_dim": 8},
 }
 HEADER = "| UNet | parameters, M | picture, px | s for a step | s for its picture | share | with `every=5` |"
 
@@ -35,12 +36,11 @@ def pipeline(size: str, vae: Any, device: torch.device) -> Any:
     with torch.device("meta"):  # or drawing the weights would take longer than the steps
         unet = UNet2DConditionModel(sample_size=64, **UNETS[size])
     dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    unet = unet.to(dtype).to_empty(device=device)
+    unet = cast(unet, dtype).to_empty(device=device)
     for parameter in unet.parameters():
         parameter.data.zero_()
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=None,
