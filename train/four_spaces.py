@@ -32,6 +32,7 @@ from reproduce_default import FAILED, STOPPED, history
 from latentvae.base.errors import ConfigError, LatentVAEError
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import export
+from latentvae.models.licences import check_licence
 from latentvae.models.loading import bundled, load
 from latentvae.training.checkpoint import listing, newest
 from latentvae.training.config import Config
@@ -273,6 +274,7 @@ def main() -> None:
     arguments = parse()
     deadline = time.monotonic() + 60 * arguments.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # through `finally`, so that runs are saved
+    check_licence(arguments.licence)  # which the exports at the end will name
     runs = students(arguments)
     groups = [runs] if arguments.together else [[student] for student in runs]
     for number, group in enumerate(groups):
