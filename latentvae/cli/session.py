@@ -79,7 +79,7 @@ class Session:
         channels = image_channels(self.vae)
         for path in tqdm(paths, unit="image", disable=len(paths) < 2):
             try:
-                image, info = images.reading.load_image_with_info(path, channels=channels)
+                image, info = images.scans.load(path, channels, models.loading.window_of(self.vae))
                 if longest is not None:
                     image = images.resizing.thumbnail(image, longest)
                 self.fit(path, *image.shape[-2:])
@@ -222,7 +222,7 @@ def read_sidecar(source: str) -> dict[str, Any]:
     if place.is_file():
         folders.append(place.parent)
     for folder in folders:
-        sidecar = folder / models.exporting.SIDECAR
+        sidecar = folder / models.loading.SIDECAR
         if sidecar.is_file():
             return json.loads(sidecar.read_text(encoding="utf-8"))
     return {}
