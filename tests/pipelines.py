@@ -389,6 +389,15 @@ CASES = {
 }
 
 
+# of the spaces that bundled models speak: text to image, and image to image
+FAMILIES = {
+    "sd": ("StableDiffusion", "StableDiffusionImg2Img"),
+    "sdxl": ("StableDiffusionXL", "StableDiffusionXLImg2Img"),
+    "sd3": ("StableDiffusion3", "StableDiffusion3Img2Img"),
+    "flux": ("Flux", "FluxImg2Img"),
+}
+
+
 _cpu_offload = accelerate.cpu_offload
 
 

@@ -4,10 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from latentvae.models.presets import block_types
 from latentvae.runtime.kernels import groupnorm, winograd
+
+
+def tiny_autoencoder(channels: int = 4, seed: int = 0, **options: Any) -> AutoencoderTiny:
+    """A random one of TAESD's class, of 1/8 of the side."""
+    torch.manual_seed(seed)
+    shape = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    return AutoencoderTiny(**{**shape, **blocks, "latent_channels": channels, **options}).eval()
 
 
 def build(

@@ -55,7 +55,8 @@ def agree(
     with devices.fitting_on(place):
         copies = tuple(agreement.plain_copy(vae) for vae in vaes)
     pairs = [agreement.both_ways(copies, scalings, image.to(vaes[0].device)) for image in centres]
-    found = agreement.agreement_of(pairs)
+    name_of = models.spaces.space_name
+    found = agreement.agreement_of(pairs, (name_of(vaes[0]), name_of(vaes[1])))
     picture = make_folder(output) / PICTURE
     _draw(pairs[:MAX_ROWS], picture)
     result = {"a": a, "b": b, **found.as_dict(), "picture": str(picture), "skipped": session.skipped}
@@ -80,6 +81,7 @@ def _lines(found: pipelines.agree.Agreement) -> list[str]:
     """The figures, with what each was wanted to be, and the verdict."""
     agreement = pipelines.agree
     figures: list[tuple[str, str]] = [
+        ("latent spaces, by config", "A: {}; B: {}".format(*found.spaces)),
         ("agreement of latents", f"{found.score:.4f} (1: the same; wanted: {agreement.MIN_SCORE} or more)"),
         ("correlation", f"{found.correlation:.4f}"),
         ("scale of B's latents", f"x {found.scale_ratio:.4f}"),

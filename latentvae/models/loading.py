@@ -32,6 +32,7 @@ DEFAULT_MODEL = "f8c4-small"
 
 # unpickling runs whatever code the file names, so these are refused with the way out, never read
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+SUBFOLDERS = ("", "vae")  # of a repository: of a VAE, or of a whole pipeline
 # classes that people try, and what they can do instead; docs/formats.md has them as a table
 OTHERS = {
     "AutoencoderTiny": " One of these is a teacher (model.teacher) or a side of `latentvae agree`; in place "
@@ -69,7 +70,8 @@ def load(
 
     Args:
         source: None for the bundled default; the name of a bundled model; a diffusers folder (of the VAE
-            itself, or of a pipeline with a `vae/` in it); one `*.safetensors` file; or a hub id.
+            itself, or of a pipeline with a `vae/` in it); one `*.safetensors` file; or a hub id, of which a
+            copy that is cached goes before the hub's.
         dtype: the weights' dtype, whatever the file holds; None keeps the file's (a hub id's: float32).
         device: where to put it.
 
@@ -163,23 +165,53 @@ def _own_config(stored: StoredVAE) -> dict[str, Any] | None:
 
 def _load_hub(name: str, dtype: torch.dtype | None) -> AutoencoderKL:
     check_local(name, ModelError)
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not _may_be_on_hub(name):
         known = [*bundled(), *PRESETS]
         raise ModelError(
             f"no model {name!r}: no such file or folder, no bundled model of that name."
             f"{nearest(name, known)} Wanted {', '.join([*bundled(), ''])}a diffusers folder, a "
             "*.safetensors file or a hub id (owner/name)."
         )
+    # by its config, so that another class is refused before its weights are downloaded
+    subfolder, config = hub_config(name)
+    _check_class(config, Path(name))
+    return from_pretrained(AutoencoderKL, name, dtype, subfolder)
+
+
+def _may_be_on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/"))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `load` asks the hub for a name: owner/name, and nothing here that is called so."""
+    files = {".safetensors", *PICKLED_SUFFIXES}
+    return _may_be_on_hub(name) and not Path(name).exists() and Path(name).suffix not in files
+
+
+def hub_config(name: str) -> tuple[str, dict[str, Any]]:
+    """Where in a hub repository the VAE is ("" or "vae"), and its config; a cached copy is not asked about.
+
+    Raises:
+        ModelError: no such repository, or no connection and nothing cached.
+    """
     try:
         subfolder = _hub_subfolder(name)
-        # by its config, so that another class is refused before its weights are downloaded
-        _check_class(AutoencoderKL.load_config(name, subfolder=subfolder), Path(name))
-        return _from_pretrained(name, dtype, subfolder)
+        cached = _is_cached(name, subfolder)
+        return subfolder, AutoencoderKL.load_config(name, subfolder=subfolder, local_files_only=cached)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no model {name!r}: no such folder here, and the hub did not give it ({error}). "
-            "Check the name and the connection, or download it and pass the folder."
-        ) from error
+        raise ModelError(_not_given(name, error)) from error
+
+
+def _not_given(name: str, error: Exception) -> str:
+    return (
+        f"no model {name!r}: no such folder here, and the hub did not give it ({error}). "
+        "Check the name and the connection, or download it and pass the folder."
+    )
+
+
+def _is_cached(name: str, subfolder: str) -> bool:
+    file = f"{subfolder}/{CONFIG_NAME}".lstrip("/")
+    return isinstance(huggingface_hub.try_to_load_from_cache(name, file), str)
 
 
 def _hub_subfolder(name: str) -> str:
@@ -187,36 +219,54 @@ def _hub_subfolder(name: str) -> str:
 
     Asked before anything is downloaded, because downloads without a connection retry for minutes.
     """
-    files = {"": "config.json", "vae": "vae/config.json"}
-    for subfolder, file in files.items():
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
+    for subfolder in SUBFOLDERS:
+        if _is_cached(name, subfolder):
             return subfolder
-    for subfolder, file in files.items():
+    for subfolder in SUBFOLDERS:
         try:
-            if huggingface_hub.file_exists(name, file):
+            if huggingface_hub.file_exists(name, f"{subfolder}/{CONFIG_NAME}".lstrip("/")):
                 return subfolder
         except Exception as error:  # what is raised without a connection depends on the hub's HTTP library
             raise OSError(f"{type(error).__name__}: {error}") from error
     raise OSError("there is no such repository, or no config.json in it or in its vae/")
 
 
-def _from_pretrained(name: str, dtype: torch.dtype | None, subfolder: str) -> AutoencoderKL:
+def from_pretrained(kind: Any, name: str, dtype: torch.dtype | None, subfolder: str = "") -> Any:
+    """A model of a diffusers class from a folder or a hub id, complete; a cached copy goes before the hub.
+
+    Raises:
+        ModelError: weights that are missing, or do not fit.
+    """
     options: dict[str, Any] = {"subfolder": subfolder, "use_safetensors": True}
     options["output_loading_info"] = True
-    try:
-        vae, report = AutoencoderKL.from_pretrained(name, **options)
-    except OSError as error:
-        # first without a variant: full precision where a repository has both
-        try:  # some repositories have no other than half-precision weights
-            vae, report = AutoencoderKL.from_pretrained(name, variant="fp16", **options)
-        except OSError:
-            raise error from None
-    broken = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
+    # what is cached first, or each file would be asked about; a variant last: full precision where there is
+    # both, but some repositories have no other than half-precision weights
+    tries: list[dict[str, Any]] = [{"local_files_only": True}, {}, {"variant": "fp16"}]
+    if not is_hub_id(name):
+        tries.pop(1)
+    vae, report = _first_that_loads(kind, name, [options | each for each in tries])
+    broken = [key for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[what]]
     if broken:  # diffusers fills what is missing with random weights, and only logs it
         raise ModelError(
-            f"{name} is no complete AutoencoderKL: {len(broken)} keys do not fit, first {broken[0]!r}."
+            f"{name} is no complete {kind.__name__}: {len(broken)} keys do not fit, first {broken[0]!r}."
         )
     return vae if dtype is None else cast(vae, dtype)
+
+
+def _first_that_loads(kind: Any, name: str, tries: list[dict[str, Any]]) -> Any:
+    """What the first of several ways to load gives; the error of a full-precision one where none does."""
+    errors: list[Exception] = []
+    for options in tries:
+        try:
+            return kind.from_pretrained(name, **options)
+        except OSError as error:  # not there; the next may be
+            errors.append(error)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ModelError(f"{name} could not be loaded as an {kind.__name__}: {error}") from error
+    full = errors[-2]
+    if Path(name).exists():
+        raise ModelError(f"{name} could not be loaded as an {kind.__name__}: {full}") from full
+    raise ModelError(_not_given(name, full)) from full
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

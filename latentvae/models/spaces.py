@@ -11,9 +11,16 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from latentvae.base.errors import ModelError
+from latentvae.models.formats.stored import CONFIG_NAME
 from latentvae.models.latents import scale, unscale
-from latentvae.models.loading import cast, load, spatial_compression_ratio
+from latentvae.models.loading import (
+    SUBFOLDERS,
+    from_pretrained,
+    hub_config,
+    is_hub_id,
+    load,
+    spatial_compression_ratio,
+)
 from latentvae.models.presets import SPACES, LatentSpace
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
@@ -35,42 +42,49 @@ def space_of(vae: Autoencoder) -> LatentSpace | None:
     return None
 
 
+def space_name(vae: Autoencoder) -> str:
+    """What messages call a model's latent space; it is told by the factors that its config claims."""
+    if isinstance(vae, AutoencoderTiny):
+        folder = Path(str(vae.config.get("_name_or_path") or "")).name
+        return f"an AutoencoderTiny{f' ({folder})' * bool(folder)}, which does not name its space"
+    if space := space_of(vae):
+        return space.name
+    config = vae.config
+    factors = f"scaling_factor {config['scaling_factor']:g}, shift_factor {config.get('shift_factor') or 0:g}"
+    return f"no known space ({config['latent_channels']} channels, {factors})"
+
+
 def load_autoencoder(
     source: str | Path | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Autoencoder:
-    """`latentvae.load`, which also takes an AutoencoderTiny: a folder of diffusers, or a hub id.
+    """`latentvae.load`, which also takes an AutoencoderTiny: a folder of diffusers, of it or of a pipeline
+    with one, or a hub id, of which a cached copy goes before the hub's.
 
     Raises:
         ModelError: nothing there, another class, or weights that do not fit.
     """
-    if source is None or _class_name(str(source)) != "AutoencoderTiny":
+    found = None if source is None else _tiny_subfolder(str(source))
+    if found is None:
         return load(source, dtype=dtype, device=device)
-    try:
-        tiny, report = AutoencoderTiny.from_pretrained(
-            str(source), use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{source} could not be loaded as an AutoencoderTiny: {error}") from error
-    broken = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind]]
-    if broken:
-        raise ModelError(
-            f"{source} is no complete AutoencoderTiny: {len(broken)} keys do not fit, first {broken[0]!r}."
-        )
-    return cast(tiny, dtype).to(device).eval()
+    return from_pretrained(AutoencoderTiny, str(source), dtype, found).to(device).eval()
 
 
-def _class_name(source: str) -> str | None:
-    """The model class that a folder or a hub repository names; None where there is no config to ask."""
-    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
-    if not (is_hub_id or (Path(source) / "config.json").is_file()):
+def _tiny_subfolder(source: str) -> str | None:
+    """Where in a folder or a hub repository an AutoencoderTiny is ("" or "vae"); None where there is none."""
+    if is_hub_id(source):
+        subfolder, config = hub_config(source)
+        return subfolder if config.get("_class_name") == "AutoencoderTiny" else None
+    places = [name for name in SUBFOLDERS if (Path(source) / name / CONFIG_NAME).is_file()]
+    if not places:
         return None
     try:
-        return AutoencoderTiny.load_config(source).get("_class_name")
-    except (OSError, ValueError):  # offline, or not a model: `load` says what is wrong
+        config = AutoencoderTiny.load_config(source, subfolder=places[0])
+    except (OSError, ValueError):  # not a model: `load` says what is wrong
         return None
+    return places[0] if config.get("_class_name") == "AutoencoderTiny" else None
 
 
 def latent_shape(vae: Autoencoder) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from latentvae.measure.activations import stock_copy
 from latentvae.measure.diagnosis import synthetic_probes
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import SAMPLE_PICTURE
-from latentvae.models.spaces import Autoencoder, latent_shape
+from latentvae.models.spaces import Autoencoder, latent_shape, space_name
 from latentvae.runtime.patches import check_autoencoder
 
 PROBE_SIZE = 96  # pixels a side: two VAEs of SD's size take seconds on a CPU; f16 still has 6 x 6 latents
@@ -60,6 +60,7 @@ class Agreement:
     encode_score: float
     contrast: float
     image_count: int
+    spaces: tuple[str, str]  # of A and B, as their configs name them
 
     @property
     def loss(self) -> float:
@@ -96,11 +97,11 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"agreement {self.score:.3f} of 1 (wanted: {MIN_SCORE} or more), correlation "
-            f"{self.correlation:.3f}, scale x {self.scale_ratio:.3g}; decoding the other's latents costs "
-            f"{self.loss:.1f} dB (wanted: {MAX_LOSS:g} or less); B's pictures of A's latents "
-            f"{self.decode_score:.2f} of 1 and x {self.contrast:.3f} in contrast, A's of B's "
-            f"{self.encode_score:.2f} (wanted: {MIN_PICTURE_SCORE:g} or more)"
+            f"A's space is {self.spaces[0]}, B's {self.spaces[1]}; agreement {self.score:.3f} of 1 (wanted: "
+            f"{MIN_SCORE} or more), correlation {self.correlation:.3f}, scale x {self.scale_ratio:.3g}; "
+            f"decoding the other's latents costs {self.loss:.1f} dB (wanted: {MAX_LOSS:g} or less); B's "
+            f"pictures of A's latents {self.decode_score:.2f} of 1 and x {self.contrast:.3f} in contrast, "
+            f"A's of B's {self.encode_score:.2f} (wanted: {MIN_PICTURE_SCORE:g} or more)"
         )
 
 
@@ -152,7 +153,8 @@ def check_same_shape(vae_a: Autoencoder, vae_b: Autoencoder) -> None:
     if shapes[0] != shapes[1]:
         raise LatentVAEError(
             f"the two VAEs have latents of different shapes ({shapes[0]}; {shapes[1]}): they cannot be one "
-            "latent space. Compare VAEs of the same latent_channels and number of levels."
+            f"latent space. By their configs A's is {space_name(vae_a)}, B's {space_name(vae_b)}. Compare "
+            "VAEs of the same latent_channels and number of levels."
         )
 
 
@@ -169,7 +171,8 @@ def measure_agreement(
     if images is None:
         images = probe_images(vae_a.config["in_channels"])
     batches = [images] if isinstance(images, torch.Tensor) else images
-    return agreement_of([both_ways(vaes, scalings, batch.to(place)) for batch in batches])
+    pairs = [both_ways(vaes, scalings, batch.to(place)) for batch in batches]
+    return agreement_of(pairs, (space_name(vae_a), space_name(vae_b)))
 
 
 def plain_copy(vae: Autoencoder) -> Autoencoder:
@@ -231,8 +234,8 @@ def _mode(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     return vae.encode(images).latent_dist.mode()
 
 
-def agreement_of(pairs: list[Pair]) -> Agreement:
-    """The figures over all batches together.
+def agreement_of(pairs: list[Pair], spaces: tuple[str, str]) -> Agreement:
+    """The figures over all batches together; `spaces` are the names of both (`space_name`).
 
     Raises:
         LatentVAEError: no images, or latents that are not finite.
@@ -264,6 +267,7 @@ def agreement_of(pairs: list[Pair]) -> Agreement:
         encode_score,
         _spread([pair.crossed[0] for pair in pairs]) / max(_spread([pair.own[0] for pair in pairs]), 1e-6),
         sum(len(pair.images) for pair in pairs),
+        spaces,
     )
 
 

@@ -13,8 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.latents import Scaling
-from latentvae.models.loading import spatial_compression_ratio
-from latentvae.models.spaces import latent_shape
+from latentvae.models.spaces import Autoencoder, latent_shape, space_name
 from latentvae.pipelines.agree import Agreement, Use, measure_agreement
 
 COMPONENTS = ("vae", "vqvae")  # the second: LDMTextToImagePipeline
@@ -86,7 +85,7 @@ def is_kind(pipe: Any, *starts: str) -> bool:
     return any(cls.__name__.startswith(starts) for cls in type(pipe).__mro__)
 
 
-def pipeline_scaling(pipe: Any, vae: AutoencoderKL) -> Scaling:
+def pipeline_scaling(pipe: Any, vae: Autoencoder) -> Scaling:
     """What this pipeline does to the latents of a VAE before its denoiser sees them.
 
     SD, SDXL, DiT, LDM and PixArt ignore shift_factor. SDXL uses latents_mean and latents_std where there are
@@ -136,21 +135,21 @@ def latent_channels(pipe: Any) -> int:
 # --- the checks
 
 
-def check_fit(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
+def check_fit(pipe: Any, vae: Autoencoder, old: Any) -> None:
     """Refuse a VAE with which the pipeline would fail, or silently make wrong pictures.
 
     Raises:
         SwapError: says what the VAE has, what the pipeline wants, and what to do.
     """
     # nothing is computed here: what is wrong comes out in an instant, before two VAEs are compared
-    check_channels(pipe, vae)
+    check_channels(pipe, vae, old)
     check_compression(pipe, vae)
     check_scaling(pipe, vae, old)
     check_attributes(pipe, vae, old)
     check_hooks(vae)
 
 
-def check_channels(pipe: Any, vae: AutoencoderKL) -> None:
+def check_channels(pipe: Any, vae: Autoencoder, old: Any) -> None:
     """Latents against the denoiser, images against RGB."""
     images = (vae.config["in_channels"], vae.config["out_channels"])
     if images != (3, 3):
@@ -167,7 +166,7 @@ def check_channels(pipe: Any, vae: AutoencoderKL) -> None:
         raise SwapError(
             f"this VAE has {have} latent channels, but the {name} of {type(pipe).__name__} works on {wanted} "
             f"(it takes {taken} and gives {given or taken}{', in patches of 2 x 2' if packs(pipe) else ''}). "
-            f"Use a VAE of {wanted} latent channels, or a {name} that was trained on {have}."
+            f"Use a VAE of {wanted} latent channels, or a {name} that was trained on {have}.{_both(old, vae)}"
         )
     if "Inpaint" in type(pipe).__name__ and name == "unet" and taken not in UNETS_OF_INPAINTING:
         raise SwapError(
@@ -176,9 +175,9 @@ def check_channels(pipe: Any, vae: AutoencoderKL) -> None:
         )
 
 
-def check_compression(pipe: Any, vae: AutoencoderKL) -> None:
+def check_compression(pipe: Any, vae: Autoencoder) -> None:
     """Pipelines that compute sizes with 8 whatever the VAE."""
-    factor = spatial_compression_ratio(vae)
+    factor = latent_shape(vae)[1]
     if factor != 8 and is_kind(pipe, *COMPUTE_WITH_8):
         raise SwapError(
             f"this VAE compresses each side by {factor}, but {type(pipe).__name__} computes with 8 whatever "
@@ -186,7 +185,7 @@ def check_compression(pipe: Any, vae: AutoencoderKL) -> None:
         )
 
 
-def check_scaling(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
+def check_scaling(pipe: Any, vae: Autoencoder, old: Any) -> None:
     """Scaling and shift that the pipeline would ignore, use twice, or change."""
     config, reads, kind = vae.config, names_read(type(pipe)), type(pipe).__name__
     # what the present VAE has too, the denoiser was trained with: ignored all along, it stays so
@@ -211,6 +210,11 @@ def check_scaling(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
         )
     if both and "latents_mean" in reads:
         _check_moments(kind, mean, std, factor)
+    if is_kind(pipe, SETS_FACTOR) and isinstance(vae, AutoencoderTiny):
+        raise SwapError(
+            f"{kind} writes scaling_factor {FIXED_FACTOR} into its VAE whenever it is loaded, and latents "
+            "of an AutoencoderTiny come scaled: they would be scaled twice. Use an AutoencoderKL."
+        )
     if is_kind(pipe, SETS_FACTOR) and factor != FIXED_FACTOR:
         raise SwapError(
             f"this VAE has scaling_factor {factor:g}, but {kind} writes {FIXED_FACTOR} into its VAE whenever "
@@ -219,8 +223,10 @@ def check_scaling(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
         )
 
 
-def _fold_advice(vae: AutoencoderKL) -> str:
+def _fold_advice(vae: Autoencoder) -> str:
     """How to get rid of a shift."""
+    if isinstance(vae, AutoencoderTiny):
+        return "An AutoencoderTiny's come scaled and shifted: call vae.register_to_config(shift_factor=0.0)."
     if vae.quant_conv is None or vae.post_quant_conv is None:
         return (
             "It cannot be folded into a model without quant_conv and post_quant_conv: use a pipeline that "
@@ -250,10 +256,15 @@ def _check_moments(kind: str, mean: list[float], std: list[float], factor: float
         )
 
 
-def check_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
+def check_attributes(pipe: Any, vae: Autoencoder, old: Any) -> None:
     """Parts of a VAE that the pipeline takes for granted."""
     reads, kind = names_read(type(pipe)), type(pipe).__name__
-    if "post_quant_conv" not in reads or vae.post_quant_conv is not None:
+    if isinstance(vae, AutoencoderTiny) and "latent_dist" in reads:
+        raise SwapError(
+            f"{kind} reads the latent_dist that its VAE encodes to, and an AutoencoderTiny has none. Use an "
+            "AutoencoderKL."
+        )
+    if "post_quant_conv" not in reads or getattr(vae, "post_quant_conv", None) is not None:
         return
     dtype = getattr(old, "dtype", None)  # which the new one will get
     if is_kind(pipe, SETS_FACTOR):
@@ -266,7 +277,7 @@ def check_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> None:
         )
 
 
-def check_hooks(vae: AutoencoderKL) -> None:
+def check_hooks(vae: Autoencoder) -> None:
     """A VAE that another pipeline offloads."""
     if any(hasattr(module, "_hf_hook") for module in vae.modules()) or vae.device.type == "meta":
         raise SwapError(
@@ -280,7 +291,7 @@ def usual_use(pipe: Any) -> Use:
     return "both" if "encode" in names_read(type(pipe)) else "decode"
 
 
-def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.device, use: Use) -> None:
+def check_latent_space(pipe: Any, vae: Autoencoder, old: Any, device: torch.device, use: Use) -> None:
     """Refuse a VAE with other latents than those the denoiser was trained on: those of the present VAE.
 
     Args:
@@ -309,7 +320,7 @@ def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.de
     if shapes[0] != shapes[1]:
         raise LatentSpaceError(
             f"the {name} was trained on other latents than this VAE's: those have {shapes[0][0]} channels at "
-            f"1/{shapes[0][1]} of the side, these {shapes[1][0]} at 1/{shapes[1][1]}. {ways}"
+            f"1/{shapes[0][1]} of the side, these {shapes[1][0]} at 1/{shapes[1][1]}.{_both(old, vae)} {ways}"
         )
     # scaled as this pipeline will: a factor that it ignores cannot tell two VAEs apart
     scalings = (pipeline_scaling(pipe, old), pipeline_scaling(pipe, vae))
@@ -318,6 +329,21 @@ def check_latent_space(pipe: Any, vae: AutoencoderKL, old: Any, device: torch.de
         return
     if use == "both" and agreement.decodes:
         ways = 'It draws the latents of the present VAE, so for text to image pass use="decode". ' + ways
+    if isinstance(vae, AutoencoderTiny) and scalings[1] != (0.0, 1.0):
+        ways = (
+            f"This AutoencoderTiny says scaling_factor {vae.config['scaling_factor']:g} and shift_factor "
+            f"{vae.config['shift_factor']:g}, but such models usually give scaled latents, which a pipeline "
+            "then scales again: vae.register_to_config(scaling_factor=1.0, shift_factor=0.0). " + ways
+        )
     raise LatentSpaceError(
-        f"the {name} was trained on other latents than this VAE's: {agreement}. {ways}", agreement
+        f"the {name} was trained on other latents than this VAE's, B beside A, the pipeline's: {agreement}. "
+        f"{ways}",
+        agreement,
     )
+
+
+def _both(old: Any, vae: Autoencoder) -> str:
+    """A sentence that names the latent spaces of the present VAE and the new one."""
+    if not isinstance(old, AutoencoderKL | AutoencoderTiny):
+        return ""
+    return f" By their configs the pipeline's VAE speaks {space_name(old)}, the new one {space_name(vae)}."

@@ -17,7 +17,7 @@ from latentvae.base.files import make_folder
 from latentvae.images.saving import save_picture, to_pil
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import bundled, load
-from latentvae.models.spaces import Autoencoder, space_of
+from latentvae.models.spaces import Autoencoder, latent_shape, load_autoencoder, space_name, space_of
 from latentvae.pipelines.agree import measure_agreement
 from latentvae.pipelines.checks import SwapError, find_denoiser, find_vae, packs, pipeline_scaling
 
@@ -164,7 +164,7 @@ def preview(
     pipe: Any,
     output: str | Path | None = None,
     *,
-    vae: AutoencoderKL | str | None = None,
+    vae: Autoencoder | str | None = None,
     every: int = 1,
     on_picture: Callable[[int, Image.Image], object] | None = None,
 ) -> Preview:
@@ -173,7 +173,8 @@ def preview(
     Args:
         pipe: SD, SDXL, SD3, FLUX and others whose scheduler predicts noise, velocity, flow or the sample.
         output: folder for step-0000.png, ...; None writes nothing.
-        vae: what decodes; its decoder must speak the latent space of the pipeline. A name or a model; None
+        vae: what decodes; its decoder must speak the latent space of the pipeline. A model, or what `swap`
+            takes by name; None
             takes the bundled model of the space that the pipeline's VAE names, if it draws that VAE's
             latents, else the pipeline's own VAE.
         every: draw only each so many steps.
@@ -197,10 +198,12 @@ def preview(
     device = torch.device(getattr(pipe, "_execution_device", own.device))
     chosen: Any = vae if vae is not None else _small_sibling(own, device) or own
     if isinstance(chosen, str):
-        chosen = load(chosen, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        chosen = load_autoencoder(chosen, device=device, dtype=dtype)
     if chosen is own:
         _check_own(own)
         return Preview(pipe, output, own, pipeline_scaling(pipe, own), every, on_picture)
+    _check_channels(own, chosen)
     return Preview(pipe, output, chosen, Scaling.of(chosen.config), every, on_picture)
 
 
@@ -227,6 +230,18 @@ def _check_own(own: Any) -> None:
         raise SwapError(
             "the pipeline's VAE says that float16 overflows (force_upcast), so its previews would be black. "
             "Name a vae=, or keep it in bfloat16 or float32."
+        )
+
+
+def _check_channels(own: Any, chosen: Autoencoder) -> None:
+    """Refuse a VAE that would decode the first of several more channels, or find too few."""
+    if not isinstance(own, AutoencoderKL | AutoencoderTiny):
+        return
+    (wanted, ratio), (channels, other) = latent_shape(own), latent_shape(chosen)
+    if (wanted, ratio) != (channels, other):
+        raise SwapError(
+            f"a VAE of {channels} latent channels at 1/{other} ({space_name(chosen)}) cannot draw latents of "
+            f"{wanted} at 1/{ratio} ({space_name(own)}), this pipeline's. Name one of the pipeline's space."
         )
 
 

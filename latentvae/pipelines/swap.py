@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 
-from latentvae.models.loading import cast, load, spatial_compression_ratio
+from latentvae.models.loading import cast
+from latentvae.models.spaces import Autoencoder, latent_shape, load_autoencoder
 from latentvae.pipelines import checks
 from latentvae.pipelines.agree import Use
 from latentvae.runtime.patches import check_autoencoder
@@ -22,7 +23,7 @@ CHANNEL_ATTRIBUTES = ("latent_channels", "vae_latent_channels")
 
 def swap(
     pipe: Any,
-    vae: AutoencoderKL | str,
+    vae: Autoencoder | str,
     allow_new_latent_space: bool = False,
     *,
     use: Use | None = None,
@@ -35,9 +36,10 @@ def swap(
     changes nothing.
 
     Args:
-        pipe: any diffusers pipeline with an AutoencoderKL (as `vae`, or `vqvae` in LDM's).
+        pipe: any diffusers pipeline with an AutoencoderKL or AutoencoderTiny (as `vae`, or `vqvae` in LDM's).
         vae: what to put in, or what `latentvae.load` takes, such as "sd-small"; `optimize` and
-            `enable_exact_tiling` may be on, and stay on.
+            `enable_exact_tiling` may be on, and stay on. An AutoencoderTiny (a model, folder or hub id) keeps
+            its factors of 1 and 0: its latents come scaled, and so every pipeline leaves them as they are.
         allow_new_latent_space: skip the comparison of latents with those of the present VAE, for a denoiser
             that is or will be trained on the latents of this one.
         use: "decode" where this VAE need only draw the denoiser's latents (text to image), "both" where its
@@ -49,13 +51,14 @@ def swap(
         The VAE that was there, without hooks; None if there was none.
 
     Raises:
-        ModelError: not an AutoencoderKL.
+        ModelError: neither an AutoencoderKL nor an AutoencoderTiny.
         SwapError: the pipeline would fail with this VAE or use it wrongly; a LatentSpaceError where its
             denoiser was trained on other latents.
     """
     if isinstance(vae, str):
-        vae = load(vae)
-    check_autoencoder(vae)
+        vae = load_autoencoder(vae)
+    if not isinstance(vae, AutoencoderTiny):
+        check_autoencoder(vae)
     if use not in (None, "decode", "both"):
         raise checks.SwapError(
             f"use={use!r} came; wanted 'decode', 'both', or None for what the pipeline does."
@@ -106,7 +109,7 @@ def without_offloading(pipe: Any) -> Iterator[torch.device]:
         enable(device=place)
 
 
-def _put_in(pipe: Any, name: str, vae: AutoencoderKL, old: Any) -> None:
+def _put_in(pipe: Any, name: str, vae: Autoencoder, old: Any) -> None:
     """Everything that may fail first; then the pipeline's attributes, which cannot."""
     beside = old if old is not None else checks.find_denoiser(pipe)[1]  # whose device and dtype it gets
     vae.to(beside.device).eval()
@@ -122,9 +125,9 @@ def _put_in(pipe: Any, name: str, vae: AutoencoderKL, old: Any) -> None:
         setattr(pipe, attribute, value)
 
 
-def derived_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> dict[str, Any]:
+def derived_attributes(pipe: Any, vae: Autoencoder, old: Any) -> dict[str, Any]:
     """What the pipeline's constructor computes from its VAE, for this one; processors keep other options."""
-    factor, channels = spatial_compression_ratio(vae), vae.config["latent_channels"]
+    channels, factor = latent_shape(vae)
     # some pipelines have none, or None: then nothing is to be rescaled
     old_factor = getattr(pipe, "vae_scale_factor", None) or factor
     derived: dict[str, Any] = {"vae_scale_factor": factor} if hasattr(pipe, "vae_scale_factor") else {}
@@ -144,13 +147,13 @@ def derived_attributes(pipe: Any, vae: AutoencoderKL, old: Any) -> dict[str, Any
     return derived
 
 
-def _carry_over(vae: AutoencoderKL, old: Any) -> None:
+def _carry_over(vae: Autoencoder, old: Any) -> None:
     """Slicing and diffusers' own tiling, as pipe.enable_vae_slicing and enable_vae_tiling set them."""
     for flag in ("use_slicing", "use_tiling"):
         setattr(vae, flag, getattr(vae, flag) or getattr(old, flag, False))
 
 
-def _warn_of_overflow(pipe: Any, vae: AutoencoderKL) -> None:
+def _warn_of_overflow(pipe: Any, vae: Autoencoder) -> None:
     """Say that float16 may overflow, where the VAE says so and the pipeline does not look."""
     overflows = vae.dtype == torch.float16 and vae.config["force_upcast"]
     if overflows and "force_upcast" not in checks.names_read(type(pipe)):

@@ -17,7 +17,7 @@ from latentvae.measure.diagnosis import wants_upcast
 from latentvae.measure.evaluate import Evaluator
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.measure.metrics import ImageMetrics, MetricsSummary
-from latentvae.measure.spaces import compare_spaces
+from latentvae.measure.spaces import WAYS, compare_spaces
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import export
 from latentvae.models.latents import LatentStatistics, compute_latent_statistics
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 GRID_IMAGES = 6  # a picture that fits a screen
 # Images that are measured together. Processes take whole batches, so their number changes no figure.
 BATCH = 8
+TEACHER_ALONE = "teacher_teacher"  # of WAYS
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
 
@@ -62,6 +63,7 @@ class Validation:
     ) -> None:
         self.config = config
         self.teacher = teacher
+        self.teacher_alone: dict[str, float] = {}  # figures of its own pictures, once they are measured
         self.train = train
         self.is_main = rank == 0
         starts = range(rank * BATCH, len(val), world * BATCH)
@@ -111,22 +113,28 @@ class Validation:
     def beside_teacher(self, vae: AutoencoderKL) -> dict[str, float]:
         """How well the model speaks its teacher's latent space; nothing without a teacher.
 
-        R2 and correlation of scaled latents, the largest offset of a channel, and PSNR and LPIPS of the
-        pictures that each decodes of the other's latents.
+        R2 and correlation of scaled latents, the offset of each channel and the largest of them, and PSNR and
+        LPIPS of the pictures that each decodes of the other's latents, and the teacher of its own. What the
+        student makes of its own are the usual figures.
         """
         if self.teacher is None:
             return {}
         lpips = self.lpips.to(vae.device) if self.lpips is not None else None
-        ways = ("teacher_student", "student_teacher")
+        # the teacher stays as it is, and so do its own pictures: once a run
+        ways = tuple(way for way in WAYS[1:] if way != TEACHER_ALONE or not self.teacher_alone)
         images = chain.from_iterable(self.batches)
         found = compare_spaces(vae, self.teacher.model, images, lpips, self.reason, ways, gather_object)
         figures = {"r2": found.r2, "correlation": found.correlation}
         figures["offset"] = max(map(abs, found.offsets))
+        figures |= {f"offset_{channel}": offset for channel, offset in enumerate(found.offsets)}
         for way, summary in found.pictures.items():
-            figures[f"{way}_psnr"] = summary.psnr
+            measured = {f"{way}_psnr": summary.psnr}
             if summary.lpips is not None:
-                figures[f"{way}_lpips"] = summary.lpips
-        return figures
+                measured[f"{way}_lpips"] = summary.lpips
+            if way == TEACHER_ALONE:
+                self.teacher_alone = measured
+            figures |= measured
+        return figures | self.teacher_alone
 
     def export(self, state: TrainingState, folder: Path, seconds: float) -> Path:
         """Export the averaged weights to `folder`/vae, with latent statistics unless they are a parent's.

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from vaes import tiny_autoencoder
 
 import latentvae
 from latentvae.base.errors import ModelError
 from latentvae.models import loading as model
 from latentvae.models.presets import PRESETS, preset_config
+from latentvae.models.spaces import load_autoencoder
 
 # latent channels, factor, and parameters in millions: at least, at most
 SHAPES = {
@@ -469,6 +472,38 @@ def test_a_hub_model_of_another_class_or_with_missing_weights_is_named(folder, h
     put_in_cache(hub_cache, "someone/tiny", folder, "")
     with pytest.raises(ModelError, match="describes AutoencoderTiny"):
         latentvae.load("someone/tiny")
+
+
+def refuse(*_, **__):
+    raise OSError("no route to host")
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_a_cached_hub_id_is_loaded_without_asking_the_network(
+    kind, subfolder, folder, tiny_vae, hub_cache, monkeypatch, tmp_path
+):
+    if kind == "AutoencoderTiny":
+        folder = tmp_path / "small"
+        tiny_autoencoder().save_pretrained(folder)
+    put_in_cache(hub_cache, "someone/model", folder, subfolder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for place in ("file_download.get_hf_file_metadata", "file_exists", "hf_api.HfApi.model_info"):
+        monkeypatch.setattr(f"huggingface_hub.{place}", lambda *_, **__: pytest.fail("asked of the model"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)  # the hub's client also asks for things of its own
+    assert type(load_autoencoder("someone/model")).__name__ == kind
+    if kind == "AutoencoderKL":
+        assert_same(latentvae.load("someone/model"), tiny_vae)
+
+
+def test_any_autoencoder_of_a_pipelines_folder_and_broken_ones_by_name(tmp_path):
+    tiny_autoencoder().save_pretrained(tmp_path / "pipe" / "vae")
+    assert load_autoencoder(tmp_path / "pipe").config.latent_channels == 4
+    (tmp_path / "pipe" / "vae" / model.WEIGHTS_NAME).unlink()
+    with pytest.raises(ModelError, match="could not be loaded as an AutoencoderTiny"):
+        load_autoencoder(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="no such file"):
+        load_autoencoder("somewhere/model.safetensors")  # looks like owner/name, and is none
 
 
 # --- describing ------------------------------------------------------------------------------------------

@@ -226,6 +226,7 @@ def test_command_says_no(tmp_path: Path, tiny_vae: Any) -> None:
     found = json.loads(result.stdout)
     assert found["same"] is False
     assert found["image_count"] == 5
+    assert found["spaces"] == ["no known space (4 channels, scaling_factor 1, shift_factor 0)"] * 2
     assert Path(found["picture"]).is_file()
     assert found["skipped"] == []
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import CASES
+from pipelines import CASES, FAMILIES
 
 import latentvae
 from latentvae.models.presets import SPACES
@@ -60,6 +60,16 @@ def test_a_pipeline_of_the_space_takes_it_by_name_and_one_of_another_does_not(
     pipe.vae = load_autoencoder(teachers / "taesdxl")
     with pytest.raises(LatentSpaceError, match="trained on other latents"):
         swap(pipe, "sd-small")
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in BUNDLED for kind in FAMILIES[name]])
+def test_teacher_and_student_take_each_others_place(name: str, kind: str, teachers: Path) -> None:
+    case, student = CASES[kind], latentvae.load(f"{name}-small")
+    pipe = case.make(student)
+    assert swap(pipe, str(teachers / TEACHERS[name])) is student
+    assert torch.isfinite(case.run(pipe)).all()
+    assert swap(pipe, f"{name}-small").config.scaling_factor == 1
+    assert torch.equal(case.run(pipe), case.run(case.make(student)))
 
 
 def test_previews_take_the_small_sibling_where_it_draws_the_same(teachers: Path, tmp_path: Path) -> None:

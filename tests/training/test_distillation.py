@@ -1,10 +1,12 @@
 """A student in its teacher's latent space: linear start, halves apart, targets, and what is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -18,8 +20,10 @@ from latentvae.models.latents import Scaling
 from latentvae.models.loading import load
 from latentvae.models.presets import build, find_space
 from latentvae.models.spaces import decode_scaled, encode_scaled, load_autoencoder, space_of
+from latentvae.training import validation
 from latentvae.training.config import DistilConfig
-from latentvae.training.data.teacher_cache import MANIFEST, TeacherCache
+from latentvae.training.data.sources import open_source
+from latentvae.training.data.teacher_cache import MANIFEST, TeacherCache, provenance
 from latentvae.training.distillation import Teacher, linear_start, original_share
 from latentvae.training.loop import train
 from latentvae.training.module import TrainableVAE, freeze
@@ -128,11 +132,79 @@ def test_latents_come_nearer_and_the_export_has_the_spaces_factors(
     fits = [record["latent_r2"] for record in records if "latent_r2" in record]
     assert fits[-1] > fits[0]
     validated = [record for record in records if "val_r2" in record][-1]
-    assert {"val_correlation", "val_offset", "val_teacher_student_psnr", "val_student_teacher_psnr"} <= set(
-        validated
-    )
+    both = ("teacher_student", "student_teacher", "teacher_teacher")
+    assert {"val_correlation", "val_psnr", *(f"val_{way}_psnr" for way in both)} <= set(validated)
+    offsets = [validated[f"val_offset_{channel}"] for channel in range(4)]
+    assert validated["val_offset"] == max(map(abs, offsets)) > 0
     images = [("noise", torch.rand(3, 40, 40) * 2 - 1)]
     assert compare_spaces(vae, load_autoencoder(tiny_teacher), images).image_count == 1
+
+
+def test_the_teachers_own_pictures_are_measured_once(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    compare = validation.compare_spaces
+    monkeypatch.setattr(
+        validation, "compare_spaces", lambda *given: asked.append(given[-1]) or compare(*given)
+    )
+    more = ("model.space=sd", "train.validate_every=6")
+    _, records = run(photo_folder, tmp_path / "run", tiny_teacher, init, *more)
+    assert [way for ways in asked for way in ways].count("teacher_teacher") == 1
+    alone = [record["val_teacher_teacher_psnr"] for record in records if "val_r2" in record]
+    assert len(alone) == 2
+    assert alone[0] == alone[1]
+
+
+def test_a_students_variance_becomes_the_stated_one_where_the_teacher_has_none(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
+) -> None:
+    logvar = -6.0
+    steps = ("train.max_steps=40", "train.validate_every=40", "train.save_every=40", "optim.lr=1e-2")
+    more = ("model.space=sd", f"distil.logvar={logvar}", "distil.learn=encoder", "train.ema_decay=0", *steps)
+    vae, _ = run(photo_folder, tmp_path / "run", tiny_teacher, init, *more)
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    before, after = (abs(mean_logvar(each, images) - logvar) for each in (load(init), vae))
+    assert after < 0.5 * before
+
+
+def mean_logvar(vae: Any, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(vae.encode(images).latent_dist.logvar.mean())
+
+
+def test_the_variance_of_a_teacher_that_has_one_is_what_is_learned(tiny_vae: Any) -> None:
+    teacher = Teacher(tiny_vae, Scaling.of(tiny_vae.config), -10.0)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        wanted = tiny_vae.encode(images).latent_dist.logvar
+    assert torch.equal(teacher.moments(images).chunk(2, 1)[1], wanted)
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_an_autoencoder_kl_teaches_from_its_folder_or_under_its_hub_id(
+    from_hub: bool, photo_folder: Path, tmp_path: Path, init: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(6)
+    folder = tmp_path / "vae"
+    teacher = build("tiny", scaling_factor=0.18215)
+    teacher.register_to_config(shift_factor=None)  # as in the configs of SD's
+    teacher.save_pretrained(folder)
+    name = str(folder)
+    if from_hub:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        repository, name = (
+            tmp_path / "hub" / "models--stabilityai--sd-vae-ft-mse",
+            "stabilityai/sd-vae-ft-mse",
+        )
+        shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    vae, records = run(photo_folder, tmp_path / "run", name, init)
+    assert vae.config.scaling_factor == 0.18215
+    fits = [record["latent_r2"] for record in records if "latent_r2" in record]
+    assert fits[-1] > 0  # the linear start; the init's own latents are below
+    assert [record for record in records if "val_r2" in record]
 
 
 @pytest.mark.parametrize(("learn", "other"), [("encoder", "decoder"), ("decoder", "encoder")])
@@ -241,6 +313,22 @@ def test_a_cache_of_another_teacher_is_refused(
         TeacherCache(photo_folder, 8).claim(made, write=True)
     with pytest.raises(ConfigError, match="mirror image"):
         load_config("tiny", settings(photo_folder, tmp_path, tiny_teacher, init, f"distil.cache={tmp_path}"))
+
+
+def test_a_cache_knows_its_images_however_their_folder_is_written(
+    photo_folder: Path, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    (tmp_path / "link").symlink_to(photos, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    ways = [photos, "photos", "./photos/", "link", photos / ".." / "photos"]
+    config = load_config("tiny", settings(photos, tmp_path, tiny_teacher, None, "model.space=sd"))
+    made = [provenance(open_source(way), config, "teacher", 8) for way in ways]
+    assert all(each == made[0] for each in made)
+    first = sorted(photos.iterdir())[0]
+    os.utime(first, (1, 1))
+    assert provenance(open_source(photos), config, "teacher", 8) != made[0]
 
 
 def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path) -> None:

@@ -297,7 +297,7 @@ def test_every_block_of_five_levels_finds_room_in_the_compilers_memory(
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     compiled = []
     monkeypatch.setattr(machine, "check_compiler", lambda device: None)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.extend([block]))
     widths = "model.overrides={block_out_channels: [8, 8, 8, 8, 8], norm_num_groups: 4}"
     vae = start(photos, widths, "train.compile=true")[0].state.vae
     assert len(vae.encoder.down_blocks) == 5

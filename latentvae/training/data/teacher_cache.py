@@ -122,16 +122,16 @@ def provenance(source: Any, config: Config, teacher: str, ratio: int) -> dict[st
     """What the content of a cache depends on: teacher, units, precision, images with their sizes and times.
 
     Args:
-        source: of the images: a length, and a name for each.
+        source: of the images: a length, and a place for each, the same however its folder was written.
         config: of the run.
         teacher: hash of its weights.
         ratio: pixels to a latent along each side.
     """
     digest = hashlib.sha256()
     for index in range(len(source)):
-        name = source.name(index)
-        digest.update(f"{name}\n".encode("utf-8", "surrogateescape"))
-        if (path := Path(name)).is_file():  # rows and members of archives have a name only
+        path, number = source.place(index)
+        digest.update(f"{path} {number}\n".encode("utf-8", "surrogateescape"))
+        if path.is_file():  # one that is gone is passed over in training
             status = path.stat()
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
     return {
