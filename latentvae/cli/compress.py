@@ -30,7 +30,7 @@ def compress(
     # one file in, one file out: OUT could not name those of a folder
     if _kind_of(photo) == "folder":
         raise CodecError(f"{photo} is a folder; wanted one image: call `latentvae compress` once for each.")
-    files = images.reading.find_images([photo])
+    files = session.find_images([photo])
     # before the model is loaded: arguments in the wrong order would cost the photograph
     _check_file(output)
     vae = session.load()  # in fp32: the hash in the file is that of the exact weights

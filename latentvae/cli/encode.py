@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from latentvae import images, models, runtime, store
-from latentvae.base.errors import ImageError, LatentVAEError
+from latentvae.base.errors import LatentVAEError, NoMemoryError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, tell
 from latentvae.cli.session import Session, takes
 
@@ -139,7 +139,7 @@ def _room_for(vae: AutoencoderKL, threads: int) -> store.encoding.Room:
         needed = plan_peak(vae, height, width)
         free = runtime.memory.SHARE * runtime.memory.free_memory(vae.device)
         if needed > free:
-            raise ImageError(
+            raise NoMemoryError(
                 f"{path} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
                 f"{free / 1e9:.1f} GB can be had: make it smaller, or encode with --size."
             )
@@ -155,12 +155,13 @@ def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
 
 
 def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> None:
-    """Print what was done, and end with exit code 3 where images failed.
+    """Print what was done, and end with exit code 3 where images failed or a package is missing for some.
 
     Raises:
         LatentVAEError: all images failed.
     """
-    for line in [*(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
+    left_out = [images.kinds.describe(report.left_out)] if report.left_out else []
+    for line in [*left_out, *(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
         typer.echo(line, err=True)  # standard output is for the result
     if report.failures and not report.images:
         raise LatentVAEError(
@@ -173,6 +174,7 @@ def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> N
     tell({"store": str(folder), **report.as_dict()}, [line], as_json)
     if report.failures:
         typer.echo(f"{len(report.failures)} images could not be encoded, as named above.", err=True)
+    if report.failures or images.kinds.wants_extra(report.left_out):
         sys.stdout.flush()  # the result goes before the message of the exit, also into a pipe
         raise typer.Exit(EXIT_SKIPPED)
 

@@ -194,7 +194,7 @@ def _measure(
 
 def _measure_files(session: Session, place: Path) -> models.latents.LatentStatistics:
     """Latent statistics of whole images, evenly chosen."""
-    paths = images.reading.find_images(place)
+    paths = session.find_images([place])
     # evenly: files that follow each other are often of one scene
     some = training.data.sources.evenly(len(paths), STATISTICS_IMAGES)
     read = session.read_images([paths[number] for number in some])

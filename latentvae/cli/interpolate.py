@@ -51,7 +51,7 @@ def interpolate(
     # frames that lie among the images would be ends of the next way
     for place in [output, *(output / name for name in routes if separate)]:
         check_output(place, paths)
-    files = images.reading.find_images(paths)
+    files = session.find_images(paths)
     vae = session.load()
     make_folder(output)
     # steps in LPIPS tell jumps; without its weights the rms of pixels has to do
@@ -76,7 +76,7 @@ def interpolate(
             _write_frames(make_folder(output / name), found)
         del found  # it may be gigabytes
     about = {"images": [str(path) for path in used], "lpips_net": session.lpips_net if lpips else None}
-    result = {**about, "lpips_missing_reason": reason, "routes": results, "skipped": session.skipped}
+    result = {**about, "lpips_missing_reason": reason, "routes": results, **session.passed_over}
     write_json(result, output / "interpolation.json")
     tell(result, [*_lines(result), f"\nLook at {output / routes[0]}.strip.png."], session.json)
     session.finish(len(read))

@@ -1,6 +1,11 @@
 from . import captions as captions
+from . import colour as colour
 from . import drawing as drawing
+from . import headers as headers
+from . import kinds as kinds
+from . import pixels as pixels
 from . import reading as reading
 from . import resizing as resizing
 from . import saving as saving
 from . import tensors as tensors
+from . import tiffs as tiffs

@@ -1,5 +1,6 @@
 """Where training images come from: files, Hugging Face datasets or WebDataset shards, all by number."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 
 from latentvae.base.errors import ConfigError, ImageError
-from latentvae.images.reading import SUFFIXES, list_files, load_image
+from latentvae.images.kinds import is_image_name
+from latentvae.images.reading import list_files, load_image
 from latentvae.training.data.datasets import open_parquet, open_saved
 from latentvae.training.data.tars import BRACES, TarSource, expand_braces
 
@@ -16,6 +18,8 @@ WANTED = (
     "a folder of images, .tar shards or .parquet files, one such file, a dataset saved with save_to_disk, "
     "or a pattern such as shards/{000..011}.tar"
 )
+
+PACKED = (".tar", ".parquet")  # many images in a file
 
 
 class ImageSource(Protocol):
@@ -110,6 +114,15 @@ def open_source(spec: str | Path, column: str | None = None) -> ImageSource:
     return _open_files(str(spec), list(dict.fromkeys(files)), column)
 
 
+def left_out(*specs: str | Path | None) -> Counter[str]:
+    """Files in the named folders that are neither images that can be read nor packed ones, by suffix."""
+    counted = Counter[str]()
+    for folder in {part.resolve() for spec in specs if spec is not None for part in parts(spec)}:
+        if folder.is_dir():
+            list_files(folder, PACKED, counted)
+    return counted
+
+
 def parts(spec: str | Path) -> list[Path]:
     """The files or folders that a pattern names; braces in a name that exists are no pattern."""
     return [Path(spec)] if Path(spec).exists() else [Path(part) for part in expand_braces(str(spec))]
@@ -129,7 +142,7 @@ def _files(path: Path, context: str) -> list[Path]:
         return [path]
     if not path.exists():
         raise ImageError(f"{path} does not exist{context}. Wanted: {WANTED}.")
-    found = list_files(path, (*SUFFIXES, ".tar", ".parquet"))
+    found = list_files(path, PACKED)
     if not found:
         raise ImageError(f"no image in the folder {path}. Wanted: {WANTED}.")
     return found
@@ -139,7 +152,7 @@ def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource
     kinds: dict[str, list[Path]] = {}
     for file in files:
         suffix = file.suffix.lower()
-        kinds.setdefault("image" if suffix in SUFFIXES else suffix, []).append(file)
+        kinds.setdefault("image" if is_image_name(suffix) else suffix, []).append(file)
     match list(kinds):
         case ["image"]:
             return FolderSource(files)
