@@ -189,15 +189,18 @@ def _clean(size: tuple[int, ...], clap: tuple[int, ...]) -> tuple[int, int, int,
     return box if inside and box != (0, 0, width, height) else None
 
 
-def jxl_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG XL image as stored (ISO/IEC 18181-1), by its first bytes, or None."""
-    if data[4:8] == b"JXL ":
-        stream = next(
-            (part[4 * (name == b"jxlp") :] for name, part in _boxes(data) if name in (b"jxlc", b"jxlp")), b""
-        )
-    else:
-        stream = data
-    if stream[:2] != b"\xff\x0a" or len(stream) < 16:
+def jxl_size(file: IO[bytes]) -> tuple[int, int] | None:
+    """Width and height of a JPEG XL image as stored (ISO/IEC 18181-1), by its header; None: there is none."""
+    file.seek(0)
+    stream = file.read(MAX_BOXES)
+    if stream[4:8] == b"JXL ":
+        try:
+            boxes = list(_boxes(stream))
+        except ValueError:
+            return None
+        # whole, or in parts that begin with a number
+        stream = b"".join(part[4 * (name == b"jxlp") :] for name, part in boxes if name in (b"jxlc", b"jxlp"))
+    if stream[:2] != b"\xff\x0a":
         return None
     bits, used = int.from_bytes(stream[2:18], "little"), 0
 

@@ -264,8 +264,13 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
     try:
         if kind == "raw" or (is_tiff and tiffs.is_raw(file)):
             return tiffs.develop(file, path, max_pixels)
-        if kind == "JPEG XL" and (size := headers.jxl_size(head)):
-            check_size(path, *size, max_pixels)  # its decoder asks nobody before it decodes
+        if kind == "JPEG XL":  # whose decoder asks nobody before it decodes
+            size = headers.jxl_size(file)
+            if size is None:
+                raise ImageError(
+                    f"{path} is a JPEG XL image without a header: it is damaged, replace the file"
+                )
+            check_size(path, *size, max_pixels)
         if is_tiff and tiffs.is_beyond_pillow(file):
             found = tiffs.read_tiff(file, path, max_pixels)
             if found is not None:
@@ -453,7 +458,7 @@ def read_size(path: Path) -> tuple[int, int] | None:
             head = file.read(HEAD)
             kind = kinds.recognise(head)
             if kind == "JPEG XL":
-                return headers.jxl_size(head)
+                return headers.jxl_size(file)
             if kind == "raw" or (tiffs.is_tiff(head) and tiffs.is_raw(file)):
                 return None
             image = _identify(file, path, kind, head)

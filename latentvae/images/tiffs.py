@@ -53,7 +53,7 @@ def _directory(file: IO[bytes], head: bytes, offset: int | None) -> Any:
 def is_beyond_pillow(file: IO[bytes]) -> bool:
     """Whether a TIFF is of those that Pillow refuses, or reads as noise.
 
-    These are planes with more than 8 bits, floats but for one channel of 32 bits, and unsigned 32 bits.
+    These are planes of more than 8 bits; grey with alpha of so many or in planes; floats; unsigned 32 bits.
     """
     file.seek(0)
     try:
@@ -62,9 +62,12 @@ def is_beyond_pillow(file: IO[bytes]) -> bool:
         sample = max(tags.get(FORMAT, (UNSIGNED,)))
         samples = tags.get(SAMPLES, 1)
         if sample == FLOAT:
-            return bits != 32 or samples > 1
+            return True
         deep = bits > 16 and sample == UNSIGNED
-        return deep or (bits > 8 and samples > 1 and tags.get(PLANAR, 1) == 2)
+        if samples == 1:
+            return deep
+        # two of: deep, grey with alpha, in planes
+        return deep or (bits > 8) + (samples == 2) + (tags.get(PLANAR, 1) == 2) > 1
     except Exception:  # damaged, or of a kind that Pillow knows more of
         return False
 
@@ -82,6 +85,11 @@ def read_tiff(file: IO[bytes], path: object, max_pixels: int) -> Picture | None:
         page: Any = tiff.pages[0]
         check_size(path, page.imagewidth, page.imagelength, max_pixels)
         if page.compression not in PLAIN | DEFLATE | PACKBITS:
+            if page.dtype is not None and page.dtype.kind == "f" and tiff.byteorder == ">":  # noise to Pillow
+                raise ImageError(
+                    f"{path} is a TIFF of big-endian floats packed by {page.compression.name}, which is not "
+                    "read: save it without compression"
+                )
             return None
         if page.photometric not in GREY | RGB | INKS or page.imagedepth > 1:
             raise ImageError(
