@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import images, models, pipelines
+from latentvae import models, pipelines
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_folder, whole_file
 from latentvae.cli.options import ModelArgument, SameModel, tell

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentvae import images, measure
+from latentvae import measure
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
 from latentvae.cli.options import Photos, Sample, Seed, tell
 from latentvae.cli.places import short_names

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import images, models, training
+from latentvae import models, training
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
