@@ -6,8 +6,9 @@ never more than a few rows: 16 bytes a pixel for 8 bits and three channels, alph
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,18 +176,23 @@ def check_size(path: object, width: int, height: int, max_pixels: int) -> None:
 
 
 def picture_of(
-    image: Image.Image, rawmode: str, path: object, reopen: Callable[[str], Image.Image]
+    image: Image.Image,
+    rawmode: str,
+    tags: Mapping[int, Any],
+    path: object,
+    reopen: Callable[[str], Image.Image],
 ) -> Picture:
     """The samples of a loaded Pillow image, whatever its mode.
 
     Args:
         rawmode: how they were stored, for instance "RGB;16B".
+        tags: of a TIFF.
         reopen: the same image, read as another rawmode.
     """
     if image.mode == "F":
         return _float_grey(image, path)
     if image.mode.startswith("I"):
-        return _integer_grey(image, path)
+        return _integer_grey(image, tags, path)
     swapped = re.fullmatch(r"(RGB|RGBA|RGBX);16([BLN])", rawmode)
     if swapped:
         return _deep_colour(image, reopen(f"{swapped[1]};16{_other_order(swapped[2])}"))
@@ -224,9 +230,8 @@ def _float_grey(image: Image.Image, path: object) -> Picture:
     return picture
 
 
-def _integer_grey(image: Image.Image, path: object) -> Picture:
+def _integer_grey(image: Image.Image, tags: Mapping[int, Any], path: object) -> Picture:
     """Scale instead of clipping: Pillow's convert("RGB") turns 99.6 % of a 16-bit ramp white."""
-    tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_TAG, (16,))[0]
     white = 4095 if bits == 12 else 65535
 

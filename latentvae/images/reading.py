@@ -334,7 +334,9 @@ def _by_pillow(
         image.load()
         boxes = headers.heif_boxes(file) if image.format in ("AVIF", "HEIF") else headers.Boxes()
         # libheif cuts the frame itself, libavif does not
-        shown = image.crop(boxes.clean) if boxes.clean and image.format == "AVIF" else image
+        cut = boxes.clean is not None and image.format == "AVIF"
+        # the same samples under another name: to count its frames the image goes to others
+        shown = image.crop(boxes.clean) if cut else image._new(image.im)
 
         def reopen(rawmode: str) -> Image.Image:
             again = _identify(file, path, kind, head)
@@ -345,7 +347,7 @@ def _by_pillow(
             again.load()
             return again
 
-        picture = picture_of(shown, rawmode, path, reopen)
+        picture = picture_of(shown, rawmode, getattr(image, "tag_v2", {}), path, reopen)
         picture.mode, picture.format = mode, image.format or ""
         picture.orientation, where = _orientation(image, path)
         if turned[0] > 1 or picture.orientation > 1:
