@@ -1,6 +1,6 @@
 """New digits: a VAE, a store of its latents, priors, 500 samples of each, and a judge; all from nothing.
 
-    pip install "latentvae[train,explore]"
+    pip install -e ".[train,explore]"
     python benchmarks/digits_sampling.py --work /tmp/digits --output digits.json --picture digits.png
 
 Each step is a verb of the command line in a process of its own, whose CPU seconds are counted. A step whose

@@ -3,13 +3,20 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+
+import latentvae
+from latentvae.models.loading import spatial_compression_ratio
+from latentvae.models.presets import preset_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md")),
-    *(path for folder in ("docs", "train", "demo", "benchmarks") for path in (ROOT / folder).glob("*.md")),
+    *(path for folder in ("docs", "train", "demo", "benchmarks") for path in (ROOT / folder).rglob("*.md")),
 ]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)")
 
@@ -22,6 +29,43 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
     assert not missing
     named = re.findall(r"`((?:latentvae|train|benchmarks|tests|docs|demo)/[\w./-]+\.(?:py|yaml|md))`", text)
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_where_a_pipeline_is_loaded_its_extra_is_named() -> None:
+    for document in DOCUMENTS:
+        sections = re.split(r"^## ", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for section in sections if document.name == "README.md" else ["".join(sections)]:
+            if re.search(r"^pipe = \w+Pipeline", section, flags=re.MULTILINE):
+                assert 'pip install -e ".[pipelines]"' in section, f"{document.name}: {section[:40]}"
+
+
+def python_blocks(page: Path) -> str:
+    """The Python of a page, one block after the other."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
+
+
+def test_how_to_tile_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latentvae.build("tiny", latent_channels=16).save_pretrained(tmp_path / "path/to/flux-vae")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(python_blocks(ROOT / "docs" / "how-to" / "large-images.md"), names)
+    assert names["image"].shape == (1, 3, 640, 128)
+    assert "2048 x 2048 px\nencode: " in capsys.readouterr().out  # the plan, of which the page speaks
+
+
+def test_the_table_of_levels_says_what_each_shape_gives() -> None:
+    table = (ROOT / "train" / "README.md").read_text(encoding="utf-8").partition("## Shapes of your own")[2]
+    rows = re.findall(r"^\| (\d) \| f(\d+) \| (\d+) x \d+ \| `(\[.*?\])` \|$", table, re.M)
+    assert [int(levels) for levels, *_ in rows] == [3, 4, 5]
+    for _, ratio, side, widths in rows:
+        with torch.device("meta"):
+            vae = latentvae.build("f8c4-small", block_out_channels=ast.literal_eval(widths))
+        assert spatial_compression_ratio(vae) == int(ratio) == 256 // int(side)
+    example = re.search(r"model.overrides='(.*?)'", table)
+    assert example is not None
+    assert preset_config("f8c4-small", **yaml.safe_load(example[1]))["latent_channels"] == 8
 
 
 def test_the_walks_name_functions_where_they_are() -> None:

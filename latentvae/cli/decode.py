@@ -34,7 +34,10 @@ def decode(
     sample: Sample = False,
     seed: Seed = 0,
 ) -> None:
-    """Decode a store to pictures: KEY.png for each image, of the size that was encoded, without padding."""
+    """Decode a store to pictures: KEY.png for each image, of the size that was encoded, without padding.
+
+    Of scans, whose model has an intensity range, KEY.tif: their samples as 32-bit floats.
+    """
     dataset = store.dataset.LatentDataset(
         source, mode="sample" if sample else "mode", seed=seed, scaled=False
     )
@@ -102,22 +105,24 @@ def _decode_batch(
     decoded = store.dataset.decoded_images(session.vae, entries, latents)
     for entry, image in zip(entries, decoded, strict=True):
         try:
-            written.append(_write_picture(image, entry.key, output))
+            written.append(_write_picture(image, entry.key, output, dataset.manifest.window))
         except LatentVAEError as error:
             session.skip(entry.key, error)
     return written
 
 
-def _write_picture(image: torch.Tensor, key: str, output: Path) -> dict[str, Any]:
-    """Save one picture (C, H, W) under the name its key gives it."""
-    place = output / picture_name(key)
+def _write_picture(
+    image: torch.Tensor, key: str, output: Path, window: images.scans.Window | None
+) -> dict[str, Any]:
+    """Save one picture (C, H, W) under the name its key gives it; of a scan its samples, as floats."""
+    place = output / picture_name(key, images.scans.ending(window))
     make_folder(place.parent)
-    images.saving.save_image(image, place)
+    images.scans.save(image, place, window)
     return {"key": key, "picture": str(place), "width": image.shape[-1], "height": image.shape[-2]}
 
 
-def picture_name(key: str) -> Path:
-    """Where below the output folder the picture of a key goes: its path with ".png" added.
+def picture_name(key: str, ending: str = ".png") -> Path:
+    """Where below the output folder the picture of a key goes: its path with an ending added.
 
     A name that is too long for that is cut, and ends in a hash of the key.
 
@@ -128,4 +133,4 @@ def picture_name(key: str) -> Path:
     # a drive and a zero byte mean nothing on this system, perhaps, but on another
     if path.is_absolute() or ".." in path.parts or not path.name or "\0" in key or Path(key).drive:
         raise StoreError(f"the key {key!r} is no path below a folder: this store was not made by `encode`.")
-    return Path(*path.parent.parts, with_ending(path.name, ".png", key))
+    return Path(*path.parent.parts, with_ending(path.name, ending, key))

@@ -21,5 +21,5 @@ def demo(
     ] = None,
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
-    need("gradio", message="the demo needs {package}, which is not installed: pip install latentvae[{extra}]")
+    need("gradio", message="the demo needs {package}, which is not installed: {install}")
     page.server.serve(model or [], host, port)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import models, pipelines
+from latentvae import measure, models, pipelines
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_folder, whole_file
 from latentvae.cli.options import ModelArgument, SameModel, tell
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
 
-    from latentvae.pipelines.doctor.diagnosis import Diagnosis, DtypeReport
+    from latentvae.measure.diagnosis import Diagnosis, DtypeReport
     from latentvae.pipelines.doctor.rescaling import Rescaling
 
 EXIT_OVERFLOWS = 5
@@ -78,7 +78,7 @@ def _examine(
     """The model's diagnosis; if asked for, the rescaled copy, or why there is none."""
     doctor = pipelines.doctor
     if not rescaled:
-        return doctor.diagnosis.diagnose(vae, probes), None, None
+        return measure.diagnosis.diagnose(vae, probes), None, None
     try:
         rescaling = doctor.rescaling.rescale(vae, probes)
     # the diagnosis is printed all the same: it says where to look
@@ -96,7 +96,7 @@ def _check_fix(folder: Path | None, overwrite: bool) -> None:
     if folder is None or not folder.exists():
         return
     if overwrite and folder.is_dir():
-        check_folder(folder, "export", models.exporting.SIDECAR, instead="Choose another --fix")
+        check_folder(folder, "export", models.loading.SIDECAR, instead="Choose another --fix")
     elif not folder.is_dir() or any(folder.iterdir()):
         raise LatentVAEError(
             f"--fix {folder} is there already; wanted a new or empty folder. Choose another, or pass "
@@ -121,7 +121,7 @@ def _read_probes(
     centres = session.read_centres(paths, channels, size)
     # the sample picture lies in the package: its folder says nothing to people
     probes = {str(path) if named else path.name: image for path, image in centres}
-    return {**probes, **pipelines.doctor.diagnosis.synthetic_probes(channels, size)}, len(probes)
+    return {**probes, **measure.diagnosis.synthetic_probes(channels, size)}, len(probes)
 
 
 def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> None:
@@ -132,7 +132,7 @@ def _write(rescaling: Rescaling, folder: Path, source: str, overwrite: bool) -> 
         rescaling.vae, folder, provenance=_provenance(rescaling, source, sidecar), overwrite=overwrite
     )
     if sidecar.get("latent_statistics"):  # the latents are the source's, so its figures hold
-        path = folder / models.exporting.SIDECAR
+        path = folder / models.loading.SIDECAR
         written = json.loads(path.read_text(encoding="utf-8"))
         written["latent_statistics"] = sidecar["latent_statistics"]
         with whole_file(path) as partial:
@@ -255,7 +255,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     if fp16.first_overflow:
         return f"fp16 overflows at {fp16.first_overflow.layer}: use bf16 or fp32, or try --fix OUT."
     if not diagnosis.fp16_works:
-        wanted = pipelines.doctor.diagnosis.MIN_PSNR
+        wanted = measure.diagnosis.MIN_PSNR
         return f"fp16 is finite, but only {fp16.worst_psnr:.1f} dB from fp32 (wanted: {wanted:g}): use fp32."
     # finite on the probes is not finite on everything
     if top.headroom < THIN_HEADROOM:

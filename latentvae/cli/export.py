@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import models, training
+from latentvae import measure, models, training
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
@@ -83,6 +83,7 @@ def export(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         programs=[program] if program else (),
+        force_upcast=measure.diagnosis.wants_upcast(vae),
     )
     url = _upload(folder, push_to_hub, subfolder, private)
     figures = statistics.as_dict() if statistics else None
@@ -124,6 +125,7 @@ def _provenance(
         training=training or (f"{state['step']} steps" if state else "not stated"),
         metrics=_read_metrics(metrics) if metrics else {},
         config=config,
+        intensity_range=config.get("data", {}).get("range"),
         **said,
     )
 

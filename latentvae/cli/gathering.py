@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from latentvae import images, models, store
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.places import root_of, short_names
-from latentvae.cli.session import Session
+from latentvae.cli.session import Session, image_channels
 from latentvae.cli.stores import load_same_model, whole_shards
 from latentvae.toolbox import atlas
 
@@ -105,15 +106,36 @@ def _from_images(session: Session, request: Request) -> Gathering:
     found = Gathering(atlas.gallery.Gallery(weights, request.grid, side))
     captions = images.captions
     captions.forget()  # metadata.jsonl is remembered, and may have changed since in a process that lives on
-    for path, image, _ in session.read_images(files, longest=request.size):
+    for path, image, latents in _encoded(session, files, request.size):
         caption, notes = captions.read_caption(path, root_of(path, request.sources))
         found.notes += [f"{names[path]}: {note}" for note in notes]
         try:
-            found.gallery.add_image(vae, names[path], atlas.labels.label_of(caption), image)
+            label = atlas.labels.label_of(caption)
+            if latents is None:
+                found.gallery.add_image(vae, names[path], label, image)
+            else:
+                found.gallery.add(names[path], label, latents, image)
         except LatentVAEError as error:
             session.skip(path, LatentVAEError(f"{path}: {error}"))
     found.gallery.label(labels)
     return found
+
+
+def _encoded(
+    session: Session, files: list[Path], longest: int
+) -> Iterator[tuple[Path, torch.Tensor, torch.Tensor | None]]:
+    """(path, image, its latents or None: not computed yet) of each that can be read; others are skipped."""
+    count = atlas.encoding.images_at_once(session.vae, longest)
+    if count == 1:
+        yield from ((path, image, None) for path, image, _ in session.read_images(files, longest=longest))
+        return
+    channels = image_channels(session.vae)
+    found = atlas.encoding.encode_side_by_side(session.vae, files, channels, longest, count)
+    for path, result in tqdm(found, total=len(files), unit="image", disable=len(files) < 2):
+        if isinstance(result, LatentVAEError):
+            session.skip(path, result)
+        else:
+            yield path, *result
 
 
 def _from_store(session: Session, folder: Path, request: Request) -> Gathering:

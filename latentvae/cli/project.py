@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from latentvae.toolbox.atlas.projection import Projection
 
 NEAR = 8  # neighbours of each image that the page shows
-MANY = 1000  # images from which on finding clusters takes seconds
 PER_CLASS = 10  # labels that the classifier learns from
 SOURCES = {"table": "the table", "captions": "their captions", "folders": "their folders"}
 Measured = dict[str, dict[str, Any]]
@@ -70,7 +69,7 @@ def project(
     if len(values) < 2:
         raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
     mapped = atlas.projection.project(values, method, seed)
-    grouped = atlas.clusters.cluster(values, clusters, seed, progress=len(values) >= MANY)
+    grouped = atlas.clusters.cluster(values, clusters, seed, progress=True)
     result = _summarise(found, mapped, grouped, seed) | session.passed_over
     cards = _make_cards(gallery, mapped, grouped)
     files = _write_all(output, title or sources[0].resolve().name, cards, mapped, result)
@@ -111,7 +110,9 @@ def _measure(gallery: Gallery, grouped: Clustering, seed: int, notes: list[str])
     if raw is not None:
         # as many clusters as the latents have, or their number would decide; k-means needs as many points
         same = min(grouped.count, clusters.distinct(raw))
-        agreement["pixels"] = clusters.nmi(clusters.cluster(raw, same, seed).numbers, gallery.labels)
+        agreement["pixels"] = clusters.nmi(
+            clusters.cluster(raw, same, seed, progress=True).numbers, gallery.labels
+        )
     try:
         few = {
             name: asdict(clusters.few_label_accuracy(table, gallery.labels, PER_CLASS, seed=seed))

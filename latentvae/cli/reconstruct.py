@@ -28,13 +28,17 @@ def reconstruct(
     sample: Sample = False,
     seed: Seed = 0,
 ) -> None:
-    """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table."""
+    """Reconstruct images: writes NAME.reconstruction.png and NAME.comparison.png, and prints a table.
+
+    Of scans, whose model has an intensity range, NAME.reconstruction.tif: their samples as 32-bit floats.
+    """
     sources = paths or [models.loading.SAMPLE_PICTURE]
     files = session.find_images(sources)
     names = short_names(files, sources)
     vae = session.load()
     make_folder(output)
     lpips, reason = session.find_lpips()
+    window = models.loading.window_of(vae)
     evaluator = measure.evaluate.Evaluator(vae, lpips, reason, "sample" if sample else "mode", seed)
     written: list[dict[str, Any]] = []
     for path, image, info in session.read_images(files):
@@ -46,7 +50,7 @@ def reconstruct(
             continue
         place = output / name
         make_folder(place.parent)
-        written.append(_write_pictures(place, image, rebuilt[0].cpu(), row, info.notes))
+        written.append(_write_pictures(place, image, rebuilt[0].cpu(), row, info.notes, window))
     if written:  # a table of nothing would hide why; `finish` says it
         summary = evaluator.metrics.summary()
         figures = {**summary.as_dict(), "files": written, **session.passed_over}
@@ -55,12 +59,17 @@ def reconstruct(
 
 
 def _write_pictures(
-    place: Path, image: torch.Tensor, reconstruction: torch.Tensor, row: Any, notes: list[str]
+    place: Path,
+    image: torch.Tensor,
+    reconstruction: torch.Tensor,
+    row: Any,
+    notes: list[str],
+    window: images.scans.Window | None,
 ) -> dict[str, Any]:
-    """Save the reconstruction and the comparison; return their paths for the report."""
-    plain = place.with_name(with_ending(place.name, ".reconstruction.png"))
+    """Save the reconstruction (of a scan its samples, as floats) and the comparison; return their paths."""
+    plain = place.with_name(with_ending(place.name, f".reconstruction{images.scans.ending(window)}"))
     compared = place.with_name(with_ending(place.name, ".comparison.png"))
-    images.saving.save_image(reconstruction, plain)
+    images.scans.save(reconstruction, plain, window)
     figures = {"PSNR": f"{row.psnr:.2f} dB", "SSIM": f"{row.ssim:.4f}"}
     # no column where the network is missing: the picture has no place for the reason
     if row.lpips is not None:

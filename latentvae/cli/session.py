@@ -102,7 +102,8 @@ class Session:
         for path in tqdm(paths, unit="image", disable=len(paths) < 2):
             try:
                 most = self.max_pixels or images.reading.MAX_PIXELS
-                image, info = images.reading.load_image_with_info(path, channels=channels, max_pixels=most)
+                window = models.loading.window_of(self.vae)
+                image, info = images.scans.load(path, channels, window, max_pixels=most)
                 if longest is not None:
                     image = images.resizing.thumbnail(image, longest)
                 self.fit(path, *image.shape[-2:])
@@ -251,7 +252,7 @@ def read_sidecar(source: str) -> dict[str, Any]:
     if place.is_file():
         folders.append(place.parent)
     for folder in folders:
-        sidecar = folder / models.exporting.SIDECAR
+        sidecar = folder / models.loading.SIDECAR
         if sidecar.is_file():
             return json.loads(sidecar.read_text(encoding="utf-8"))
     return {}

@@ -7,5 +7,6 @@ from . import pixels as pixels
 from . import reading as reading
 from . import resizing as resizing
 from . import saving as saving
+from . import scans as scans
 from . import tensors as tensors
 from . import tiffs as tiffs

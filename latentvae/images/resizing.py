@@ -30,6 +30,7 @@ class Preprocessing(BaseModel):
     policy: Literal["as-is", "size", "centre-crop"] = "as-is"
     size: int | None = None  # pixels; None with as-is
     channels: int = 3  # 3: RGB, 1: luminance
+    range: tuple[float, float] | None = None  # samples that become -1 and 1; None: what the files' type holds
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How good reconstructions are. Imports models, images, base.
+"""How good reconstructions are, and whether half precision gives the same. Imports models, images, base.
 
 In: images and a model. Out: figures, each with the protocol that gave it.
 """

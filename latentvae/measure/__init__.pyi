@@ -1,3 +1,5 @@
+from . import activations as activations
+from . import diagnosis as diagnosis
 from . import evaluate as evaluate
 from . import lpips as lpips
 from . import metrics as metrics

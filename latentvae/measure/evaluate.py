@@ -12,6 +12,7 @@ from latentvae.measure.lpips import LPIPS
 from latentvae.measure.metrics import ImageMetrics, LatentsMode, Metrics, MetricsSummary
 from latentvae.measure.rfid import RFID, Inception, RFIDProtocol
 from latentvae.models.latents import reconstruct
+from latentvae.models.loading import window_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Evaluation(MetricsSummary):
 class Evaluator:
     """Reconstruct images one by one and compare them with the originals; `metrics` gathers the figures.
 
+    They are of 8 bits, or of the depth of the model's intensity range where it has one.
+
     Args:
         vae: any AutoencoderKL.
         lpips: network from `load_lpips`, or None to leave LPIPS out.
@@ -67,7 +70,8 @@ class Evaluator:
         seed: int = 0,
     ) -> None:
         self.vae, self.sample = vae, latents == "sample"
-        self.metrics = Metrics(lpips, lpips_missing_reason, latents)
+        window = window_of(vae)
+        self.metrics = Metrics(lpips, lpips_missing_reason, latents, window.steps if window else 255)
         # on the CPU: the same samples on every device
         self.generator = torch.Generator().manual_seed(seed)
 

@@ -1,13 +1,14 @@
 """How good reconstructions are: PSNR, SSIM, LPIPS and rate, each figure with the protocol that gave it.
 
-Distortions are measured after both images are rounded to 8 bits, as a viewer or a saved PNG would have them;
-unrounded tensors give other figures. A rate here is a KL bound: the mean number of bits that ideal "bits
-back" coding of the latents would need (Hinton & van Camp 1993). It is not the size of any file.
+Distortions are measured after both images are rounded to 8 bits, as a viewer or a saved PNG would have them
+(scans: to their own depth); unrounded tensors give other figures. A rate here is a KL bound: the mean number
+of bits that ideal "bits back" coding of the latents would need (Hinton & van Camp 1993). It is not the size
+of any file.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -94,7 +95,8 @@ class MetricsSummary:
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [_line(row, widths) for row in (header, *rows)]
         rule = "-" * len(lines[0])
-        foot = [f"8-bit rounding; latents: {self.protocol.latents}; SSIM: Gaussian 11x11, sigma 1.5."]
+        rounding = self.protocol.rounding.partition(":")[0]  # 8-bit, or a number of levels
+        foot = [f"{rounding} rounding; latents: {self.protocol.latents}; SSIM: Gaussian 11x11, sigma 1.5."]
         foot.append(f"Means: {self.protocol.mean}.")
         if self.rate_bpp is not None:
             foot.append(f"bpp: {self.protocol.rate}.")
@@ -110,6 +112,7 @@ class Metrics:
         lpips: LPIPS | None = None,
         lpips_missing_reason: str | None = None,
         latents: LatentsMode = "mode",
+        steps: int = 255,
     ) -> None:
         """Say what will be measured, and how the reconstructions are made.
 
@@ -117,11 +120,13 @@ class Metrics:
             lpips: from `load_lpips`, on any device; None leaves LPIPS out.
             lpips_missing_reason: why `lpips` is None, for the reader of the table.
             latents: whether reconstructions are decoded from the posterior's mode or from a sample.
+            steps: from black to white, that images are rounded to: 255 of 8 bits, 4095 of 12.
         """
         if latents not in ("mode", "sample"):
             raise LatentVAEError(f"latents must be 'mode' or 'sample', got {latents!r}.")
         self.lpips = lpips
         self.latents: LatentsMode = latents
+        self.steps = steps
         self.lpips_missing_reason = None if lpips else lpips_missing_reason or "no network was given"
         self._images: list[ImageMetrics] = []
 
@@ -144,8 +149,8 @@ class Metrics:
             LatentVAEError: on shapes that differ, values that are not finite, or the wrong number of names.
         """
         names = [name] if isinstance(name, str) else list(name)
-        levels, rebuilt = _levels(images, reconstructions)
-        batch, _, height, width = levels.shape  # (B, C, H, W), whole numbers in 0..255
+        levels, rebuilt = _levels(images, reconstructions, self.steps)
+        batch, _, height, width = levels.shape  # (B, C, H, W), whole numbers in 0..steps
         if len(names) != batch:
             raise LatentVAEError(f"a batch of {batch} images needs {batch} names, got {len(names)}.")
         if kl_nats is not None and (kl_nats.shape != (batch,) or not kl_nats.isfinite().all()):
@@ -155,7 +160,8 @@ class Metrics:
             )
         bpp = None if kl_nats is None else bits_per_pixel(rate(kl_nats), height, width)
         # (B,) each, or None; by figure here, by image below
-        columns = (_psnr(levels, rebuilt), _ssim(levels, rebuilt), self._lpips(levels, rebuilt), bpp)
+        pair = levels, rebuilt
+        columns = (_psnr(*pair, self.steps), _ssim(*pair, self.steps), self._lpips(*pair), bpp)
         values = [[None] * batch if c is None else c.tolist() for c in columns]
         added = tuple(
             ImageMetrics(name, width, height, *figures) for name, *figures in zip(names, *values, strict=True)
@@ -169,6 +175,12 @@ class Metrics:
             raise LatentVAEError("no images were measured, so there is nothing to summarise: add some first.")
         net = self.lpips.net if self.lpips else None
         protocol = Protocol(len(self._images), self.latents, net, self.lpips_missing_reason)
+        if self.steps != 255:
+            rounding = (
+                f"{self.steps + 1} levels: clamped to the intensity range, images and reconstructions alike"
+            )
+            peak = f"dB over all pixels of an image, peak {self.steps}"
+            protocol = replace(protocol, rounding=rounding, psnr=peak)
         columns = ([getattr(i, name) for i in self._images] for name in FIGURES)
         return MetricsSummary(tuple(self._images), protocol, *map(_mean, columns))
 
@@ -176,8 +188,8 @@ class Metrics:
         if self.lpips is None or min(levels.shape[2:]) < self.lpips.min_size:
             return None
         device = self.lpips.shift.device
-        # of the 8-bit images too, as every figure of a table
-        pair = [(x.to(device) / 127.5 - 1) for x in (levels, rebuilt)]
+        # of the rounded images too, as every figure of a table
+        pair = [(x.to(device) / (self.steps / 2) - 1) for x in (levels, rebuilt)]
         # a caller's autocast would make the figure depend on where it is measured
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return self.lpips(*pair)
@@ -222,8 +234,8 @@ def bits_per_pixel(bits: Tensor, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def _levels(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-    """Check both and round them to 0..255, as float32."""
+def _levels(images: Tensor, reconstructions: Tensor, steps: int = 255) -> tuple[Tensor, Tensor]:
+    """Check both and round them to 0..steps, as float32."""
     if images.shape != reconstructions.shape or images.ndim != 4 or 0 in images.shape:
         raise LatentVAEError(
             f"images and reconstructions must be (B, C, H, W) of one shape, got {tuple(images.shape)} and "
@@ -238,25 +250,28 @@ def _levels(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
                 f"If the model ran in float16, use bfloat16 or float32."
             )
     # rounded as a saved PNG would be, originals too: those from JPEG or a resize need not be whole
-    rounded = [x.float().mul(127.5).add(127.5).round().clamp(0, 255) for x in (images, reconstructions)]
+    half = steps / 2
+    rounded = [x.float().mul(half).add(half).round().clamp(0, steps) for x in (images, reconstructions)]
     return rounded[0], rounded[1].to(rounded[0].device)
 
 
-def _psnr(levels: Tensor, rebuilt: Tensor) -> Tensor:
-    return 10 * (255**2 / (levels - rebuilt).square().mean((1, 2, 3))).log10()
+def _psnr(levels: Tensor, rebuilt: Tensor, steps: int = 255) -> Tensor:
+    return 10 * (steps**2 / (levels - rebuilt).square().mean((1, 2, 3))).log10()
 
 
 @torch.no_grad()
-def _ssim(levels: Tensor, rebuilt: Tensor) -> Tensor:
+def _ssim(levels: Tensor, rebuilt: Tensor, steps: int = 255) -> Tensor:
     if min(levels.shape[2:]) < SSIM_WINDOW:
         return levels.new_full((len(levels),), math.nan)
     pairs = zip(levels.flatten(0, 1), rebuilt.flatten(0, 1), strict=True)
-    channels = torch.stack([_ssim_of_plane(x, y) for x, y in pairs])  # (B * C,); one at a time stays in cache
+    channels = torch.stack(
+        [_ssim_of_plane(x, y, steps) for x, y in pairs]
+    )  # (B * C,); one at a time stays in cache
     return channels.view(levels.shape[:2]).mean(1).to(levels)
 
 
-def _ssim_of_plane(x: Tensor, y: Tensor) -> Tensor:
-    """Wang et al. 2004, equation 13, averaged over (H, W) levels in 0..255.
+def _ssim_of_plane(x: Tensor, y: Tensor, steps: int) -> Tensor:
+    """Wang et al. 2004, equation 13, averaged over (H, W) levels in 0..steps.
 
     In float64, because E[x^2] - E[x]^2 in float32 gives a white image 0.9991 with itself.
     """
@@ -268,7 +283,7 @@ def _ssim_of_plane(x: Tensor, y: Tensor) -> Tensor:
     means, product = mean_x.square() + mean_y.square(), mean_x * mean_y
     variances, covariance = _blur(x.square() + y.square()) - means, _blur(x * y) - product
     # keep the ratio stable where an image is black or flat
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1, c2 = (0.01 * steps) ** 2, (0.03 * steps) ** 2
     return ((2 * product + c1) * (2 * covariance + c2) / ((means + c1) * (variances + c2))).mean()
 
 

@@ -27,7 +27,7 @@ WEIGHTS_SHA256 = "6726825d"
 
 NO_NETWORK = (
     "rFID's network comes with the package '{package}', which cannot be imported ({reason}). "
-    "Install the extra '{extra}': pip install 'latentvae[{extra}]'."
+    "To install it: {install}."
 )
 
 

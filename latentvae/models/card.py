@@ -31,6 +31,8 @@ class Provenance:
     training: str = "not stated"
     metrics: dict[str, Any] = field(default_factory=dict)  # MetricsSummary.as_dict()
     config: dict[str, Any] = field(default_factory=dict)  # the run's resolved configuration
+    # of one-channel samples that became [-1, 1]; None: photographs, whose range their files' type says
+    intensity_range: tuple[float, float] | None = None
 
 
 def is_hub_id(name: str) -> bool:
@@ -70,6 +72,17 @@ def channel_lines(statistics: dict[str, Any] | None) -> list[str]:
     return ["| channel of latents | mean | standard deviation |", "|---|---|---|", *rows, ""]
 
 
+def range_lines(limits: tuple[float, float] | None) -> list[str]:
+    """How samples become images, where that is not what their files' type says."""
+    if limits is None:
+        return []
+    low, high = limits
+    return [
+        f"Intensities: images are `2 * (samples - {low:g}) / {high - low:g} - 1`, clipped to [-1, 1].",
+        "",
+    ]
+
+
 def model_card(vae: AutoencoderKL, provenance: Provenance, statistics: dict[str, Any] | None = None) -> str:
     """A Hugging Face model card in Markdown, with front matter; `statistics` as in the sidecar."""
     config = vae.config
@@ -106,6 +119,7 @@ def model_card(vae: AutoencoderKL, provenance: Provenance, statistics: dict[str,
             *(f"- {note}" for note in program_notes(config)), "",
             "## Training", "",
             f"Data: {provenance.trained_on}", "",
+            *range_lines(provenance.intensity_range),
             f"Run: {provenance.training}", "",
             *([f"Parent: {parent}", ""] if parent else []),
             "## Figures", "",

@@ -17,9 +17,8 @@ from latentvae.models.formats.adapting import adapt
 from latentvae.models.formats.programs import Program
 from latentvae.models.formats.writing import save
 from latentvae.models.latents import LatentStatistics, reconstruct
-from latentvae.models.loading import spatial_compression_ratio
+from latentvae.models.loading import SIDECAR, spatial_compression_ratio
 
-SIDECAR = "latentvae.json"
 SHARD_SIZE = re.compile(r"[1-9]\d*[KMG]B")
 MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
 
@@ -82,6 +81,7 @@ def export(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     programs: Sequence[Program] = (),
+    force_upcast: bool | None = None,
 ) -> Path:
     """Write config.json, fp32 and fp16 weights, a model card and a sidecar; then load and compare.
 
@@ -95,6 +95,8 @@ def export(
         overwrite: replace an earlier export.
         max_shard_size: such as "300MB": weights larger than that are split into several files.
         programs: each gets a file of its own beside the model, PROGRAM.safetensors, that it reads right.
+        force_upcast: whether fp16 pipelines must decode in fp32, as measure/diagnosis.py's `wants_upcast`
+            says; None keeps what the config has.
 
     Returns:
         The folder.
@@ -108,6 +110,8 @@ def export(
     if max_shard_size and not SHARD_SIZE.fullmatch(max_shard_size):
         raise LatentVAEError(f"max_shard_size {max_shard_size!r} is no size; wanted one such as 300MB.")
     prepared = prepare_export(vae, statistics)
+    if force_upcast is not None:
+        prepared.register_to_config(force_upcast=force_upcast)
     if half:
         prepared = prepared.half().float()  # what a reload in fp32 gives
     with whole_folder(folder, message="cannot write {path}: {reason}. Choose another --output.") as partial:

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ModelError
+from latentvae.images.scans import Window
 from latentvae.models.formats.deriving import derive_config
 from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
 from latentvae.models.formats.stored import (
@@ -30,6 +31,20 @@ DEFAULT_MODEL = "f8c4-small"
 
 # unpickling runs whatever code the file names, so these are refused with the way out, never read
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+# classes that people try, and what they can do instead; docs/formats.md has them as a table
+OTHERS = {
+    "AutoencoderTiny": " One of these is a teacher (model.teacher) or a side of `latentvae agree`; in place "
+    "of TAESD, `sd-small` is an AutoencoderKL of the same latent space.",
+    "AutoencoderKLFlux2": " FLUX.2's latents are patched and normalised outside of its VAE: use diffusers "
+    "for it. For FLUX.1's space there is the recipe `flux-small`.",
+    "AutoencoderKLQwenImage": " This one is made for video, with 3-D convolutions: use diffusers for it.",
+    "AutoencoderKLWan": " This one is made for video, with 3-D convolutions: use diffusers for it.",
+    "AutoencoderDC": " Its latents have no distribution, and its blocks are others: use diffusers for it. "
+    "For fewer latents than 8 x 8 pixels give, train a model of more levels.",
+    "AsymmetricAutoencoderKL": " Its decoder takes a mask, which ours have no place for: use diffusers.",
+}
+SIDECAR = "latentvae.json"  # beside an export's config: what diffusers has no place for
+WINDOW = "_latentvae_window"  # attribute of a loaded model: of what its images' samples are
 BELONGS = "Use the config.json that belongs to these weights."
 DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
 
@@ -95,7 +110,8 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
         if pickled:
             raise ModelError(_refuse_pickle(pickled[0]))
         raise ModelError(f"{folder} has a config.json and no weights. Wanted {WEIGHTS_NAME} beside it.")
-    return _assemble(config, read_shards(files, files[0] if len(files) == 1 else folder), dtype)
+    vae = _assemble(config, read_shards(files, files[0] if len(files) == 1 else folder), dtype)
+    return set_window(vae, _stated_window(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -219,6 +235,26 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path} is not valid JSON: {error}.") from error
 
 
+def window_of(vae: AutoencoderKL) -> Window | None:
+    """The intensity range of the samples that a model was trained on; None of photographs, as nearly all."""
+    return getattr(vae, WINDOW, None)
+
+
+def set_window(vae: AutoencoderKL, window: Window | None) -> AutoencoderKL:
+    """Note a model's intensity range on the object: its config, diffusers' own, has no place for it."""
+    setattr(vae, WINDOW, window)
+    return vae
+
+
+def _stated_window(folder: Path) -> Window | None:
+    """What an export's sidecar says of intensities."""
+    try:
+        stated = json.loads((folder / SIDECAR).read_text(encoding="utf-8")).get("intensity_range")
+    except (OSError, ValueError, AttributeError):  # none, or somebody else's: it is about other things
+        return None
+    return Window(*map(float, stated)) if stated else None
+
+
 def _class_name(config: Any) -> str | None:
     return config.get("_class_name") if isinstance(config, dict) else None
 
@@ -226,7 +262,10 @@ def _class_name(config: Any) -> str | None:
 def _check_class(config: Any, path: Path) -> None:
     name = _class_name(config)
     if name != "AutoencoderKL":
-        raise ModelError(f"{path} describes {name or 'no model class'}; wanted an AutoencoderKL.")
+        raise ModelError(
+            f"{path} describes {name or 'no model class'}; wanted an AutoencoderKL, which is what Stable "
+            f"Diffusion 1 to 3.5, SDXL, FLUX.1 and our own models have.{OTHERS.get(str(name), '')}"
+        )
 
 
 def _assemble(

@@ -12,11 +12,11 @@ from diffusers import AutoencoderTiny
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.reading import load_image
 from latentvae.images.tensors import crop_padding, pad_to_multiple
+from latentvae.measure.activations import stock_copy
+from latentvae.measure.diagnosis import synthetic_probes
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import SAMPLE_PICTURE
 from latentvae.models.spaces import Autoencoder, latent_shape
-from latentvae.pipelines.doctor.activations import stock_copy
-from latentvae.pipelines.doctor.diagnosis import synthetic_probes
 from latentvae.runtime.patches import check_autoencoder
 
 PROBE_SIZE = 96  # pixels a side: two VAEs of SD's size take seconds on a CPU; f16 still has 6 x 6 latents

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from latentvae.base.errors import ImageError, StoreError
-from latentvae.images.reading import load_image
 from latentvae.images.resizing import Geometry
+from latentvae.images.scans import load
 from latentvae.models.latents import Posterior, Scaling, decode
 from latentvae.store import format as layout
 from latentvae.store.format import Entry, Manifest, ShardRecord
@@ -184,7 +184,7 @@ def original_image(entry: Entry, manifest: Manifest, largest: int | None = None)
     if largest is not None and entry.encoded_width * entry.encoded_height > largest:
         return None
     try:
-        image = load_image(entry.source, channels=manifest.preprocessing.channels)
+        image, _ = load(entry.source, manifest.preprocessing.channels, manifest.window)
     except ImageError:  # gone, or no image any more
         return None
     return Geometry(entry.resized, entry.cropped).apply(image)

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from latentvae.base.errors import StoreError
 from latentvae.base.files import file_sha256, fsync, partial_path, staged_file, whole_file
 from latentvae.images.resizing import Preprocessing
+from latentvae.images.scans import Window
 from latentvae.images.tensors import Padding
 
 MANIFEST = "store.json"
@@ -75,6 +76,12 @@ class Manifest(BaseModel):
     batch_size: int  # recorded, because what shares a batch moves the last bits of bf16 moments
     shard_size: int
     shards: list[ShardRecord] = Field(default_factory=list)
+
+    @property
+    def window(self) -> Window | None:
+        """The intensity range that was encoded, of scans."""
+        limits = self.preprocessing.range
+        return Window(*limits) if limits else None
 
     @property
     def count(self) -> int:

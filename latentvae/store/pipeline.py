@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL
 
 from latentvae.base import threads
 from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
-from latentvae.images.reading import load_image_with_info, read_size
+from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing, Size, plan_geometry
+from latentvae.images.scans import Window, load
 from latentvae.images.tensors import pad_to_multiple
 from latentvae.store.format import Entry, Failure, Row
 from latentvae.store.planning import PlannedShard, Source
@@ -105,7 +106,9 @@ class Loader:
                 )
             data = source.path.read_bytes()  # once: what is hashed is what is encoded
             sha256 = hashlib.sha256(data).hexdigest()
-            image, info = load_image_with_info(data, name=name, channels=self.preprocessing.channels)
+            limits = self.preprocessing.range
+            window = Window(*limits) if limits else None
+            image, info = load(data, self.preprocessing.channels, window, name)
             original = (info.width, info.height)
             geometry = plan_geometry(original, self.preprocessing, self.ratio)
             if problem := geometry.problem(original):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from diffusers import AutoencoderKL
 
@@ -17,6 +17,7 @@ from latentvae.base.files import file_sha256
 from latentvae.images import captions
 from latentvae.images.reading import PathLike, find_images
 from latentvae.images.resizing import Preprocessing
+from latentvae.models.loading import window_of
 from latentvae.store import format as layout
 from latentvae.store.format import DTYPES, DtypeName, Entry, Failure, Manifest, ShardRecord
 
@@ -84,14 +85,17 @@ def preprocessing(vae: AutoencoderKL, size: int | None, crop: bool) -> Preproces
     channels = vae.config["in_channels"]
     if channels not in (1, 3):
         raise StoreError(f"this model takes {channels} channels; image files have 1 or 3.")
+    window = window_of(vae)
+    limits = None if window is None else (window.low, window.high)
     if size is None:
         if crop:
             raise StoreError("crop came without a size: give the side of the squares to crop, --size.")
-        return Preprocessing(channels=channels)
+        return Preprocessing(channels=channels, range=limits)
     least = 2 ** (len(vae.config["block_out_channels"]) - 1)  # the spatial_compression_ratio
     if not least <= size <= MAX_SIZE:
         raise StoreError(f"size={size} came; wanted {least} to {MAX_SIZE} pixels.")
-    return Preprocessing(policy="centre-crop" if crop else "size", size=size, channels=channels)
+    policy: Literal["centre-crop", "size"] = "centre-crop" if crop else "size"
+    return Preprocessing(policy=policy, size=size, channels=channels, range=limits)
 
 
 def settle(
@@ -166,7 +170,9 @@ def _listed(names: Iterable[str], manifest: Manifest) -> str:
     for name in names:
         value = getattr(manifest, name)
         if isinstance(value, Preprocessing):
-            value = f"{value.policy} {value.size or ''} (version {value.version}, {value.channels} channels)"
+            samples = f", samples {value.range[0]:g} to {value.range[1]:g}" if value.range else ""
+            kind = f"version {value.version}, {value.channels} channels{samples}"
+            value = f"{value.policy} {value.size or ''} ({kind})"
         parts.append(f"{name} {value}")
     return ", ".join(parts)
 

@@ -11,6 +11,7 @@ from . import losses as losses
 from . import machine as machine
 from . import module as module
 from . import optim as optim
+from . import progress as progress
 from . import recipes as recipes
 from . import record as record
 from . import setup as setup

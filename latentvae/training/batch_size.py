@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from latentvae.base.errors import LatentVAEError
 from latentvae.training.checks import check_values
 from latentvae.training.config import Config
 from latentvae.training.data.crops import CropBatch
@@ -13,7 +12,8 @@ from latentvae.training.machine import peak_memory, total_memory
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
-PROBES = (2, 6)  # images: two points give a line; small, so that they fit wherever anything does
+# images: two points give a line; small first, so that they fit wherever anything does
+PROBES = (2, 6, 18, 54, 162)
 SHARE = 0.85  # of the memory: fragments, validation and other processes take the rest
 
 
@@ -54,19 +54,29 @@ def find_batch_size(config: Config) -> BatchFit:
         trial.train.accumulation = 1
         trial.data.in_memory = False  # images are made up, so none need be decoded
         trial.distil.cache = None  # nor is a teacher's: made-up images have none, and it is the larger case
-        trial.distil.linear_start = False
+        if trial.model.teacher is not None:  # without one the setting would be refused
+            trial.distil.linear_start = False
         trial.adversarial.disc_start = 0  # the run's largest step, not its first
         run = set_up(trial, None)
-        peaks = [_peak(run, size) for size in PROBES]
-    if peaks[1] <= peaks[0]:
-        raise LatentVAEError(
-            f"a batch of {PROBES[1]} took no more memory than setting up did ({peaks[1] / 1e9:.2f} GB), so "
-            "nothing can be extrapolated: small crops on a CPU fit in any number."
-        )
-    per_image = max(1, (peaks[1] - peaks[0]) // (PROBES[1] - PROBES[0]))
-    fixed = max(0, peaks[0] - PROBES[0] * per_image)
+        each, fixed = _measure(run)
     memory = total_memory()
-    return BatchFit(max(1, int((SHARE * memory - fixed) // per_image)), per_image, fixed, memory)
+    return BatchFit(max(1, int((SHARE * memory - fixed) // each)), each, fixed, memory)
+
+
+def _measure(run: Run) -> tuple[int, int]:
+    """Bytes of an image and of all else, from the first two batches that take more than setting up did.
+
+    On a CPU small batches hide in what loading took, so larger ones are tried. Where none shows, all that is
+    in use counts for the images of the largest: rather too much than too little.
+    """
+    floor, smaller, before = peak_memory(), 0, 0
+    for size in PROBES:
+        peak = _peak(run, size)
+        if peak > before > floor:
+            each = max(1, (peak - before) // (size - smaller))
+            return each, max(0, before - smaller * each)
+        smaller, before = size, peak
+    return max(1, before // smaller), 0
 
 
 def _peak(run: Run, size: int) -> int:

@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from latentvae.base.errors import ConfigError, ModelError
 from latentvae.base.files import check_folder
 from latentvae.measure.lpips import smallest_side
-from latentvae.models.exporting import SIDECAR
+from latentvae.models.loading import SIDECAR
 from latentvae.models.presets import nearest, preset_config
 from latentvae.training import checkpoint
 from latentvae.training.adversary import GROUPS, smallest_input
@@ -54,6 +54,7 @@ def check_values(config: Config) -> None:
         ConfigError: names both settings, and values that would do.
     """
     _check_sizes(config.data)
+    _check_range(config.data)
     _check_model(config.model)
     _check_ratio(config)
     _check_adversary(config)
@@ -81,6 +82,18 @@ def _check_sizes(data: DataConfig) -> None:
         )
 
 
+def _check_range(data: DataConfig) -> None:
+    if data.range is not None and data.percentiles is not None:
+        raise ConfigError(
+            f"data.range={list(data.range)} and data.percentiles={list(data.percentiles)} both say what is "
+            "black and white; leave one out"
+        )
+    for name in ("range", "percentiles"):
+        limits = getattr(data, name)
+        if limits is not None and limits[0] >= limits[1]:
+            raise ConfigError(f"data.{name}={list(limits)} is empty; give the lower number first")
+
+
 def _check_model(model: ModelConfig) -> None:
     if model.init is not None and model.overrides:
         raise ConfigError(
@@ -105,6 +118,11 @@ def _check_ratio(config: Config) -> None:
     except ModelError as error:
         raise ConfigError(str(error)) from error
     channels = shape["in_channels"], shape["out_channels"]
+    if (config.data.range or config.data.percentiles) and channels[0] != 1 and config.model.init is None:
+        raise ConfigError(
+            f"data.range and data.percentiles are of one channel, and the model has {channels[0]}. Leave "
+            "them out, or set model.overrides='{in_channels: 1, out_channels: 1}'"
+        )
     if channels[0] != channels[1] or channels[0] not in (1, 3):
         raise ConfigError(
             f"in_channels={channels[0]} and out_channels={channels[1]}; images have 1 or 3 channels, and a "
@@ -141,6 +159,10 @@ def _check_distil(config: Config) -> None:
     if config.distil.learn != "both" and config.model.init is None:
         raise ConfigError(
             f"distil.learn={config.distil.learn} leaves the other half as it is; name the model in model.init"
+        )
+    if config.distil.cache is not None and (config.data.range or config.data.percentiles):
+        raise ConfigError(
+            "distil.cache keeps pictures of 8 bits, and data.range is for more; leave one of them out"
         )
     if config.distil.cache is not None and config.data.horizontal_flip:
         raise ConfigError(

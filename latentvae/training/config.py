@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
 class Section(BaseModel):
@@ -36,9 +37,14 @@ class DataConfig(Section):
     train: str | None = None
     # Of a dataset: the column with the images; of .tar shards: the members' extension. None: found by type.
     column: str | None = None
-    val: str | None = None  # None: hold out `val_images` of the training folder
+    val: str | None = None  # None: hold out `val_images` of the training folder, at most a tenth of it
     val_images: int = Field(24, ge=1)  # enough for a mean that moves by less than 0.1 dB between runs
     val_size: int = Field(256, ge=16)  # centre crops of this size, so that they batch
+    # of one-channel scans: the samples that become black and white, e.g. [0, 4095] for 12 bits in 16-bit
+    # files. None: what the files' type can hold. The export states it, `decode` and `reconstruct` undo it
+    range: tuple[float, float] | None = None
+    # measure `range` at the start: these percentiles of the training images' samples, e.g. [0.1, 99.9]
+    percentiles: tuple[Percentile, Percentile] | None = None
     # px; a VAE is local, so many small crops teach more per second than few large ones
     crop: int = Field(64, ge=16)
     short_side: int | None = Field(None, ge=16)  # resize images to this short side first; None: as they are
@@ -151,6 +157,9 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.999, ge=0, lt=1)  # averages the last thousand steps; warms up in shorter runs
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(500, ge=1)
+    # validations without a better figure (LPIPS, or else PSNR) after which a run ends early, exported as at
+    # its end; None: never. With a cosine the last steps bring the most, so set optim.schedule=constant too
+    patience: int | None = Field(None, ge=1)
     save_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)  # two: if the newest is damaged there is another
     max_bad_steps: int = Field(10, ge=1)  # NaN or inf so many times in a row is no accident

@@ -5,8 +5,10 @@ first step is in setup.py, what happens in one in step.py.
 """
 
 import json
+import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +22,15 @@ from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import whole_file
-from latentvae.training import checkpoint
+from latentvae.training import checkpoint, progress
 from latentvae.training.config import Config
 from latentvae.training.data.crops import CropBatch
 from latentvae.training.machine import peak_memory
 from latentvae.training.record import draw_curves
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
+
+logger = logging.getLogger(__name__)
 
 SAME_SIGNAL = 2.0  # seconds in which launchers forward what their processes got as well
 
@@ -60,6 +64,7 @@ def train(config: Config, resume: str | None = None) -> Path:
         if run.is_main:
             run.validation.export(run.state, run.folder, run.record.seconds)
             draw_curves(run.record.path, run.folder / "curves.png")
+            logger.info(progress.summary(progress.read_points(run.record.path)))
     # 4. End together: the others wait here while one exports.
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
@@ -194,8 +199,15 @@ def loop(run: Run, batches: DataLoader, clock: Clock) -> None:
                 raise TrainingInterrupted(saved, clock.reason(run.stop))
 
             # 2d. Validation comes after saving: what fails here costs no step.
-            if (state.step % config.validate_every == 0 or last) and run.is_main:
+            due = state.step % config.validate_every == 0
+            if (due or last) and run.is_main:
                 validate(run)
+
+            # 2e. Enough? All processes end together, with the state saved.
+            if config.patience is not None and due and not last and ends_early(run, config.patience):
+                if state.step % config.save_every:
+                    save_checkpoint(run)
+                break
 
 
 def take(run: Run, incoming: Iterator[CropBatch]) -> list[CropBatch]:
@@ -248,3 +260,16 @@ def validate(run: Run) -> None:
         vae, step = run.state.ema.model, run.state.step
         summary, picture = run.validation(vae, step, run.folder)
         run.record.validation(step, summary, picture, run.validation.beside_teacher(vae))
+    points = progress.read_points(run.record.path)
+    if points and points[-1].step == step:  # a PSNR that is infinite is no point
+        tqdm.write(progress.line(points), file=sys.stderr)  # beside the bar and not in it
+
+
+def ends_early(run: Run, patience: int) -> bool:
+    """Whether the last validations were no better than those before; the main process knows, all learn it."""
+    stop = run.is_main and progress.stalled(progress.read_points(run.record.path), patience)
+    if stop:
+        reason = f"Validations without a better figure: {patience} (train.patience)."
+        tqdm.write(f"{reason} Ending at step {run.state.step}.", file=sys.stderr)
+    flag = torch.tensor(int(stop), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(flag, "sum"))

@@ -11,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from latentvae.base.optional import install_command
 from latentvae.training.checks import check_compiler
 from latentvae.training.config import Config
 
@@ -98,7 +99,11 @@ def installed_tracker(name: str) -> str | None:
     if name == "none":
         return None
     if LoggerType(name) not in get_available_trackers():
-        logger.warning("tracker %s is not installed: figures go to metrics.jsonl only. Extra: [train].", name)
+        # of the trackers our extra brings one
+        install = install_command("train") if name == "tensorboard" else f"pip install {name}"
+        logger.warning(
+            "tracker %s is not installed: figures go to metrics.jsonl only. To install it: %s", name, install
+        )
         return None
     return name
 

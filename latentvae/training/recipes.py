@@ -1,5 +1,6 @@
 """How a run is told what to do: a recipe by its name or a YAML file, with `--set a.b=c` on top."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from pydantic import ValidationError
 from latentvae.base.errors import ConfigError
 from latentvae.models.presets import nearest
 from latentvae.training.checks import check_values
-from latentvae.training.config import Config, Section
+from latentvae.training.config import Config, Section, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 # An editable checkout keeps the recipes where people edit them; a wheel carries them inside the package.
 _RECIPE_DIRS = (
@@ -32,10 +35,15 @@ def load_config(source: str | Path | None, settings: list[str] | None = None) ->
             that do not fit together.
     """
     tree = _read(source) if source is not None else {}
+    # what a schedule was chosen for, before settings say otherwise
+    length = (tree.get("train") or {}).get("max_steps", TrainConfig().max_steps)
     for setting in settings or []:
         _apply(tree, setting)
     try:
         config = Config.model_validate(tree)  # first, for all wrong types and unknown keys at once
+        given = {setting.partition("=")[0].strip() for setting in settings or []}
+        if "train.max_steps" in given:
+            _follow_length(config, length, given)
         check_values(config)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
@@ -82,6 +90,34 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
         tree[last] = yaml.safe_load(text)  # so a list or null is written as in a file
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting!r}: {text!r} is not a YAML value ({error}).") from error
+
+
+def _follow_length(config: Config, length: int, given: set[str]) -> None:
+    """Shorten warm-up and decay, which were chosen for another length, in proportion where they do not fit.
+
+    Args:
+        config: with the settings; changed in place.
+        length: steps that warm-up and decay were chosen for.
+        given: names of the settings; what is among them stays.
+    """
+    optim, last = config.optim, config.train.max_steps
+    decay = 0 if optim.schedule == "constant" else optim.decay_steps or 0
+    share = last / length
+    if optim.warmup_steps + decay <= last or share >= 1:
+        return
+    changes = []
+    for name in ("warmup_steps", "decay_steps"):
+        value = getattr(optim, name)
+        if value and f"optim.{name}" not in given:
+            # down: together they still fit; a decay takes a step at least
+            shorter = max(int(value * share), name == "decay_steps")
+            setattr(optim, name, shorter)
+            changes.append(f"optim.{name}={shorter} (was {value})")
+    if changes:
+        logger.info(
+            "train.max_steps=%d is shorter than the %d steps of the recipe, so %s; set them to have others",
+            *(last, length, " and ".join(changes)),
+        )
 
 
 def _explain(problem: Any) -> str:

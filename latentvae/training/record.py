@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from latentvae.base.optional import install_command
 from latentvae.measure.metrics import MetricsSummary
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.machine import peak_memory
@@ -70,11 +71,10 @@ class Record:
         if self.tracker is not None:
             self.accelerator.log({f"train/{name}": value for name, value in figures.items()}, step=state.step)
         self.mark, self.mark_step, self.waiting = time.perf_counter(), state.step, 0.0
-        return {
-            "total": f"{figures['total']:.4f}",
-            "lpips": f"{figures['perceptual_loss']:.3f}",
-            "images/s": f"{figures['images_per_second']:.1f}",
-        }
+        # where LPIPS is left out of the loss its term is 0
+        lpips = {"lpips": f"{figures['perceptual_loss']:.3f}"} if figures["perceptual_loss"] else {}
+        speed = f"{figures['images_per_second']:.1f}"
+        return {"total": f"{figures['total']:.4f}", **lpips, "images/s": speed}
 
     def validation(
         self, step: int, summary: MetricsSummary, picture: Image.Image, more: dict[str, float] | None = None
@@ -154,7 +154,10 @@ def draw_curves(metrics: Path, picture: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("matplotlib is not installed: no picture of the curves. Extra: [train].")
+        logger.warning(
+            "matplotlib is not installed: no picture of the curves. To install it: %s",
+            install_command("train"),
+        )
         return None
     records = read_records(metrics)
     panels = [(title, found) for title, names in PANELS if (found := series(records, names))]

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
+from latentvae.images.scans import Window
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.loading import spatial_compression_ratio
+from latentvae.models.loading import set_window, spatial_compression_ratio
 from latentvae.models.spaces import latent_shape
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import check_start
@@ -23,12 +24,13 @@ from latentvae.training.data.crops import (
     training_batches,
     validation_images,
 )
-from latentvae.training.data.sources import Selection, evenly
+from latentvae.training.data.sources import FolderSource, Selection, evenly, measured_range, open_source
 from latentvae.training.data.teacher_cache import TeacherCache, provenance
 from latentvae.training.distillation import Teacher, start_linearly
 from latentvae.training.losses import VAELoss
 from latentvae.training.machine import start_processes
 from latentvae.training.module import TrainableVAE
+from latentvae.training.progress import split_line
 from latentvae.training.record import Record
 from latentvae.training.validation import Validation
 
@@ -89,6 +91,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     device, folder = accelerator.device, Path(config.output)
 
     # 3. The images, before any network: a wrong path shows at once.
+    config = with_measured_range(config)
     train_images, val_images = split_sources(config.data)
 
     # 4. The networks: LPIPS, then the VAE and its teacher.
@@ -104,6 +107,8 @@ def set_up(config: Config, resume: str | None) -> Run:
 
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
     state = TrainingState.build(config, module.vae, start, accelerator)
+    if config.data.range is not None:
+        set_window(state.ema.model, Window(*config.data.range))  # what is measured and exported
 
     # 6. Batches, validation and records.
     channels = module.vae.config["in_channels"]
@@ -126,8 +131,22 @@ def set_up(config: Config, resume: str | None) -> Run:
 
     # 8. Say what is about to happen.
     run = Run(config, accelerator, folder, state, model, loss, sequence, batches, validation, record)
-    announce(run, start)
+    announce(run, start, len(val_images))
     return run
+
+
+def with_measured_range(config: Config) -> Config:
+    """The configuration with `data.percentiles` turned into the `data.range` that they are of the images."""
+    data = config.data
+    if data.percentiles is None or data.train is None:
+        return config
+    source = open_source(data.train, data.column)
+    if not isinstance(source, FolderSource):
+        return config  # refused with its reason where the sources are opened
+    limits = measured_range(source, data.percentiles)
+    logger.info("data.range=[%g, %g]: percentiles %g and %g", *limits, *data.percentiles)
+    measured = data.model_copy(update={"range": limits, "percentiles": None})
+    return config.model_copy(update={"data": measured})
 
 
 def keep_teacher(
@@ -172,7 +191,7 @@ def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accel
         optimizer.zero_grad(set_to_none=True)
 
 
-def announce(run: Run, start: Path | None) -> None:
+def announce(run: Run, start: Path | None, held_out: int) -> None:
     """Write the resolved configuration, and say what is about to happen."""
     if not run.is_main:
         return
@@ -180,11 +199,13 @@ def announce(run: Run, start: Path | None) -> None:
     resolved = yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False)
     (run.folder / "config.yaml").write_text(resolved, encoding="utf-8")
     trained = sum(p.numel() for p in run.state.vae.parameters() if p.requires_grad) / 1e6
+    data = run.config.data
+    split = split_line(len(run.sequence), held_out, data.val is not None, data.val_images)
     if start is not None:
         logger.info("continuing from %s", start)
     logger.info(
-        "%.1f M parameters to train; %d images; %d per pass x %d passes x %d processes = %d per step; %s, %s",
-        *(trained, len(run.sequence), run.config.train.batch_size, run.config.train.accumulation),
+        "%.1f M parameters to train; %s; %d per pass x %d passes x %d processes = %d per step; %s, %s",
+        *(trained, split, run.config.train.batch_size, run.config.train.accumulation),
         *(run.accelerator.num_processes, run.global_batch, run.accelerator.device),
         run.config.train.precision,
     )

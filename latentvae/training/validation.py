@@ -12,6 +12,7 @@ from PIL import Image
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.drawing import grid
 from latentvae.images.saving import save_picture
+from latentvae.measure.diagnosis import wants_upcast
 from latentvae.measure.evaluate import Evaluator, evaluate
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.measure.metrics import MetricsSummary
@@ -111,8 +112,18 @@ class Validation:
             training=f"{state.step} steps in {seconds / 60:.0f} minutes on {device} ({platform.machine()}).",
             metrics=summary.as_dict(),
             config=self.config.model_dump(mode="json"),
+            intensity_range=self.config.data.range,
         )
-        return export(vae, folder / "vae", statistics=statistics, provenance=provenance, overwrite=True)
+        place, upcast = folder / "vae", wants_upcast(vae)
+        if upcast:
+            logger.warning("in fp16 the model overflows or is inexact: see `latentvae doctor %s`", place)
+        return export(
+            *(vae, place),
+            statistics=statistics,
+            provenance=provenance,
+            overwrite=True,
+            force_upcast=upcast,
+        )
 
 
 def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataConfig) -> LatentStatistics:

@@ -712,6 +712,7 @@ def test_export_of_a_model_keeps_it_and_its_factors(latentvae_command, model):
     assert result.code == 0
     assert "reloaded in diffusers" in result.out
     assert latentvae.load("out").config["scaling_factor"] == 0.5
+    assert latentvae.load("out").config["force_upcast"] is False  # as `doctor` says of it, and not as it came
     before, after = (load_file(Path(f) / "diffusion_pytorch_model.safetensors") for f in (model, "out"))
     assert all(torch.equal(before[key], after[key]) for key in before)
     card = Path("out/README.md").read_text()

@@ -163,6 +163,13 @@ def test_higher_quality_takes_more_bytes_and_comes_closer(vae):
     assert errors == sorted(errors, reverse=True)
 
 
+def test_the_help_says_which_way_quality_is_better(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["compress", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "1: smallest file, 100: best picture" in said
+
+
 @pytest.mark.parametrize("quality", [0, 101])
 def test_a_quality_out_of_range_is_refused(vae, quality):
     with pytest.raises(CodecError, match=r"1 \(smallest\) to 100"):

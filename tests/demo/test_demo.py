@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import latentvae
 from latentvae.base.errors import LatentVAEError, ModelError
+from latentvae.base.optional import install_command
 from latentvae.cli import main as cli
 
 pytest.importorskip("gradio")
@@ -260,7 +261,7 @@ def test_verb_without_gradio_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(cli.app, ["demo"])
     assert isinstance(result.exception, LatentVAEError)
-    assert "pip install latentvae[demo]" in str(result.exception)
+    assert install_command("demo") in str(result.exception)
 
 
 def test_models_are_named_by_the_end_of_their_path(model: Path, tmp_path: Path) -> None:

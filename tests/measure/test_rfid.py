@@ -248,7 +248,7 @@ def test_missing_weights_say_where_and_how(tmp_path: Path) -> None:
 def test_a_missing_package_names_the_extra(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(MissingWeightsError, match=r"latentvae\[fid\]"):
+    with pytest.raises(MissingWeightsError, match=r"pip install -e \".*\[fid\]\""):
         load_inception(weights)
 
 

@@ -317,8 +317,24 @@ def test_another_class_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderTiny"}))
     for source in (folder, folder / model.WEIGHTS_NAME):
-        with pytest.raises(ModelError, match="describes AutoencoderTiny; wanted an AutoencoderKL"):
+        with pytest.raises(
+            ModelError, match=r"describes AutoencoderTiny; wanted an AutoencoderKL, .*`sd-small`"
+        ):
             latentvae.load(source)
+
+
+@pytest.mark.parametrize("name", [*model.OTHERS, "VQModel"])
+def test_classes_that_are_not_taken_are_refused_with_what_would_be(folder, name):
+    (folder / "config.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ModelError, match=r"wanted an AutoencoderKL, .*SDXL.*FLUX\.1") as raised:
+        latentvae.load(folder)
+    assert str(raised.value).endswith(model.OTHERS.get(name, "have."))
+
+
+def test_the_table_of_classes_names_all_that_have_a_word_of_their_own():
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    table = page.partition("## Which autoencoders")[2].partition("\n\n\n")[0].partition("\n## ")[0]
+    assert not [name for name in ("AutoencoderKL", *model.OTHERS) if f"`{name}`" not in table]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{}", "{bad", "\xff"])

@@ -17,12 +17,12 @@ import latentvae
 from latentvae.base.errors import ImageError, LatentVAEError, ModelError
 from latentvae.cli.doctor import verdict
 from latentvae.cli.main import main
+from latentvae.measure import diagnosis as doctor
+from latentvae.measure.activations import Watch, run_watched, stock_copy
+from latentvae.measure.diagnosis import FP16_MAX, DtypeReport, diagnose, synthetic_probes, wants_upcast
 from latentvae.models.exporting import export
 from latentvae.models.loading import WEIGHTS_DIR
-from latentvae.pipelines.doctor import diagnosis as doctor
 from latentvae.pipelines.doctor import rescaling
-from latentvae.pipelines.doctor.activations import Watch, run_watched, stock_copy
-from latentvae.pipelines.doctor.diagnosis import FP16_MAX, DtypeReport, diagnose, synthetic_probes
 from latentvae.pipelines.doctor.halves import compare_halves
 from latentvae.pipelines.doctor.rescaling import TOLERANCE, UnfixableError, find_knobs
 
@@ -125,6 +125,12 @@ def test_the_layer_that_overflows_is_named_first_and_fixed(layer, undone):
         assert (before - after).abs().max() <= TOLERANCE * (before.max() - before.min())
     noise = PROBES["noise"]  # once in torch's own fp16, which is slow
     assert latentvae.reconstruct(half, noise).reconstructions.isfinite().all()
+
+
+def test_a_config_should_upcast_where_the_diagnosis_says_so():
+    assert wants_upcast(tiny()) is False
+    overflowing = enlarge(tiny(), "encoder.conv_out", 2.0**18, "quant_conv")
+    assert wants_upcast(overflowing) is diagnose(overflowing, PROBES).wanted_force_upcast is True
 
 
 def test_a_sum_that_overflows_is_named_though_no_layer_in_it_does():

@@ -345,7 +345,7 @@ def test_roc_curve_takes_equal_scores_together_and_is_drawn() -> None:
 
 def test_without_scikit_learn_a_roc_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(LatentVAEError, match=r"needs scikit-learn.*pip install 'latentvae\[explore\]'"):
+    with pytest.raises(LatentVAEError, match=r"needs scikit-learn.*pip install -e \".*\[explore\]\""):
         auroc([1, 2], [False, True])
 
 

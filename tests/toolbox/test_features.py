@@ -1,6 +1,7 @@
 """Pooled latents and their tables: the mathematics, keys and labels, files, and the verb."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from latentvae.models.exporting import export
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import encode, pool_latents
 from latentvae.store.dataset import StoreReader
+from latentvae.toolbox.atlas import encoding, gallery
 from latentvae.toolbox.atlas.features import Features, column_names
 from latentvae.toolbox.atlas.gallery import Gallery, raw_pixels, stored_images
 from latentvae.toolbox.atlas.labels import folder_labels, label_of, match_labels, read_table
@@ -216,6 +218,30 @@ def test_the_verb_writes_what_the_library_gives(folder: Path, model: Path, tmp_p
         with torch.no_grad():
             latents = encode(vae, load_image(folder / key)[None])[0].mode()
         assert row == pytest.approx(pool_latents(latents, 2)[0], abs=1e-4)
+
+
+def test_small_images_are_encoded_side_by_side_each_on_one_core(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "cat" / "broken.png").write_bytes(b"no picture")
+    seen: list[tuple[int, str]] = []
+
+    def watched(vae: Any, images: torch.Tensor) -> Any:
+        seen.append((torch.get_num_threads(), threading.current_thread().name))
+        return encode(vae, images)
+
+    monkeypatch.setattr(encoding, "encode", watched)
+    monkeypatch.setattr(gallery, "encode", watched)
+    for threads, name in ((2, "two"), (1, "one")):
+        torch.set_num_threads(threads)
+        said = run("features", folder, tmp_path / f"{name}.npy", "-m", model, "--json")
+        assert said.exit_code == 3, said.output
+        assert [Path(each["path"]).name for each in json.loads(said.stdout)["skipped"]] == ["broken.png"]
+    assert [count for count, _ in seen] == [1] * 6
+    assert [name.startswith("latentvae-gather") for _, name in seen] == [True] * 3 + [False] * 3
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+    one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
+    assert np.array_equal(one, two)
 
 
 def test_a_store_gives_the_features_of_its_images(folder: Path, model: Path, tmp_path: Path) -> None:

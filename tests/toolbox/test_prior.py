@@ -128,7 +128,7 @@ def test_a_fit_out_of_range_is_refused(store: Path, components: int, rank: int |
 
 def test_without_scikit_learn_the_extra_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
-    with pytest.raises(LatentVAEError, match=r"pip install 'latentvae\[explore\]'"):
+    with pytest.raises(LatentVAEError, match=r"pip install -e \".*\[explore\]\""):
         fit_mixture(LatentSet(store))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 from conftest import textured
 from PIL import Image
 from stores import write_store
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.main import app
 from latentvae.models.exporting import export
+from latentvae.toolbox.atlas import projection
 from latentvae.toolbox.atlas.clusters import cluster, few_label_accuracy, nmi
 from latentvae.toolbox.atlas.projection import neighbours, normalise, project
 
@@ -71,7 +73,7 @@ def test_umap_keeps_groups_and_its_seed() -> None:
 
 def test_without_umap_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(LatentVAEError, match=r"umap-learn.*pip install 'latentvae\[umap\]'"):
+    with pytest.raises(LatentVAEError, match=r"umap-learn.*pip install -e \".*\[umap\]\""):
         project(blobs()[0], "umap")
 
 
@@ -108,6 +110,24 @@ def test_silhouette_finds_the_number_of_clusters_and_the_largest_comes_first() -
     given = cluster(values, 3)
     assert np.array_equal(given.numbers, found.numbers)
     assert given.silhouettes == {}
+
+
+def test_small_tables_are_clustered_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.cluster import KMeans
+
+    fit, seen = KMeans.fit_predict, []
+
+    def watched(self: Any, table: np.ndarray) -> np.ndarray:
+        seen.append({pool["num_threads"] for pool in threadpoolctl.threadpool_info()})
+        return fit(self, table)
+
+    monkeypatch.setattr(KMeans, "fit_predict", watched)
+    with threadpoolctl.threadpool_limits(2):
+        cluster(blobs()[0], 3)
+        monkeypatch.setattr(projection, "SMALL", 2)
+        cluster(blobs()[0], 3)
+    assert seen[0] == {1}
+    assert 2 in seen[1]
 
 
 def test_clusters_are_decided_by_the_seed() -> None:

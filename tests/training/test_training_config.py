@@ -37,7 +37,7 @@ def test_the_recipes_are_the_files_that_people_edit():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_needs_nothing_but_a_data_folder(name):
     config = load_config(name, ["data.train=photos"])
-    preset = {"digits": "tiny"}.get(name, name.removesuffix("-gpu"))
+    preset = {"digits": "tiny", "scan": "f8c4-small"}.get(name, name.removesuffix("-gpu"))
     if config.model.mode == "distil":  # named by the space, of the shape of what it starts from
         assert (config.model.space, config.model.init) == (name.removesuffix("-small"), config.model.preset)
         preset = {4: "f8c4-small", 16: "f8c16-small"}[SPACES[config.model.space].latent_channels]
@@ -292,6 +292,30 @@ def test_the_compression_ratio_is_that_of_the_model_with_its_overrides():
     assert load_config(None, [*shallow, "data.crop=18"]).data.crop == 18
     assert "ratio 8" in refusal("model.preset=tiny", "data.crop=18")
     assert "ratio 16" in refusal("model.preset=f16c16", "data.crop=24")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "warmup", "decay"),
+    [
+        ("f8c4-small", ["train.max_steps=20"], 0, 12),  # of 100 and 2500 in 4100 steps
+        ("tiny", ["train.max_steps=10"], 0, None),
+        ("f8c4-small", ["train.max_steps=4000"], 100, 2500),  # they fit
+        ("f8c4-small", ["train.max_steps=41000"], 100, 2500),
+        ("f8c4-small", ["train.max_steps=20", "optim.decay_steps=5"], 0, 5),
+        ("f8c4-small", ["train.max_steps=410", "optim.warmup_steps=7"], 7, 250),
+    ],
+)
+def test_warmup_and_decay_follow_a_shorter_run_unless_they_are_set(recipe, more, warmup, decay, caplog):
+    with caplog.at_level("INFO"):
+        config = load_config(recipe, more)
+    assert (config.optim.warmup_steps, config.optim.decay_steps) == (warmup, decay)
+    followed = (warmup, decay) != (100, 2500)
+    assert ("is shorter than the" in caplog.text) == followed  # said
+    assert ("optim.decay_steps=" in caplog.text) == (followed and decay not in (None, 5))
+
+
+def test_what_was_set_and_does_not_fit_is_refused_as_ever():
+    assert "do not fit" in refusal("train.max_steps=20", "optim.decay_steps=30", source="f8c4-small")
 
 
 def test_a_schedule_longer_than_the_run_is_refused():

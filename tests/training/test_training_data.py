@@ -286,7 +286,7 @@ def test_the_hold_out_is_disjoint_complete_and_the_same_each_time(tmp_path, coun
     train, held_out = split_paths(config)
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == files
-    assert len(held_out) == min(wanted, count // 2)
+    assert len(held_out) == min(wanted, max(2, count // 10), count // 2)
     assert split_paths(config) == (train, held_out)
 
 

@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from latentvae.base.errors import ConfigError, LatentVAEError, MissingWeightsError
 from latentvae.images.reading import find_images, load_image
+from latentvae.measure.diagnosis import diagnose, synthetic_probes
 from latentvae.measure.lpips import WEIGHTS_ENV
 from latentvae.models.exporting import export
 from latentvae.models.latents import compute_latent_statistics, encode
+from latentvae.models.loading import load
 from latentvae.models.presets import build
-from latentvae.training import checkpoint, loop
+from latentvae.training import checkpoint, loop, progress
 from latentvae.training.checks import check_exported
 from latentvae.training.config import Config, TrainConfig
 from latentvae.training.data import crops as data_module
@@ -206,9 +208,13 @@ def test_the_export_loads_in_stock_diffusers_with_the_averaged_weights(straight)
     assert not torch.equal(last["decoder.conv_in.weight"], averaged["decoder.conv_in.weight"])
 
 
-def test_a_model_trained_from_scratch_has_latents_of_mean_zero_and_deviation_one(straight):
-    from latentvae.models.loading import load
+def test_the_export_says_of_half_precision_what_the_doctor_says(straight):
+    vae = load(Path(straight.output) / "vae")
+    assert vae.config["force_upcast"] is False
+    assert diagnose(vae, synthetic_probes(3, 64)).wanted_force_upcast is False
 
+
+def test_a_model_trained_from_scratch_has_latents_of_mean_zero_and_deviation_one(straight):
     vae = load(Path(straight.output) / "vae")
     assert vae.config["shift_factor"] == 0
     trained_on, _ = data_module.split_sources(straight.data)
@@ -798,6 +804,26 @@ def test_the_tensorboard_tracker_gets_figures_and_pictures(photos, tmp_path):
     assert tags["images"]
     figures = records(tmp_path / "run")
     assert log.Scalars("train/total")[0].value == pytest.approx(figures[0]["total"])
+
+
+def test_a_run_says_what_it_validates_and_ends_early_where_nothing_gets_better(
+    photos, tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.setattr(progress, "NOTICED", {"psnr": 100.0, "lpips": 1.0})
+    sets = ("train.validate_every=2", "train.save_every=100", "train.patience=1", "train.max_steps=50")
+    with caplog.at_level(logging.INFO):
+        exported = train(configure(photos, tmp_path / "run", *sets))
+    assert exported.is_dir()
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == ["step 2", "step 4"]
+    assert "held-out images" in lines[1]
+    assert "lpips=" not in said  # the bar: LPIPS is off
+    assert "better figure: 1 (train.patience). Ending at step 4." in said
+    assert "to train on, 2 held out for validation" in caplog.text
+    assert "Validation: " in caplog.text
+    assert checkpoint.newest(tmp_path / "run/checkpoints").name == "step-00000004"
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
 
 
 def test_a_validation_that_fails_costs_no_step(photos, tmp_path, monkeypatch):

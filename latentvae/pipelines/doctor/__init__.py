@@ -1,4 +1,4 @@
-"""Whether a VAE survives half precision, and a rescaled copy that does."""
+"""A VAE rescaled so that it survives half precision; whether it does, measure/diagnosis.py says."""
 
 from latentvae.base import lazy
 

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.tensors import from_uint8, to_uint8
+from latentvae.measure.activations import run_watched, stock_copy
+from latentvae.measure.diagnosis import HALVES
 from latentvae.measure.metrics import psnr
-from latentvae.pipelines.doctor.activations import run_watched, stock_copy
-from latentvae.pipelines.doctor.diagnosis import HALVES
 
 
 @dataclass(frozen=True)

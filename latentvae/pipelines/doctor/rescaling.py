@@ -16,8 +16,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.pipelines.doctor.activations import LOGITS, ProbeOutputs, stock_copy
-from latentvae.pipelines.doctor.diagnosis import FP16_MAX, MIN_PSNR, Diagnosis, Overflow, diagnose
+from latentvae.measure.activations import LOGITS, ProbeOutputs, stock_copy
+from latentvae.measure.diagnosis import FP16_MAX, MIN_PSNR, Diagnosis, Overflow, diagnose
 
 TOLERANCE = 1e-4  # of the range of the original's outputs
 HEADROOMS = (8.0, 4.0, 2.0)  # tried in this order: the less is scaled, the less a norm's eps counts

@@ -1,4 +1,5 @@
 from . import clusters as clusters
+from . import encoding as encoding
 from . import features as features
 from . import gallery as gallery
 from . import labels as labels

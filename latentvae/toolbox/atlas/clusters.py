@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.optional import need
-from latentvae.toolbox.atlas.projection import normalise
+from latentvae.toolbox.atlas.projection import normalise, one_thread_if_small
 
 STARTS = 10  # of k-means, of which the best counts
 MOST = 12  # clusters that are tried where their number is to be found
@@ -45,6 +45,7 @@ def distinct(rows: np.ndarray) -> int:
     return len(np.unique(rows, axis=0))
 
 
+@one_thread_if_small
 def cluster(
     values: np.ndarray, count: int | None = None, seed: int = 0, *, progress: bool = False
 ) -> Clustering:
@@ -54,7 +55,7 @@ def cluster(
         values: (N, D).
         count: of clusters. None: of 2 to 12 that with the largest mean silhouette.
         seed: of the starts.
-        progress: show a bar while numbers of clusters are tried.
+        progress: show a bar while numbers of clusters are tried, if that takes more than two seconds.
 
     Raises:
         LatentVAEError: fewer than two images, or more clusters than images that differ.
@@ -75,7 +76,7 @@ def cluster(
     if not tried:
         return Clustering(_k_means(scaled, different, seed), {})
     found, silhouettes = {}, {}
-    for each in tqdm(tried, unit="clustering", disable=not progress):
+    for each in tqdm(tried, desc="clusters", unit="number", disable=not progress, delay=2):
         found[each] = _k_means(scaled, each, seed)
         silhouettes[each] = _silhouette(scaled, found[each], seed)
     best = max(tried, key=lambda each: silhouettes[each])  # of equal ones the fewest
@@ -142,6 +143,7 @@ class FewLabels:
     left_out: int
 
 
+@one_thread_if_small
 def few_label_accuracy(
     values: np.ndarray, labels: Sequence[str], per_class: int = 10, draws: int = 10, seed: int = 0
 ) -> FewLabels:

@@ -1,16 +1,24 @@
 """Features of images in two dimensions, for maps, and which images are neighbours."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.optional import need
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 Method = Literal["pca", "umap"]
 NEIGHBOURS = 15  # UMAP's own default
 LEAST_UMAP = 5  # images: its first guess are eigenvectors of their graph
+SMALL = 2000  # rows, of some hundred features
 FLAT = 1e-7  # of the largest value: features that vary less are all the same but for rounding
 
 
@@ -61,6 +69,25 @@ def check_table(values: np.ndarray) -> np.ndarray:
     return table
 
 
+def one_thread_if_small(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function of a table (N, D), its first argument, use one thread where the table is small.
+
+    k-means and its kin share out every iteration, which of a small table takes less than the threads then
+    wait for each other; on a busy machine each of thousands of iterations waits for its turn.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        table: Any = args[0] if args else kwargs["values"]
+        shape = np.shape(table)
+        limit = 1 if not shape or shape[0] < SMALL else None  # None: as many as there are
+        with need("threadpoolctl").threadpool_limits(limit):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@one_thread_if_small
 def project(values: np.ndarray, method: Method = "pca", seed: int = 0) -> Projection:
     """Place images on a plane by their features, normalised first; deterministic by the seed.
 
@@ -97,6 +124,7 @@ def _pca(scaled: np.ndarray) -> Projection:
 
 def _umap(scaled: np.ndarray, seed: int) -> Projection:
     umap = need("umap")
+    logger.info("UMAP of %d images; it compiles itself first, which takes some ten seconds", len(scaled))
     # n_jobs: with a seed there is one thread, and a warning unless that is asked for
     neighbours = min(NEIGHBOURS, len(scaled) - 1)
     first = "spectral" if len(scaled) > 4 * NEIGHBOURS else "random"  # eigenvectors of few fail
@@ -104,6 +132,7 @@ def _umap(scaled: np.ndarray, seed: int) -> Projection:
     return Projection(np.asarray(reducer.fit_transform(scaled), dtype=np.float64), "umap", None)
 
 
+@one_thread_if_small
 def neighbours(values: np.ndarray, count: int) -> np.ndarray:
     """The `count` nearest other images of each by normalised features, nearest first: int (N, count).
 

@@ -109,7 +109,10 @@ class CropSequence(Dataset[Item]):
         return self.memory[index] if self.memory is not None else self.decode(index)
 
     def decode(self, index: int) -> torch.Tensor | str:
-        """One image as uint8 (C, H, W), at least as large as a crop; or the reason why it cannot be used."""
+        """One image (C, H, W), at least as large as a crop; or the reason why it cannot be used.
+
+        As uint8, which is what photographs are; with a range float32, as 8 bits would cut a scan's depth.
+        """
         try:
             image = self.source.load(index, self.channels)
         except ImageError as error:
@@ -119,7 +122,7 @@ class CropSequence(Dataset[Item]):
         height, width = image.shape[-2:]
         if min(height, width) < self.config.crop:
             return f"{width}x{height} px is smaller than data.crop={self.config.crop}"
-        return to_uint8(image)
+        return to_uint8(image) if self.config.range is None else image
 
     def _crop(
         self, image: torch.Tensor, index: int, position: int
@@ -132,7 +135,7 @@ class CropSequence(Dataset[Item]):
         if self.config.horizontal_flip and random.random() < 0.5:
             crop = crop.flip(-1)
         teacher = None if self.cache is None else self.cache.crop(index, top, left, size)
-        return from_uint8(crop), teacher
+        return (from_uint8(crop) if crop.dtype == torch.uint8 else crop.contiguous()), teacher
 
 
 @lru_cache(maxsize=2)  # the epoch being read, and the next while a batch spans both
@@ -252,14 +255,15 @@ def split_sources(config: DataConfig) -> tuple[ImageSource, ImageSource]:
         raise ConfigError(
             "data.train is not set: which images? Add `--set data.train=FOLDER`, or set it in the config."
         )
-    train = sources.open_source(config.train, config.column)
+    train = sources.with_range(sources.open_source(config.train, config.column), config, "data.train")
     if config.val is None:
         if len(train) < 2:
             raise ConfigError(
                 f"{config.train} holds one image, none is left for validation. Add images, or set data.val."
             )
         return sources.hold_out(train, config.val_images)
-    val = sources.open_source(config.val, config.column)
+    # one range for both: measured, it is that of the training images
+    val = sources.with_range(sources.open_source(config.val, config.column), config, "data.val")
     held_out = sources.Selection(val, sources.evenly(len(val), config.val_images))
     one, other = sources.root(config.train), sources.root(config.val)
     # one within the other may hold the same files; elsewhere nothing needs to be compared

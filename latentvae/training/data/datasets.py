@@ -170,5 +170,5 @@ def _kind(feature: Any) -> str:
 
 
 def _datasets(place: Path) -> Any:
-    message = "{what} is read with the package `{package}`, which is missing: pip install latentvae[{extra}]"
+    message = "{what} is read with the package `{package}`, which is missing: {install}"
     return need("datasets", ConfigError, message, place)

@@ -1,7 +1,9 @@
 """Where training images come from: files, Hugging Face datasets or WebDataset shards, all by number."""
 
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +11,17 @@ import numpy as np
 import torch
 
 from latentvae.base.errors import ConfigError, ImageError
+from latentvae.images import scans
 from latentvae.images.kinds import is_image_name
-from latentvae.images.reading import list_files, load_image
+from latentvae.images.reading import list_files
+from latentvae.images.scans import Window
+from latentvae.training.config import DataConfig
 from latentvae.training.data.datasets import open_parquet, open_saved
 from latentvae.training.data.tars import BRACES, TarSource, expand_braces
 
+logger = logging.getLogger(__name__)
+
+MEASURED = 200  # images whose samples say where percentiles are
 WANTED = (
     "a folder of images, .tar shards or .parquet files, one such file, a dataset saved with save_to_disk, "
     "or a pattern such as shards/{000..011}.tar"
@@ -44,9 +52,10 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Image files."""
+    """Image files; with a window the samples of one channel, which it scales."""
 
     paths: list[Path]
+    window: Window | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,7 +70,7 @@ class FolderSource:
 
     def load(self, index: int, channels: int = 3) -> torch.Tensor:
         """Load an image as float32 (channels, H, W) in [-1, 1]; raises ImageError."""
-        return load_image(self.paths[index], channels=channels)
+        return scans.load(self.paths[index], channels, self.window)[0]
 
 
 @dataclass(frozen=True)
@@ -170,14 +179,48 @@ def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource
             )
 
 
+def with_range(source: ImageSource, config: DataConfig, setting: str) -> ImageSource:
+    """A source whose samples are scaled by `data.range`, where there is one.
+
+    Raises:
+        ConfigError: images in shards or datasets, which are read as photographs.
+    """
+    if config.range is None and config.percentiles is None:
+        return source
+    if not isinstance(source, FolderSource):
+        raise ConfigError(
+            f"data.range and data.percentiles are of image files, and {setting} is a "
+            f"{type(source).__name__}; unpack it into a folder"
+        )
+    limits = config.range or measured_range(source, config.percentiles or (0, 100))
+    return replace(source, window=Window(*limits))
+
+
+def measured_range(source: FolderSource, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """What lies at these percentiles of the samples of some images, from all over the source."""
+
+    def samples() -> Iterator[np.ndarray]:
+        for index in evenly(len(source), MEASURED):
+            try:
+                yield scans.read_samples(source.paths[index])[0]
+            except ImageError as error:
+                logger.warning("not measured: %s", error)
+
+    window = scans.measure_window(samples(), percentiles)
+    return window.low, window.high
+
+
 def evenly(total: int, count: int) -> np.ndarray:
     """Numbers of `count` of `total` things, or of all that there are, from the first to the last."""
     return np.linspace(0, total - 1, min(total, count)).astype(int)
 
 
 def hold_out(source: ImageSource, count: int) -> tuple[Selection, Selection]:
-    """Split off up to `count` images, evenly spaced and at most half: (the rest, those)."""
-    most = min(count, len(source) // 2)
+    """Split off up to `count` images, evenly spaced, at most a tenth: (the rest, those).
+
+    Of fewer than twenty images two, as far as that is no more than half.
+    """
+    most = min(count, max(2, len(source) // 10), len(source) // 2)
     held_out = evenly(len(source), most)
     return Selection(source, np.delete(np.arange(len(source)), held_out)), Selection(source, held_out)
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError, ModelError
-from latentvae.pipelines.doctor.activations import LOGITS, Call, ProbeOutputs, run_watched, stock_copy
+from latentvae.measure.activations import LOGITS, Call, ProbeOutputs, run_watched, stock_copy
+from latentvae.models.loading import spatial_compression_ratio
 
 FP16_MAX = torch.finfo(torch.float16).max  # 65504
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,6 +130,20 @@ def synthetic_probes(channels: int, size: int = 256) -> dict[str, torch.Tensor]:
     board = (cell[:, None] + cell + torch.arange(channels)[:, None, None]) % 2  # saturated colours
     flat = torch.ones(1, channels, size, size)
     return {"noise": noise * 2 - 1, "black": -flat, "white": flat, "checkerboard": board[None] * 2.0 - 1}
+
+
+def wants_upcast(vae: AutoencoderKL) -> bool:
+    """What a model's config should say as force_upcast: whether fp16 overflows or is inexact.
+
+    By the synthetic probes at 8 x 8 latents, a second's work for a small model: `latentvae doctor` looks at
+    more and larger ones, and at a photograph.
+
+    Raises:
+        ModelError: the model is not finite in fp32.
+    """
+    probes = synthetic_probes(vae.config["in_channels"], 8 * spatial_compression_ratio(vae))
+    # as one batch: norms are each image's own
+    return diagnose(vae, {"synthetic extremes": torch.cat([*probes.values()])}).wanted_force_upcast
 
 
 @torch.no_grad()
