@@ -99,3 +99,31 @@ def cmyk_profile(darkest: int = 0) -> bytes:
     one = struct.pack(">9i", *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
     lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + one + ramp * 4 + grid + ramp * 3
     return profile(b"CMYK", {b"A2B0": lut, b"A2B1": lut}, b"scnr", b"Lab ")
+
+
+def dng(path: Path, side: int = 64) -> Path:
+    """A camera's raw file: a black preview of 8 x 8 pixels, and the sensor's samples in a directory below."""
+    import tifffile
+
+    bayer = np.full((side, side), 30_000, dtype=np.uint16)
+    one = (1, 1)
+    with tifffile.TiffWriter(path) as file:
+        common = [
+            (50706, "B", 4, (1, 4, 0, 0), True),
+            (50708, "s", 0, "Test", True),
+            (50721, "2i", 9, sum(((round(v * 100), 100) for row in np.eye(3) for v in row), ()), True),
+            (50728, "2I", 3, one * 3, True),
+            (50778, "H", 1, 21, True),
+            (271, "s", 0, "Test", True),
+        ]
+        file.write(
+            np.zeros((8, 8, 3), np.uint8), photometric="rgb", subifds=1, subfiletype=1, extratags=common
+        )
+        sensor = [
+            (33421, "H", 2, (2, 2), True),
+            (33422, "B", 4, (0, 1, 1, 2), True),
+            (50714, "H", 1, 0, True),
+            (50717, "I", 1, 65535, True),
+        ]
+        file.write(bayer, photometric="cfa", subfiletype=0, extratags=sensor)
+    return path

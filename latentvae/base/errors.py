@@ -2,6 +2,8 @@
 
 LatentVAEError
   ImageError            one image, or a folder of them
+    TooManyPixels       an image above a limit that its caller may raise
+    NoMemoryError       the machine had none left for an image; nothing is wrong with that
   SourceError           training images that have gone
   ModelError            an AutoencoderKL
   MissingWeightsError   of LPIPS or rFID: figures are left out and say why
@@ -10,6 +12,8 @@ LatentVAEError
   CodecError            .lvae files
   SwapError, UnfixableError             of a pipeline's VAE: in pipelines/, which alone raises them
 """
+
+import errno
 
 
 class LatentVAEError(Exception):
@@ -24,6 +28,14 @@ class LatentVAEError(Exception):
 
 class ImageError(LatentVAEError):
     """An image, or a folder of images, that cannot be used."""
+
+
+class TooManyPixels(ImageError):
+    """An image of more pixels than its caller takes."""
+
+
+class NoMemoryError(ImageError):
+    """Memory ran out over an image: the machine's state, not the image's fault, and worth another try."""
 
 
 class SourceError(LatentVAEError):
@@ -48,3 +60,13 @@ class StoreError(LatentVAEError):
 
 class CodecError(LatentVAEError):
     """A compressed image that is damaged, too large, or needs another model."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch, Pillow and the system each have words for it."""
+    if isinstance(error, MemoryError | NoMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    words = ("allocate memory", "out of memory", "bad_alloc", "decoder error -9")
+    return isinstance(error, RuntimeError | OSError) and any(word in str(error).lower() for word in words)

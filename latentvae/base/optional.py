@@ -16,6 +16,9 @@ EXTRAS = {
     "datasets": ("datasets", "train"),
     "gradio": ("gradio", "demo"),
     "torch_fidelity": ("torch-fidelity", "fid"),
+    "pillow_heif": ("pillow-heif", "heif"),
+    "pillow_jxl": ("pillow-jxl-plugin", "jxl"),
+    "rawpy": ("rawpy", "raw"),
 }
 MISSING = "{what} needs {package}, which cannot be imported ({reason}): {install}"
 ROOT = Path(__file__).parents[2]  # the checkout's, or where an installed copy's package lies

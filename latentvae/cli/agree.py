@@ -45,7 +45,7 @@ def agree(
     agreement.check_same_shape(*vaes)
     channels = image_channels(vaes[0])  # even without photos: the picture is drawn of images too
     if photos:
-        files = images.reading.find_images(photos)
+        files = session.find_images(photos)
         centres = [image for _, image in session.read_centres(files, channels, size)]
     else:
         centres = agreement.probe_images(channels)
@@ -59,7 +59,7 @@ def agree(
     found = agreement.agreement_of(pairs, (name_of(vaes[0]), name_of(vaes[1])))
     picture = make_folder(output) / PICTURE
     _draw(pairs[:MAX_ROWS], picture)
-    result = {"a": a, "b": b, **found.as_dict(), "picture": str(picture), "skipped": session.skipped}
+    result = {"a": a, "b": b, **found.as_dict(), "picture": str(picture), **session.passed_over}
     tell(result, [*_lines(found), f"\nLook at {picture}."], session.json)
     if not (found.encodes or found.decodes):
         with suppress(typer.Exit):  # says what was skipped; that B is of no use is the more important code

@@ -44,7 +44,7 @@ def fit(
 ) -> None:
     """Learn from normal images what is usual: quantiles of every term, for this model."""
     judging.calibration.check_place(calibration)
-    files = images.reading.find_images(normal)
+    files = session.find_images(normal)
     make_folder(calibration.parent)  # before minutes of looking
     vae = session.load()
     network, reason = session.find_lpips() if lpips else (None, "--no-lpips")
@@ -68,7 +68,7 @@ def fit(
         "quantiles": made.quantiles,
         "counted": made.counted,
         "lpips_missing_reason": reason,
-        "skipped": session.skipped,
+        **session.passed_over,
     }
     tell(result, [*_lines_of_fit(made, len(looks), reason), f"Written: {calibration}"], session.json)
     session.finish(len(looks))
@@ -110,7 +110,7 @@ def score(
     usual = judging.calibration.load_calibration(calibration)
     # before the model is loaded
     _check_term(by, list(usual.quantiles))
-    files = images.reading.find_images(photos)
+    files = session.find_images(photos)
     names = {path: name.as_posix() for path, name in short_names(files, photos).items()}
     if labels is not None:
         need("sklearn")  # for the ROC: said before minutes of looking
@@ -129,7 +129,7 @@ def score(
         if odd is not None and not both:
             typer.echo("no ROC: all images that could be read are of one kind.", err=True)
         result = {"calibration": str(calibration), "images": rows, "auroc": areas}
-        result["skipped"] = session.skipped
+        result |= session.passed_over
         _write_table(output / "anomalies.csv", rows)
         write_json(result, output / "anomalies.json")
         tell(result, _lines_of_score(output, rows, areas), session.json)

@@ -59,7 +59,7 @@ def compress(
     this quality is kept.
     """
     folder = _kind_of(photo) == "folder"
-    files = images.reading.find_images([photo])
+    files = session.find_images([photo])
     # before the model is loaded: arguments in the wrong order would cost the photograph
     if folder:
         planned = jobs.plan(files, photo, output, SUFFIX, CodecError)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import images, measure, models, pipelines
+from latentvae import measure, models, pipelines
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_folder, whole_file
 from latentvae.cli.options import ModelArgument, SameModel, tell
@@ -64,7 +64,7 @@ def doctor(
     if fix is not None and rescaling is not None:
         _write(rescaling, fix, name, overwrite)
     fixed = _fix_as_dict(rescaling, fix, problem) if fix else None
-    result = {"model": name, **diagnosis.as_dict(), "fix": fixed, "skipped": session.skipped}
+    result = {"model": name, **diagnosis.as_dict(), "fix": fixed, **session.passed_over}
     tell(result, [*_report(name, diagnosis), *_outcome(diagnosis, rescaling, fix, problem)], session.json)
     # with a copy that works the verb has done what it was asked, whatever the source is like
     if rescaling is None and not diagnosis.fp16_works:
@@ -117,7 +117,7 @@ def _read_probes(
     if channels not in (1, 3) and named:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
     found = named or [models.loading.SAMPLE_PICTURE]
-    paths = images.reading.find_images(found) if channels in (1, 3) else []
+    paths = session.find_images(found) if channels in (1, 3) else []
     centres = session.read_centres(paths, channels, size)
     # the sample picture lies in the package: its folder says nothing to people
     probes = {str(path) if named else path.name: image for path, image in centres}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from latentvae import images, models, runtime, store
-from latentvae.base.errors import ImageError, LatentVAEError
+from latentvae.base.errors import LatentVAEError, NoMemoryError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, counted, tell
 from latentvae.cli.session import Session, takes
 
@@ -154,7 +154,7 @@ def _room_for(vae: AutoencoderKL, threads: int) -> store.encoding.Room:
         needed = plan_peak(vae, height, width)
         free = runtime.memory.SHARE * runtime.memory.free_memory(vae.device)
         if needed > free:
-            raise ImageError(
+            raise NoMemoryError(
                 f"{path} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
                 f"{free / 1e9:.1f} GB can be had: make it smaller, or encode with --size."
             )
@@ -170,12 +170,13 @@ def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
 
 
 def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> None:
-    """Print what was done, and end with exit code 3 where images failed.
+    """Print what was done, and end with exit code 3 where images failed or a package is missing for some.
 
     Raises:
         LatentVAEError: all images failed.
     """
-    for line in [*(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
+    left_out = [images.kinds.describe(report.left_out)] if report.left_out else []
+    for line in [*left_out, *(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
         typer.echo(line, err=True)  # standard output is for the result
     if report.failures and not report.images:
         raise LatentVAEError(
@@ -192,6 +193,7 @@ def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> N
     if report.failures:
         failed = counted(len(report.failures), "image")
         typer.echo(f"{failed} could not be encoded, as named above.", err=True)
+    if report.failures or images.kinds.wants_extra(report.left_out):
         sys.stdout.flush()  # the result goes before the message of the exit, also into a pipe
         raise typer.Exit(EXIT_SKIPPED)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latentvae import images, measure
+from latentvae import measure
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
 from latentvae.cli.options import Photos, Sample, Seed, tell
 from latentvae.cli.places import short_names
@@ -39,7 +39,7 @@ def evaluate(
     """Measure reconstructions of images, each at its own size, and print a table."""
     if inception_weights is not None and not rfid:
         raise LatentVAEError("--inception-weights was given without --rfid, which uses them: add --rfid.")
-    files = images.reading.find_images(paths)
+    files = session.find_images(paths)
     names = short_names(files, paths)
     # first: without it, or its weights, what was asked for is not measured
     inception, rfid_reason = _find_inception(inception_weights) if rfid else (None, None)
@@ -57,7 +57,7 @@ def evaluate(
         if len(session.skipped) == len(files):
             session.finish(0)  # says that no image could be read at all
         raise
-    tell({**summary.as_dict(), "skipped": session.skipped}, [summary.table()], session.json)
+    tell({**summary.as_dict(), **session.passed_over}, [summary.table()], session.json)
     session.finish(len(summary.images))
 
 

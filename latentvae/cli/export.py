@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import images, measure, models, training
+from latentvae import measure, models, training
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
@@ -196,7 +196,7 @@ def _measure(
 
 def _measure_files(session: Session, place: Path) -> models.latents.LatentStatistics:
     """Latent statistics of whole images, evenly chosen."""
-    paths = images.reading.find_images(place)
+    paths = session.find_images([place])
     # evenly: files that follow each other are often of one scene
     some = training.data.sources.evenly(len(paths), STATISTICS_IMAGES)
     read = session.read_images([paths[number] for number in some])

@@ -41,5 +41,5 @@ def features(
             *(f"Note: {note}" for note in found.notes),
             f"Written: {', '.join(files)}",
         ]
-        tell({**result, "notes": found.notes, "skipped": session.skipped}, lines, session.json)
+        tell({**result, "notes": found.notes, **session.passed_over}, lines, session.json)
     session.finish(len(found.gallery))

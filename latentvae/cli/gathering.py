@@ -99,7 +99,7 @@ def _side(request: Request, count: int) -> int:
 
 
 def _from_images(session: Session, request: Request) -> Gathering:
-    files = images.reading.find_images(request.sources)
+    files = session.find_images(request.sources)
     names = {path: portable(name.as_posix()) for path, name in short_names(files, request.sources).items()}
     labels = _labels(request.labels, list(names.values()))  # before minutes of encoding
     vae = session.load()

@@ -55,7 +55,8 @@ def interpolate(
     for place in [output, *(output / name for name in routes if separate)]:
         check_output(place, paths)
     # one by one: an image that is named again is passed again
-    files = [file for path in paths for file in images.reading.find_images(path)]
+    session.find_images(paths)
+    files = [file for path in paths for file in images.reading.find_images(path, session.left_out.copy())]
     vae = session.load()
     make_folder(output)
     # steps in LPIPS tell jumps; without its weights the rms of pixels has to do
@@ -81,7 +82,7 @@ def interpolate(
             _write_frames(make_folder(output / name), found)
         del found  # it may be gigabytes
     about = {"images": [str(path) for path in used], "lpips_net": session.lpips_net if lpips else None}
-    result = {**about, "lpips_missing_reason": reason, "routes": results, "skipped": session.skipped}
+    result = {**about, "lpips_missing_reason": reason, "routes": results, **session.passed_over}
     write_json(result, output / "interpolation.json")
     tell(result, [*_lines(result), f"\nLook at {output / routes[0]}.strip.png."], session.json)
     session.finish(len(read))

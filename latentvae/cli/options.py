@@ -63,6 +63,11 @@ StoreArgument = Annotated[
     typer.Argument(metavar="STORE", help="A folder that `latentvae encode` wrote.", show_default=False),
 ]
 
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images above so many pixels are skipped.", show_default="178956970"),
+]
+
 
 def output_folder(purpose: str) -> OptionInfo:
     """The option --output, of a verb that writes files of its own naming into a folder."""

@@ -70,7 +70,7 @@ def project(
         raise LatentVAEError(f"1 image came ({gallery.keys[0]}); a map needs two or more.")
     mapped = atlas.projection.project(values, method, seed)
     grouped = atlas.clusters.cluster(values, clusters, seed, progress=True)
-    result = _summarise(found, mapped, grouped, seed) | {"skipped": session.skipped}
+    result = _summarise(found, mapped, grouped, seed) | session.passed_over
     cards = _make_cards(gallery, mapped, grouped)
     files = _write_all(output, title or sources[0].resolve().name, cards, mapped, result)
     lines = [*_lines(found, mapped, grouped, result), f"\nOpen {files[0]} in a browser."]

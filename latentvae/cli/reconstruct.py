@@ -33,7 +33,7 @@ def reconstruct(
     Of scans, whose model has an intensity range, NAME.reconstruction.tif: their samples as 32-bit floats.
     """
     sources = paths or [models.loading.SAMPLE_PICTURE]
-    files = images.reading.find_images(sources)
+    files = session.find_images(sources)
     names = short_names(files, sources)
     vae = session.load()
     make_folder(output)
@@ -53,7 +53,7 @@ def reconstruct(
         written.append(_write_pictures(place, image, rebuilt[0].cpu(), row, info.notes, window))
     if written:  # a table of nothing would hide why; `finish` says it
         summary = evaluator.metrics.summary()
-        figures = {**summary.as_dict(), "files": written, "skipped": session.skipped}
+        figures = {**summary.as_dict(), "files": written, **session.passed_over}
         tell(figures, [summary.table(), *_hints(written)], session.json)
     session.finish(len(written))
 

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from typer.models import ArgumentInfo
 
 from latentvae import images, measure, models, runtime
-from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError
+from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError, TooManyPixels
 from latentvae.cli import options
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 # for `takes`, of verbs that measure, and of verbs that work on images of any size
 LPIPS_OPTIONS = ("lpips_net", "lpips_weights")
-IMAGE_OPTIONS = ("device", "precision", "tile_size", "store", "json")
+IMAGE_OPTIONS = ("device", "precision", "tile_size", "store", "max_pixels", "json")
 
 
 @dataclass
@@ -33,7 +34,9 @@ class Session:
 
     Attributes:
         vae: the model, once `load` was called.
-        skipped: path and reason of each input that was left out, as --json shows them.
+        skipped: path and reason of each input that could not be used, as --json shows them.
+        left_out: files of folders that are no image that can be read, by suffix.
+        of_verb: names of the options that this verb has.
     """
 
     model: options.Model = None
@@ -44,9 +47,28 @@ class Session:
     precision: options.Precision = "fp32"
     tile_size: options.TileSize = None
     store: options.Store = None
+    max_pixels: options.MaxPixels = None
     json: options.Json = False
     vae: "AutoencoderKL" = field(init=False)
     skipped: list[dict[str, str]] = field(init=False, default_factory=list)
+    left_out: Counter[str] = field(init=False, default_factory=Counter)
+    of_verb: frozenset[str] = field(init=False, default=frozenset())
+
+    @property
+    def passed_over(self) -> dict[str, Any]:
+        """What was not used, for --json: inputs that could not be, and other files of folders."""
+        return {"skipped": self.skipped, "left_out": dict(self.left_out)}
+
+    def find_images(self, paths: Sequence[Path]) -> list[Path]:
+        """The image files that are named or lie in the named folders; what else lies there is told.
+
+        Raises:
+            ImageError: there is none, or a path is missing.
+        """
+        files = images.reading.find_images(paths, self.left_out)
+        if self.left_out:
+            typer.echo(images.kinds.describe(self.left_out), err=True)
+        return files
 
     def load(self) -> "AutoencoderKL":
         """The model: it takes seconds, so whatever can be refused without it is refused before."""
@@ -79,7 +101,9 @@ class Session:
         channels = image_channels(self.vae)
         for path in tqdm(paths, unit="image", disable=len(paths) < 2):
             try:
-                image, info = images.scans.load(path, channels, models.loading.window_of(self.vae))
+                most = self.max_pixels or images.reading.MAX_PIXELS
+                window = models.loading.window_of(self.vae)
+                image, info = images.scans.load(path, channels, window, max_pixels=most)
                 if longest is not None:
                     image = images.resizing.thumbnail(image, longest)
                 self.fit(path, *image.shape[-2:])
@@ -120,6 +144,8 @@ class Session:
         """
         if error.ends_run:
             raise error
+        if isinstance(error, TooManyPixels) and "max_pixels" in self.of_verb:
+            error = TooManyPixels(f"{error}, or raise --max-pixels if you trust the file")
         self.skipped.append({"path": str(path), "reason": str(error)})
         tqdm.write(f"skipped: {error}", file=sys.stderr)
 
@@ -129,13 +155,15 @@ class Session:
         self.skipped.extend({"path": path, "reason": str(error)} for path in paths[1:])
 
     def finish(self, done: int) -> None:
-        """End with exit code 3 where some inputs were skipped.
+        """End with exit code 3 where some inputs were skipped, or left out for want of a package.
 
         Raises:
             LatentVAEError: all of them were.
         """
         skipped = len(self.skipped)
         if not skipped:
+            if images.kinds.wants_extra(self.left_out):
+                raise typer.Exit(options.EXIT_SKIPPED)
             return
         if not done:
             first = self.skipped[0]["reason"]
@@ -191,7 +219,9 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
             given = looks.bind(*values, **named)
             given.apply_defaults()
             of_session = {name: given.arguments.pop(name) for name in shared}
-            verb(Session(**of_session), **given.arguments)
+            session = Session(**of_session)
+            session.of_verb = frozenset(shared)
+            verb(session, **given.arguments)
 
         # both: Typer looks at the signature, and then at the annotations for types
         run.__signature__ = looks  # type: ignore[attr-defined]

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from latentvae import training
-from latentvae.cli.options import Json, print_json, tell
+from latentvae import images, training
+from latentvae.cli.options import EXIT_SKIPPED, Json, print_json, tell
 
 EXIT_SAVED = 4  # stopped by a signal or train.max_minutes, after a checkpoint
 
@@ -52,5 +52,10 @@ def train(
             print_json({"checkpoint": str(stop.checkpoint), "interrupted": True})
         raise typer.Exit(EXIT_SAVED) from stop
     if training.machine.is_first_process():  # of several that all come here one speaks
-        result = {"export": str(exported), "output": checked.output}
+        left_out = training.data.sources.left_out(checked.data.train, checked.data.val)
+        if left_out:
+            typer.echo(images.kinds.describe(left_out), err=True)
+        result = {"export": str(exported), "output": checked.output, "left_out": dict(left_out)}
         tell(result, [f"Exported {exported}. Try: latentvae reconstruct --model {exported}"], json)
+        if images.kinds.wants_extra(left_out):
+            raise typer.Exit(EXIT_SKIPPED)

@@ -52,7 +52,7 @@ def vary(
     """
     # copies of copies would drift further from run to run
     check_output(output, paths)
-    files = images.reading.find_images(paths)
+    files = session.find_images(paths)
     names = short_names(files, paths)
     vae = session.load()
     make_folder(output / COPIES)
@@ -72,7 +72,7 @@ def vary(
     if study.images:
         sheet = output / "contact-sheet.png"
         images.saving.save_picture(study.sheet(), sheet)
-        result = {**study.result(), "seed": seed, "skipped": session.skipped}
+        result = {**study.result(), "seed": seed, **session.passed_over}
         write_json(result, output / "variations.json")
         written = sum(len(each["copies"]) for each in study.images)
         made = "1 copy" if written == 1 else f"{written} copies"

@@ -1,8 +1,13 @@
 from . import captions as captions
+from . import colour as colour
 from . import drawing as drawing
 from . import given as given
+from . import headers as headers
+from . import kinds as kinds
+from . import pixels as pixels
 from . import reading as reading
 from . import resizing as resizing
 from . import saving as saving
 from . import scans as scans
 from . import tensors as tensors
+from . import tiffs as tiffs

@@ -1,45 +1,42 @@
-"""Image files to `images`, float32 (C, H, W) in [-1, 1]: found, opened, upright, in sRGB, without alpha.
+"""Image files found, and read to `images`: float32 (C, H, W) in [-1, 1], upright, in sRGB, without alpha.
 
-Formats, decompression bombs, palettes, 16 bits, ICC profiles and EXIF are this file's matter alone.
+Which formats there are is said in `kinds`, what a decoded picture takes in `pixels`.
 """
 
+import ctypes
 import io
 import logging
 import os
-import re
-import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings, filterwarnings, simplefilter
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageFile, features
+from PIL import Image, ImageFile, _imaging
 
-from latentvae.base.errors import ImageError
+from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
 from latentvae.base.files import check_local, collect_too_long, is_too_long, may_be_file
+from latentvae.images import headers, kinds, tiffs
 from latentvae.images.given import Given, array_samples, file_bytes
-from latentvae.images.tensors import channels_first_tensor, channels_last_array, from_uint8
+from latentvae.images.kinds import SUFFIXES
+from latentvae.images.pixels import UNUSABLE, Colour, Picture, check_size, picture_of
 
 logger = logging.getLogger(__name__)
 
-# An allow-list: Pillow reads dozens of formats, some by way of other programs (EPS starts Ghostscript).
-HAS_AVIF = bool(features.check("avif"))  # not in every build of Pillow
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(("AVIF",) if HAS_AVIF else ()))
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", *((".avif",) if HAS_AVIF else ()))
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice its MAX_IMAGE_PIXELS
-ORIENTATION_TAG, BITS_TAG, PHOTOMETRIC_TAG = 0x0112, 258, 262  # of EXIF and TIFF 6.0
-UNUSABLE = "unusable ICC profile ignored"
-PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # ICC's colour spaces as Pillow's
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's mode "L" means
+BYTES_PER_PIXEL = 20  # that reading takes, the result of 12 included
+PNG = b"\x89PNG"
+HEAD = 4096  # bytes that tell what a file is
+ORIENTATION_TAG = 0x0112  # of EXIF
+GAIN_MAPS = (b"hdr-gain-map", b"urn:iso:std:iso:ts:21496", b"hdrgainmap")  # Google's, the standard's, Apple's
+GAIN_MAP_NOTE = "its HDR gain map is not applied: this is the picture in SDR"
 
-
-Colour = tuple[int, int, int]
 PathLike = str | Path
 
 
@@ -66,72 +63,98 @@ class ImageBytes:
         return self.name
 
 
-@dataclass
-class Pixels:
-    """One picture: colour (H, W) or (H, W, 3) in 0..white, alpha (H, W) in 0..1 or None."""
-
-    colour: np.ndarray
-    white: float = 255.0
-    alpha: np.ndarray | None = None
-    mode: str = ""
-    format: str = ""
-    notes: list[str] = field(default_factory=list)
-    frames: int = 1
-
-
 Source = Path | ImageBytes
 
 
-def find_images(path: PathLike | Sequence[PathLike]) -> list[Path]:
+def find_images(
+    path: PathLike | Sequence[PathLike],
+    left_out: Counter[str] | None = None,
+    outside: Path | None = None,
+) -> list[Path]:
     """List the image files that a file, a folder (recursive, sorted) or several of them name, each once.
 
     Hidden files are left out. Links to folders are followed, each target once.
-    Raises ImageError where a path is missing, is no image by its suffix, or a folder holds no image.
+
+    Args:
+        left_out: where to count, by suffix, the other files of the folders; None: a warning is logged if
+            some of them could be read with a package that is not installed.
+        outside: a folder that is not entered.
+
+    Raises:
+        ImageError: a path is missing, is no image by its suffix, or a folder holds no image.
     """
     paths = [path] if isinstance(path, str | Path) else list(path)
     if not paths:
         raise ImageError("no path came, but at least one image file or folder was wanted: name one")
+    counted = Counter[str]() if left_out is None else left_out
     try:
         # each once, though a folder and a file in it may both be named
-        return list(dict.fromkeys(image for one in paths for image in _find_in(Path(one))))
+        found = list(dict.fromkeys(image for one in paths for image in _find_in(Path(one), counted, outside)))
     except OSError as error:
         raise ImageError(
             f"{error.filename} cannot be read ({error.strerror}): check its permissions"
         ) from error
+    if left_out is None and kinds.wants_extra(counted):
+        logger.warning(kinds.describe(counted))
+    return found
 
 
-def _find_in(path: Path) -> list[Path]:
+def _find_in(path: Path, left_out: Counter[str], outside: Path | None) -> list[Path]:
     accepted = " ".join(SUFFIXES)
     if path.is_dir():
-        found = list_files(path, SUFFIXES)
+        own = Counter[str]()
+        found = list_files(path, left_out=own, outside=outside)
         if not found:
-            raise ImageError(f"no image in the folder {path}: put files there that end in one of {accepted}")
+            what = f"; {kinds.describe(own)}" if own else ""
+            raise ImageError(
+                f"no image in the folder {path}: put files there that end in one of {accepted}{what}"
+            )
+        left_out.update(own)
         return found
     if not path.exists():
         check_local(path, ImageError)
         raise ImageError(f"{path} does not exist: name an image file ({accepted}) or a folder of them")
-    if path.suffix.lower() not in SUFFIXES:
+    if not kinds.is_image_name(path.suffix.lower()):
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+        if kinds.recognise(head) is not None:
+            raise kinds.unreadable(path, head)
         raise ImageError(f"{path} ends in '{path.suffix}', but an image was wanted: use one of {accepted}")
     return [path]
 
 
-def list_files(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Sort the files below root that end in one of the suffixes; hidden ones and loops are left out."""
-    return sorted(_walk(root, suffixes), key=lambda file: file.as_posix())
+def list_files(
+    root: Path, also: tuple[str, ...] = (), left_out: Counter[str] | None = None, outside: Path | None = None
+) -> list[Path]:
+    """Sort the image files below root; hidden ones and loops are left out.
+
+    Args:
+        also: suffixes of others that are listed too.
+        left_out: where to count the rest by suffix.
+        outside: a folder that is not entered.
+    """
+    return sorted(_walk(root, also, left_out, outside), key=lambda file: file.as_posix())
 
 
-def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+def _walk(
+    root: Path, also: tuple[str, ...], left_out: Counter[str] | None, outside: Path | None
+) -> Iterator[Path]:
     """Yield files below root, following links to folders unless that would visit one twice."""
 
     too_long = list[Path]()
     top = root.resolve()
-    visited = {top}
+    visited = {top} if outside is None else {top, outside.resolve()}
     for folder, names, files in os.walk(root, onerror=collect_too_long(too_long), followlinks=True):
         names[:] = [name for name in sorted(names) if _follow(Path(folder, name), top, visited)]
         for file in files:
             path = Path(folder, file)
-            if not file.startswith(".") and path.suffix.lower() in suffixes and may_be_file(path):
+            if file.startswith(".") or not may_be_file(path):
+                continue
+            suffix = path.suffix.lower()
+            if suffix in also or kinds.is_image_name(suffix):
                 yield path
+            elif left_out is not None:
+                kinds.count(left_out, suffix)
     yield from too_long
 
 
@@ -183,160 +206,271 @@ def load_image_with_info(
         channels: 3 for RGB, 1 for luminance (BT.601).
 
     Returns: float32 (channels, H, W) in [-1, 1], and an ImageInfo whose notes are for people.
-    Raises: ImageError, for whatever is wrong with the file.
+    Raises: ImageError, for whatever is wrong with the file: TooManyPixels for one above `max_pixels`; and
+        NoMemoryError where the machine has no room for it.
     """
     if channels not in (1, 3):
         raise ImageError(
             f"channels={channels} came, but images have 3 (RGB) or 1 (luminance): pass one of these"
         )
-    pixels = _pixels(source, name, max_pixels)
-    images = _with_channels(_composite(pixels, background), channels)
-    size = (images.shape[2], images.shape[1])
-    info = ImageInfo(*size, pixels.mode, pixels.format, pixels.notes, pixels.frames)
-    return images, info
-
-
-def _pixels(source: PathLike | Given, name: str, max_pixels: int) -> Pixels:
-    if isinstance(source, np.ndarray | torch.Tensor):
-        pixels = Pixels(*array_samples(source), mode=str(source.dtype), format="array")
-        height, width = pixels.colour.shape[:2]
-        _check_size(ImageBytes(b"", name), width, height, max_pixels)
-        return pixels
+    array = source if isinstance(source, np.ndarray | torch.Tensor) else None
     if isinstance(source, str | os.PathLike):
-        return read_pixels(Path(source), max_pixels)
-    pixels = read_pixels(ImageBytes(file_bytes(source), name), max_pixels)
+        path: Source = Path(source)
+    else:
+        path = ImageBytes(b"" if array is not None else file_bytes(source), name)
+    with _named(path), _open(path) as file:
+        picture = _read(file, path, max_pixels) if array is None else _of_array(array, path, max_pixels)
+        images = picture.assemble(background, channels)
     if isinstance(source, Image.Image):  # not what it was carried in
-        pixels.mode, pixels.format = source.mode, source.format or ""
-    return pixels
-
-
-def _composite(pixels: Pixels, background: Colour) -> torch.Tensor:
-    """Scale to [-1, 1], (1 or 3, H, W), with the background where the picture is transparent."""
-    alpha = pixels.alpha
-    if alpha is not None and alpha.min() < 1:
-        behind = np.asarray(background, dtype=np.float32) / 255
-        colour = channels_last_array(pixels.colour).astype(np.float32) / np.float32(pixels.white)
-        colour = colour * alpha[..., None] + behind * (1 - alpha[..., None])
-        name = {(255, 255, 255): "white", (0, 0, 0): "black"}.get(background, f"rgb{background}")
-        pixels.notes.append(f"transparent pixels composited on {name}")
-        return channels_first_tensor(colour).mul_(2).sub_(1)
-    if pixels.colour.dtype == np.uint8:  # the usual case, by the same formula as everywhere else
-        return from_uint8(pixels.colour)
-    return channels_first_tensor(pixels.colour.astype(np.float32)).mul_(2 / pixels.white).sub_(1)
-
-
-def _with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    if images.shape[0] == channels:
-        return images
-    if channels == 3:
-        return images.repeat(3, 1, 1)
-    return torch.einsum("chw,c->hw", images, images.new_tensor(LUMA))[None].clamp_(-1, 1)
-
-
-def read_pixels(path: Source, max_pixels: int) -> Pixels:
-    """Read one image file upright, in sRGB; every way in which that fails is an ImageError that names it."""
-    with _opened(path, max_pixels) as image:
-        mode, rawmode = image.mode, _rawmode(image)
-        # Pillow's TIFF reader turns the picture itself while it loads, and then drops the tag.
-        turned = _orientation(image, path) if image.format == "TIFF" else 1
-        image.load()
-        pixels = _samples(image, rawmode, path, max_pixels)
-        pixels.mode, pixels.format = mode, image.format or ""
-        orientation = _orientation(image, path)
-        pixels.colour = _upright(pixels.colour, orientation)
-        pixels.alpha = None if pixels.alpha is None else _upright(pixels.alpha, orientation)
-        if 2 <= max(turned, orientation) <= 8:
-            pixels.notes.append(f"rotated by EXIF orientation {max(turned, orientation)}")
-        pixels.frames = _count_frames(image)
-        if pixels.frames > 1:
-            pixels.notes.append(f"first of {pixels.frames} frames")
-    for note in pixels.notes:
+        picture.mode, picture.format = source.mode, source.format or ""
+    for note in picture.notes:
         if note.startswith(UNUSABLE):
             logger.warning("%s: %s; its colours are read as sRGB", path, note)
-    return pixels
+    size = (images.shape[2], images.shape[1])
+    return images, ImageInfo(*size, picture.mode, picture.format, picture.notes, picture.frames)
+
+
+def _of_array(given: np.ndarray | torch.Tensor, path: Source, max_pixels: int) -> Picture:
+    colour, white, alpha = array_samples(given)
+    check_size(path, colour.shape[1], colour.shape[0], max_pixels)
+    picture = Picture.of_array(colour, white, mode=str(given.dtype), format="array")
+    if alpha is not None:
+        picture.set_alpha(alpha, multiplied=False)
+    return picture
 
 
 @contextmanager
-def _opened(path: Source, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """Open the file, refuse a bomb by its header, and name the file in whatever goes wrong inside."""
+def _named(path: Source) -> Iterator[None]:
+    """Name the file in whatever goes wrong inside, and tell a full memory from a bad file."""
     try:
-        if isinstance(path, Path) and not path.is_file():
-            check_local(path, ImageError)
-            came = "is no file" if path.exists() else "does not exist"
-            raise ImageError(f"{path} {came}, but one image file was wanted: use find_images for a folder")
-        with path.open("rb") if isinstance(path, Path) else io.BytesIO(path.data) as file:
-            image = _identify(file, path)
-            width, height = image.size
-            _check_size(path, width, height, max_pixels)
-            # Silenced only where Pillow would warn: catch_warnings resets what Python has shown once already.
-            with _quiet() if width * height > (Image.MAX_IMAGE_PIXELS or max_pixels) else nullcontext():
-                yield image
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise NoMemoryError(
+                f"{path} could not be read: the machine's memory was full, and reading takes about "
+                f"{BYTES_PER_PIXEL} bytes a pixel. Nothing is wrong with the file: try again with more room"
+            ) from error
+        raise ImageError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in words also where it is a bare key or number."""
+    if isinstance(error, KeyError):
+        return f"the value {error} in it has no meaning"
+    said = (str(error) or type(error).__name__).rstrip(".")
+    return f"{said} (it is damaged, or packed in a way that is not known)" if said.endswith("-2") else said
+
+
+def _open(path: Source) -> IO[bytes]:
+    if isinstance(path, ImageBytes):
+        return io.BytesIO(path.data)
+    if not path.is_file():
+        check_local(path, ImageError)
+        came = "is no file" if path.exists() else "does not exist"
+        raise ImageError(f"{path} {came}, but one image file was wanted: use find_images for a folder")
+    return path.open("rb")
+
+
+def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
+    """A file's picture, decoded but not yet converted.
+
+    Raises:
+        ImageError: it is no image, of a format that is not read, empty, damaged, or too large.
+    """
+    head = file.read(HEAD)
+    if not head:
+        raise ImageError(f"{path} is empty (0 bytes), but an image was wanted: fetch the file again")
+    kind = kinds.recognise(head)
+    is_tiff = tiffs.is_tiff(head)
+    try:
+        if kind == "raw" or (is_tiff and tiffs.is_raw(file)):
+            return tiffs.develop(file, path, max_pixels)
+        if kind == "JPEG XL":  # whose decoder asks nobody before it decodes
+            size = headers.jxl_size(file)
+            if size is None:
+                raise ImageError(
+                    f"{path} is a JPEG XL image without a header: it is damaged, replace the file"
+                )
+            check_size(path, *size, max_pixels)
+        if is_tiff and tiffs.is_beyond_pillow(file):
+            found = tiffs.read_tiff(file, path, max_pixels)
+            if found is not None:
+                return found
+        return _by_pillow(file, path, max_pixels, kind, head)
     except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
-        reason = (str(error) or type(error).__name__).rstrip(".")
-        raise ImageError(f"{path} cannot be read: {reason}. Replace the file, or leave it out") from error
+        if ran_out_of_memory(error):
+            raise
+        if (found := _without_metadata(file, path, max_pixels, head, error)) is not None:
+            return found
+        name = kinds.format_name(kind, head)
+        raise ImageError(
+            f"{path} cannot be read{f' as {name}' if name else ''}: {_reason(error)}. If another "
+            "program opens it, save it as PNG there; else replace the file, or leave it out"
+        ) from error
 
 
-def _identify(file: IO[bytes], path: Source) -> ImageFile.ImageFile:
+def _without_metadata(
+    file: IO[bytes], path: Source, max_pixels: int, head: bytes, reason: Exception
+) -> Picture | None:
+    """What a PNG shows without its metadata, where these are why it is refused; None where they are not."""
+    bare = headers.png_pixels_only(file) if head.startswith(PNG) else None
+    if bare is None:
+        return None
+    smaller, profile, dropped = bare
+    try:
+        found = _by_pillow(smaller, path, max_pixels, None, head, profile)
+    except Exception as error:  # so it was not these
+        if ran_out_of_memory(error):
+            raise
+        return None
+    if dropped:
+        found.notes.append(f"metadata passed over ({', '.join(dropped)}): {_reason(reason)}")
+    return found
+
+
+def _by_pillow(
+    file: IO[bytes],
+    path: Source,
+    max_pixels: int,
+    kind: str | None,
+    head: bytes,
+    profile: bytes | None = None,
+) -> Picture:
+    """A picture as one of Pillow's readers has it."""
+    image = _identify(file, path, kind, head)
+    check_size(path, *image.size, max_pixels)
+    is_tiff = image.format == "TIFF"
+    if is_tiff:
+        _silence_libtiff()
+    many = image.width * image.height > (Image.MAX_IMAGE_PIXELS or max_pixels)
+    # only where Pillow would warn: catch_warnings resets what Python has shown once already
+    with _quiet() if many or is_tiff else nullcontext():
+        if profile is not None:
+            image.info["icc_profile"] = profile
+        mode, rawmode = image.mode, _rawmode(image)
+        # Pillow's TIFF reader turns the picture itself while it loads, and then drops the tag.
+        turned = _orientation(image, path) if is_tiff else (1, "")
+        image.load()
+        boxes = headers.heif_boxes(file) if image.format in ("AVIF", "HEIF") else headers.Boxes()
+        # libheif cuts the frame itself, libavif does not
+        cut = boxes.clean is not None and image.format == "AVIF"
+        # the same samples under another name: to count its frames the image goes to others
+        shown = image.crop(boxes.clean) if cut else image._new(image.im)
+
+        def reopen(rawmode: str) -> Image.Image:
+            again = _identify(file, path, kind, head)
+            again.tile = [
+                tile._replace(args=(rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode)
+                for tile in again.tile
+            ]
+            again.load()
+            return again
+
+        picture = picture_of(shown, rawmode, getattr(image, "tag_v2", {}), path, reopen)
+        picture.mode, picture.format = mode, image.format or ""
+        picture.orientation, where = _orientation(image, path)
+        if turned[0] > 1 or picture.orientation > 1:
+            number, where = max(turned, (picture.orientation, where))
+            picture.notes.append(f"rotated by {where} orientation {number}")
+        _apply_headers(image, file, picture, boxes)
+        _note_frames(image, picture, boxes)
+    return picture
+
+
+def _identify(file: IO[bytes], path: Source, kind: str | None, head: bytes) -> ImageFile.ImageFile:
     """Do what Image.open does, without its size check: that one warns, and obeys a process-wide number."""
-    prefix = file.read(16)
-    if not prefix:
-        raise ImageError(f"{path} is empty (0 bytes), but an image was wanted: fetch the file again")
-    if any(name not in Image.OPEN for name in FORMATS):
-        Image.init()
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        if accept is None or accept(prefix) is True:
-            file.seek(0)
-            with _quiet() if name == "GIF" else nullcontext():  # the one reader that warns while it opens
+    problem: Exception | None = None
+    for opener in kinds.openers(kind, head):
+        file.seek(0)
+        try:
+            with _quiet() if head.startswith(b"GIF") else nullcontext():  # the reader that warns as it opens
                 # Pillow maps a file of this name into memory, so bytes must not be called like another file.
-                return factory(file, str(path) if isinstance(path, Path) else "")
-    raise ImageError(
-        f"{path} is no image by its content, whatever its name says: "
-        f"one of {', '.join(FORMATS)} was wanted; convert it to PNG"
-    )
+                return opener(file, str(path) if isinstance(path, Path) else "")
+        except Exception as error:  # the next one may know it
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    raise kinds.unreadable(path, head)
+
+
+def _apply_headers(
+    image: ImageFile.ImageFile, file: IO[bytes], picture: Picture, boxes: headers.Boxes
+) -> None:
+    """Take from the file's headers what the colours mean, where no ICC profile says it."""
+    encoding, bits = boxes.encoding, boxes.bits
+    if image.format == "PNG" and not image.info.get("icc_profile"):
+        encoding, notes = headers.png_encoding(file)
+        picture.notes += notes
+    if encoding is not None and not image.info.get("icc_profile"):
+        picture.encoding = encoding
+        picture.notes.append(encoding.note)
+    if bits > 8:
+        picture.notes.append(f"{bits} bits per channel read as 8")
+
+
+def _note_frames(image: ImageFile.ImageFile, picture: Picture, boxes: headers.Boxes) -> None:
+    """Say what else is in the file, and is not shown."""
+    segments = [data for _, data in getattr(image, "applist", [])]
+    beside = [*segments, *(str(each).encode() for each in image.info.get("aux", ()))]
+    if boxes.gain_map or any(mark in each for each in beside for mark in GAIN_MAPS):
+        picture.notes.append(GAIN_MAP_NOTE)
+        if image.format == "MPO":  # its second picture is that map
+            return
+    picture.frames, shown = _count_frames(image), image.tell()
+    if picture.frames > 1:
+        which = f"picture {shown + 1}, the main one," if shown else "first"
+        picture.notes.append(f"{which} of {picture.frames} frames")
+
+
+@lru_cache(maxsize=1)
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing to standard error: its lines name no file, and our errors do."""
+    with suppress(OSError, AttributeError):  # where libtiff is part of Pillow's own library
+        library = ctypes.CDLL(_imaging.__file__)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings, of size or of tags: they name no file."""
     with catch_warnings():
         simplefilter("ignore", Image.DecompressionBombWarning)
+        filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
         yield
 
 
-def _check_size(path: Source, width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise ImageError(f"{path} is {width} x {height} pixels: it holds no picture; leave it out")
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{path} is {width} x {height} = {width * height} pixels, but at most {max_pixels} are read: "
-            "shrink it, or raise max_pixels if you trust the file"
-        )
-
-
-def _orientation(image: ImageFile.ImageFile, path: Source) -> int:
+def _orientation(image: ImageFile.ImageFile, path: Source) -> tuple[int, str]:
+    """The orientation, 1 to 8, and where it stands: "EXIF" or "XMP"."""
+    # libjxl turns the picture itself, but not one that it gives back as the JPEG that it was made from
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1, ""
     try:
-        return int(image.getexif().get(ORIENTATION_TAG, 1))
+        number = int(image.getexif().get(ORIENTATION_TAG, 1))
+        if not 2 <= number <= 8:
+            return 1, ""
+        own = Image.Exif()  # without what Pillow takes from XMP
+        own.load(image.info.get("exif") or b"")
+        has_xmp = any(name in image.info for name in ("xmp", "XML:com.adobe.xmp"))
+        return number, "XMP" if has_xmp and image.format != "TIFF" and ORIENTATION_TAG not in own else "EXIF"
     except Exception as error:  # damaged EXIF says nothing about the pixels
+        if ran_out_of_memory(error):
+            raise
         logger.warning("%s: unreadable EXIF data ignored (%s)", path, error)
-        return 1
+        return 1, ""
 
 
 def _count_frames(image: ImageFile.ImageFile) -> int:
     try:
         return int(getattr(image, "n_frames", 1))
-    except Exception:  # a later frame is damaged, the first was read
+    except Exception as error:  # a later frame is damaged, the first was read
+        if ran_out_of_memory(error):
+            raise
         return 1
-
-
-def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
-    """Bring the samples upright, as a view."""
-    if orientation in (5, 7):  # transposed: a mirror image of 8 and 6
-        samples, orientation = samples[:, ::-1], {5: 8, 7: 6}[orientation]
-    if orientation in (2, 4):
-        samples, orientation = samples[:, ::-1], {2: 1, 4: 3}[orientation]
-    return np.rot90(samples, {3: 2, 6: -1, 8: 1}.get(orientation, 0))
 
 
 def read_size(path: Path) -> tuple[int, int] | None:
@@ -345,9 +479,18 @@ def read_size(path: Path) -> tuple[int, int] | None:
     Batches are planned by it. What loading the file gives decides all else, so that a header may be wrong.
     """
     try:
-        with _quiet(), Image.open(os.fspath(path), formats=FORMATS) as image:
-            turned = 5 <= int(image.getexif().get(ORIENTATION_TAG, 1)) <= 8
+        with path.open("rb") as file, _quiet():
+            head = file.read(HEAD)
+            kind = kinds.recognise(head)
+            if kind == "JPEG XL":
+                return headers.jxl_size(file)
+            if kind == "raw" or (tiffs.is_tiff(head) and tiffs.is_raw(file)):
+                return None
+            image = _identify(file, path, kind, head)
+            turned = 5 <= _orientation(image, path)[0] <= 8
             width, height = image.size
+            if image.format == "AVIF" and (clean := headers.heif_boxes(file).clean):
+                width, height = clean[2] - clean[0], clean[3] - clean[1]
     except Exception:  # Pillow's readers raise nearly everything; loading the file says what is wrong with it
         return None
     return (height, width) if turned else (width, height)
@@ -356,144 +499,6 @@ def read_size(path: Path) -> tuple[int, int] | None:
 def _rawmode(image: ImageFile.ImageFile) -> str:
     """Return how the samples are stored, for instance 'RGB;16B'; known only before they are loaded."""
     args = image.tile[0].args if image.tile else ""
-    return str(args[0] if isinstance(args, tuple) and args else args)
-
-
-def _samples(image: ImageFile.ImageFile, rawmode: str, path: Source, max_pixels: int) -> Pixels:
-    if image.mode == "F":
-        return _float_grey(image, path)
-    if image.mode.startswith("I"):
-        return _integer_grey(image, path)
-    swapped = re.fullmatch(r"(RGB|RGBA|RGBX);16([BLN])", rawmode)
-    if swapped:
-        return _deep_colour(image, f"{swapped[1]};16{_other_order(swapped[2])}", path, max_pixels)
-    pixels = _eight_bits(image, rawmode)
-    if ";16" in rawmode:
-        pixels.notes.append("16 bits per channel read as 8")
-    return pixels
-
-
-def _float_grey(image: Image.Image, path: Source) -> Pixels:
-    colour = np.asarray(image, dtype=np.float32)
-    low, high = float(colour.min()), float(colour.max())
-    if not (low >= 0 and high <= 1):  # written so that NaN fails too
-        raise ImageError(
-            f"{path} holds floats from {low:g} to {high:g}, but floats in [0, 1] (black to white) were "
-            "wanted: scale them to that range, or save 16-bit integers"
-        )
-    return Pixels(colour, 1.0, notes=_unapplied_profile(image))
-
-
-def _integer_grey(image: ImageFile.ImageFile, path: Source) -> Pixels:
-    """Scale instead of clipping: Pillow's convert("RGB") turns 99.6 % of a 16-bit ramp white."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_TAG, (16,))[0]
-    white = 4095 if bits == 12 else 65535
-    colour = np.asarray(image).astype(np.int64)
-    if colour.min() < 0 or colour.max() > white:
-        raise ImageError(
-            f"{path} holds integers from {colour.min()} to {colour.max()}, but 0 to {white} were wanted: "
-            "scale them to 16 bits"
-        )
-    alpha = _keyed_alpha(colour, image.info.get("transparency"))
-    if tags.get(PHOTOMETRIC_TAG) == 0:  # "white is zero", which Pillow leaves as it is at 16 bits
-        colour = white - colour
-    return Pixels(colour, float(white), alpha, notes=_unapplied_profile(image))
-
-
-def _unapplied_profile(image: Image.Image) -> list[str]:
-    return ["ICC profile not applied (it is for 8 bits only)"] if image.info.get("icc_profile") else []
-
-
-def _other_order(order: str) -> str:
-    native = "L" if sys.byteorder == "little" else "B"
-    return "L" if (native if order == "N" else order) == "B" else "B"
-
-
-def _deep_colour(image: ImageFile.ImageFile, swapped: str, path: Source, max_pixels: int) -> Pixels:
-    """Read 16-bit colour in full: Pillow keeps the high bytes, or in the wrong byte order the low ones."""
-    with _opened(path, max_pixels) as again:
-        again.tile = [
-            tile._replace(args=(swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped)
-            for tile in again.tile
-        ]
-        # (H, W, 3 or 4): the high bytes of one reading, the low ones of the other
-        samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
-    colour, alpha = samples[..., :3], _keyed_alpha(samples[..., :3], image.info.get("transparency"))
-    if samples.shape[2] == 4:
-        alpha = samples[..., 3].astype(np.float32) / 65535
-    notes: list[str] = []
-    # 65535 / 255 = 257; LittleCMS through Pillow converts 8 bits only
-    rounded = Image.fromarray(((colour.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    converted = _to_srgb(rounded, image.info.get("icc_profile"), notes)
-    if any("converted" in note for note in notes):
-        return Pixels(np.asarray(converted), 255.0, alpha, notes=[f"{notes[0]} at 8 bits"])
-    return Pixels(colour, 65535.0, alpha, notes=notes)
-
-
-def _eight_bits(image: Image.Image, rawmode: str) -> Pixels:
-    """Undo palettes, split alpha off, convert to sRGB."""
-    profile, alpha, notes = image.info.get("icc_profile"), None, list[str]()
-    key = image.info.get("transparency") if image.mode in ("1", "L", "RGB") else None
-    if isinstance(key, int):
-        key *= {"L;2": 85, "L;4": 17}.get(rawmode, 1)  # Pillow scales these samples, but not their key
-    if image.mode in ("LA", "La"):
-        image = image.convert("LA")
-        image, alpha = image.getchannel("L"), image.getchannel("A")
-    elif image.mode in ("P", "PA", "RGBA", "RGBa"):
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            alpha = image.getchannel("A")
-        image = image.convert("RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
-    weight = _keyed_alpha(np.asarray(image), key) if alpha is None else np.asarray(alpha, np.float32) / 255
-    return Pixels(np.asarray(_to_srgb(image, profile, notes)), 255.0, weight, notes=notes)
-
-
-def _keyed_alpha(colour: np.ndarray, key: object) -> np.ndarray | None:
-    """Make the one colour transparent that a PNG's tRNS names."""
-    if not isinstance(key, int | tuple):
-        return None
-    same = colour == np.asarray(key)
-    return np.where(same.all(-1) if same.ndim == 3 else same, 0, 1).astype(np.float32)
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """Convert to sRGB by the embedded profile, or without one by Pillow's formulas; grey may stay grey."""
-    plain = image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
-    if profile:
-        try:
-            name, wanted, transform = _conversion(profile, plain.mode)
-            if transform is not None:
-                converted = ImageCms.applyTransform(plain.convert(wanted), transform)
-                notes.append(f"converted from ICC profile '{name}'")
-                return converted or plain
-        except Exception as error:  # LittleCMS through Pillow: PyCMSError, OSError, ValueError, TypeError
-            notes.append(f"{UNUSABLE} ({error})")
-    return plain.convert("RGB") if plain.mode == "CMYK" else plain
-
-
-@lru_cache(maxsize=16)
-def _conversion(profile: bytes, mode: str) -> tuple[str, str, ImageCms.ImageCmsTransform | None]:
-    """Return the profile's name, the mode it is for, and the transform to sRGB (None where it is sRGB)."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = source.profile.xcolor_space.strip()
-    wanted = PROFILE_MODES.get(space, "")
-    if wanted != mode and (wanted, mode) != ("RGB", "L"):
-        raise ValueError(f"a profile for {space} cannot describe {mode} pixels")
-    intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), wanted, "RGB", intent, flags)
-    name = ImageCms.getProfileDescription(source).strip()
-    return name, wanted, None if _changes_nothing(transform, wanted) else transform
-
-
-def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Tell sRGB by what it does, not by its name, so that sRGB pictures keep their exact samples."""
-    if mode not in ("L", "RGB"):
-        return False
-    levels = np.linspace(0, 255, 9) if mode == "RGB" else np.arange(256)
-    grid = np.stack(np.meshgrid(*[levels] * len(mode)), -1).reshape(1, -1, len(mode)).astype(np.uint8)
-    probe = Image.fromarray(grid if mode == "RGB" else grid[..., 0])
-    after = np.asarray(ImageCms.applyTransform(probe, transform), dtype=np.int16)
-    return bool(np.abs(after - np.asarray(probe.convert("RGB"), dtype=np.int16)).max() <= 1)
+    rawmode = str(args[0] if isinstance(args, tuple) and args else args)
+    # of planes, libtiff gives Pillow the high bytes whatever is asked for
+    return f"planes of {rawmode}" if getattr(image, "tag_v2", {}).get(tiffs.PLANAR) == 2 else rawmode

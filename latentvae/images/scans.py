@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from latentvae.base.errors import ImageError
-from latentvae.images.reading import FORMATS, ImageInfo, PathLike, load_image_with_info
+from latentvae.images.kinds import FORMATS
+from latentvae.images.reading import MAX_PIXELS, ImageInfo, PathLike, load_image_with_info
 from latentvae.images.saving import save_image, save_picture
 from latentvae.images.tensors import channels_first_tensor
 
@@ -77,7 +78,11 @@ def read_samples(source: PathLike | bytes, name: str = "image bytes") -> tuple[n
 
 
 def load(
-    source: PathLike | bytes, channels: int, window: Window | None, name: str = "image bytes"
+    source: PathLike | bytes,
+    channels: int,
+    window: Window | None,
+    name: str = "image bytes",
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[torch.Tensor, ImageInfo]:
     """An image (channels, H, W) in [-1, 1], through the window where there is one; and what was done to it.
 
@@ -85,7 +90,7 @@ def load(
         ImageError: it cannot be read, or has colour where there is a window.
     """
     if window is None:
-        return load_image_with_info(source, name=name, channels=channels)
+        return load_image_with_info(source, name=name, channels=channels, max_pixels=max_pixels)
     samples, info = read_samples(source, name)
     slack = (window.high - window.low) / window.steps / 2  # what rounding moves is not clipped
     outside = float(np.mean((samples < window.low - slack) | (samples > window.high + slack)))

@@ -7,7 +7,7 @@ do it together: each the shards whose number, modulo the count of processes, is 
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from latentvae.base.errors import ImageError
+from latentvae.base.errors import ImageError, NoMemoryError
 from latentvae.images import captions
 from latentvae.images.reading import PathLike
 from latentvae.models.fingerprint import weight_hash
@@ -66,6 +66,7 @@ class EncodeReport:
         encoded: by this run, failures included.
         failures: every image that could not be encoded, by this run or an earlier one.
         vanished: keys in the store whose files are gone.
+        left_out: files of the folders that are no images that can be read, by suffix.
         dropped: keys that were taken out: their files are gone, and pruning was asked for.
         repaired: what was damaged.
         captions: of images whose captions could not be read, or only in an encoding that was guessed.
@@ -78,6 +79,7 @@ class EncodeReport:
     encoded: int = 0
     failures: list[Failure] = field(default_factory=list)
     vanished: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
@@ -151,12 +153,15 @@ def encode_folder(
 
     try:
         # 1. the images; first, because where there are none, nothing is made
-        files = planning.find_sources(sources, folder)
+        left_out = Counter[str]()
+        files = planning.find_sources(sources, folder, left_out)
         with ExitStack() as held:
             # 2. the store: locked, and what a killed run left completed
             _begin(journal, settings, processes, held)
             worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
-            return _run(worker, prune, retry_failed, rehash, held)
+            report = _run(worker, prune, retry_failed, rehash, held)
+            report.left_out = dict(left_out)
+            return report
     except BaseException as error:  # Ctrl-C too: the others would wait for this process
         processes.fail(error)
         raise
@@ -353,9 +358,9 @@ class Worker:
         try:
             alone = room(Path(one.entry.source), *one.image.shape[-2:]) if room and batch.is_large else None
             submitted = computer.alone(batch.images, alone) if alone else computer.submit(batch.images)
-            pending.computing.append(submitted)
+            pending.computing.append(([each.entry for each in batch.images], submitted))
         except ImageError as error:
-            pending.failures.append(_failure(one.entry, str(error)))
+            pending.failures.append(_failure(one.entry, error))
 
     def _write(self, pending: "Pending") -> None:
         """Write a shard when its moments are there; none after one that could not be written."""
@@ -377,17 +382,24 @@ class Pending:
     name: str
     rows: list[Row] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    computing: list[Future[list[Row]]] = field(default_factory=list)
+    computing: list[tuple[list[Entry], Future[list[Row]]]] = field(default_factory=list)
 
     def collect(self) -> None:
         """Wait for the moments; images whose moments are not finite have failed."""
-        for future in self.computing:
-            for row in future.result():
+        for entries, future in self.computing:
+            try:
+                rows = future.result()
+            except NoMemoryError as error:  # the others go on; a later run tries these again
+                self.failures += [_failure(entry, error) for entry in entries]
+                continue
+            for row in rows:
                 if row.is_finite:
                     self.rows.append(row)
                 else:
-                    self.failures.append(_failure(row.entry, NOT_FINITE.format(row.entry.source)))
+                    self.failures.append(_failure(row.entry, ImageError(NOT_FINITE.format(row.entry.source))))
 
 
-def _failure(entry: Entry, reason: str) -> Failure:
-    return Failure(entry.key, entry.source, entry.sha256, entry.size_bytes, entry.mtime_ns, reason)
+def _failure(entry: Entry, error: ImageError) -> Failure:
+    """An image that could not be encoded; without a hash, so that later runs try it, where memory was why."""
+    sha256 = None if isinstance(error, NoMemoryError) else entry.sha256
+    return Failure(entry.key, entry.source, sha256, entry.size_bytes, entry.mtime_ns, str(error))

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base import threads
-from latentvae.base.errors import ImageError, StoreError
+from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
 from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing, Size, plan_geometry
 from latentvae.images.scans import Window, load
@@ -22,6 +22,7 @@ from latentvae.images.tensors import pad_to_multiple
 from latentvae.store.format import Entry, Failure, Row
 from latentvae.store.planning import PlannedShard, Source
 
+NO_MEMORY = "{name} could not be loaded: the machine's memory was full. Run again with more room."
 MAX_BYTES = 1 << 31  # of an image file, which is read whole to be hashed
 BATCH_PIXELS = 512 * 512  # a batch size is meant for images of so many; of larger ones fewer make a batch
 LARGE = 1024 * 1024  # pixels above which an image is a batch of its own, and may be tiled
@@ -112,13 +113,20 @@ class Loader:
             geometry = plan_geometry(original, self.preprocessing, self.ratio)
             if problem := geometry.problem(original):
                 raise ImageError(f"{name} cannot be used: {problem}")
-        except OSError as error:
-            reason = f"{name} cannot be read: {error.strerror or error}"
+            image = geometry.apply(image)  # (C, H, W)
+            padded, padding = pad_to_multiple(image, self.ratio)
+            # flipped before it is padded, so that its padding too is on the right and at the bottom
+            flipped = pad_to_multiple(image.flip(-1), self.ratio)[0] if self.flips else None
+        except (ImageError, OSError, MemoryError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                reason = str(error) if isinstance(error, ImageError) else NO_MEMORY.format(name=name)
+            elif isinstance(error, OSError):
+                reason = f"{name} cannot be read: {error.strerror or error}"
+            elif isinstance(error, ImageError):
+                return Failure(key, name, sha256, size_bytes, mtime_ns, str(error))
+            else:
+                raise
             return Failure(key, name, None, size_bytes, mtime_ns, reason)  # None: the next run tries again
-        except ImageError as error:
-            return Failure(key, name, sha256, size_bytes, mtime_ns, str(error))
-        image = geometry.apply(image)  # (C, H, W)
-        padded, padding = pad_to_multiple(image, self.ratio)
         caption, notes = source.caption()
         entry = Entry(
             key=key,
@@ -136,8 +144,7 @@ class Loader:
             caption=caption,
             notes=[*info.notes, *geometry.notes(original), *notes],
         )
-        # flipped before it is padded, so that its padding too is on the right and at the bottom
-        return Loaded(entry, padded, pad_to_multiple(image.flip(-1), self.ratio)[0] if self.flips else None)
+        return Loaded(entry, padded, flipped)
 
     def plan(self, shard: PlannedShard) -> list[PlannedBatch]:
         """The batches of a shard, by the sizes that headers state."""
@@ -188,9 +195,9 @@ def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterat
                 sum(len(each.loading) for each in ahead) > most
                 or sum(each.pixels for each in ahead) > most * BATCH_PIXELS
             ):
-                yield from _loaded(ahead.popleft(), loader.batch_size)
+                yield from _loaded(ahead.popleft(), loader)
         while ahead:
-            yield from _loaded(ahead.popleft(), loader.batch_size)
+            yield from _loaded(ahead.popleft(), loader)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -209,9 +216,13 @@ def _begun(loader: Loader, shards: Iterable[PlannedShard], pool: ThreadPoolExecu
         current = following
 
 
-def _loaded(one: _Ahead, batch_size: int) -> Iterator[Batch]:
+def _loaded(one: _Ahead, loader: Loader) -> Iterator[Batch]:
     """What was planned as one batch; several where headers were wrong."""
     results = [future.result() for future in one.loading]
+    for number, result in enumerate(results):
+        if isinstance(result, Failure) and result.sha256 is None:
+            # alone: a large image beside it may have had the memory
+            results[number] = loader.load(result.key)
     failures = [result for result in results if isinstance(result, Failure)]
     groups: dict[tuple[int, ...], list[Loaded]] = {}
     for result in results:
@@ -219,7 +230,7 @@ def _loaded(one: _Ahead, batch_size: int) -> Iterator[Batch]:
             groups.setdefault(tuple(result.image.shape), []).append(result)
     parts: list[list[Loaded]] = []
     for shape, images in groups.items():
-        most = batch_limit(shape[1] * shape[2], batch_size)
+        most = batch_limit(shape[1] * shape[2], loader.batch_size)
         parts += [images[start : start + most] for start in range(0, len(images), most)]
     for number, images in enumerate(parts or [[]], 1):  # where all failed, a batch of none carries them on
         end = number == max(len(parts), 1)
@@ -282,14 +293,14 @@ class Computer:
             flipped = [one.flipped for one in images if one.flipped is not None]
             mirrored = self._moments(flipped) if flipped else [None] * len(images)
             return [Row(one.entry, *both) for one, *both in zip(images, plain, mirrored, strict=True)]
-        except RuntimeError as error:
-            # on a CPU torch has no class for it, only "can't allocate memory"
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
                 raise
             shape = " x ".join(map(str, images[0].image.shape[1:]))
-            raise StoreError(
-                f"{len(images)} images of {shape} pixels (H x W) do not fit into memory at once, first "
-                f"{images[0].entry.source}. Give a smaller --batch-size, and on a CPU fewer --threads."
+            raise NoMemoryError(
+                f"{len(images)} images of {shape} pixels (H x W) did not fit into memory at once, first "
+                f"{images[0].entry.source}. Run again with more room, a smaller --batch-size, or on a CPU "
+                "fewer --threads."
             ) from error
         finally:
             with self._lock:  # += of several threads loses counts

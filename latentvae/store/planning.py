@@ -2,6 +2,7 @@
 which shards have to be encoded.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -48,10 +49,15 @@ class Source:
         return captions.read_caption(self.path, self.root)
 
 
-def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str, Source]:
+def find_sources(
+    paths: PathLike | Sequence[PathLike], store: Path, left_out: Counter[str] | None = None
+) -> dict[str, Source]:
     """The images below the paths, by key, sorted; those inside the store are left out.
 
     A key is the POSIX path below the folder that was named, with its suffix; of a file named itself its name.
+
+    Args:
+        left_out: where to count the other files of the folders: see `find_images`.
 
     Raises:
         ImageError: no images, or a path that is missing.
@@ -61,7 +67,7 @@ def find_sources(paths: PathLike | Sequence[PathLike], store: Path) -> dict[str,
     captions.forget()  # what an earlier run in this process read of the folders
     found: dict[str, Source] = {}
     inside = store.resolve()
-    for path in find_images(named):
+    for path in find_images(named, left_out, outside=store):
         if inside in path.resolve().parents:  # its preview.png is no image of the user's
             continue
         root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)

@@ -7,12 +7,14 @@ import pytest
 import torch
 import typer
 
-from latentvae.base.errors import LatentVAEError
+from latentvae.base.errors import LatentVAEError, TooManyPixels
 from latentvae.cli.main import main
 from latentvae.cli.options import EXIT_SKIPPED, counted
 from latentvae.cli.session import Session, read_sidecar
+from latentvae.images import kinds
 from latentvae.models.exporting import SIDECAR
 from latentvae.models.loading import DEFAULT_MODEL
+from latentvae.training.data.sources import left_out
 
 
 def finish(skipped: list[dict[str, str]], done: int) -> None:
@@ -33,6 +35,35 @@ def test_one_thing_is_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
             finish(skipped * number, 3)
         assert stop.value.exit_code == EXIT_SKIPPED
         assert words in capsys.readouterr().err
+
+
+def test_what_a_folder_leaves_out_is_told_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.heic", "c.psd"):
+        (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setattr(kinds, "optional", lambda module: None)
+    session = Session()
+    assert session.find_images([tmp_path]) == [tmp_path / "a.png"]
+    said = 'left out: 1 .heic (pip install "latentvae[heif]"), 1 .psd'
+    assert capsys.readouterr().err.strip() == said
+    assert session.passed_over == {"skipped": [], "left_out": {".heic": 1, ".psd": 1}}
+    with pytest.raises(typer.Exit) as stop:
+        session.finish(1)
+    assert stop.value.exit_code == EXIT_SKIPPED
+    del session.left_out[".heic"]
+    session.finish(1)  # nothing that an extra would read: all is well
+    assert left_out(tmp_path, None) == {".heic": 1, ".psd": 1}  # what `train` counts
+
+
+def test_a_larger_limit_is_advised_where_there_is_an_option_for_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for options, advised in ((frozenset({"max_pixels"}), True), (frozenset(), False)):
+        session = Session()
+        session.of_verb = options
+        session.skip("a.png", TooManyPixels("a.png is too large: shrink it"))
+        assert ("or raise --max-pixels" in capsys.readouterr().err) is advised
 
 
 def test_a_sidecar_is_read_of_the_model_that_was_named_alone(

@@ -169,7 +169,8 @@ def test_what_is_no_picture_is_refused_with_its_name_and_reason(tmp_path):
     for name, reason in {
         "text.png": "no image by its content",
         "empty.png": r"empty \(0 bytes\)",
-        "page.eps": "no image by its content",  # Pillow knows it, and would run Ghostscript
+        # Pillow knows it, and would run Ghostscript
+        "page.eps": r"page\.eps is a PostScript document, which is not read: convert",
         "flat.png": r"flat\.png",
         "gone.png": "does not exist",
         ".": "is no file",

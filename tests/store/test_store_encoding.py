@@ -769,3 +769,44 @@ def test_what_a_killed_run_of_an_earlier_version_left_is_no_lock(
     (tmp_path / "store" / ".lock-others").write_text("process 1 on elsewhere\n")
     assert encode(tiny_vae, photos, tmp_path / "store").images == 10
     assert not list((tmp_path / "store").glob(".*"))
+
+
+def test_a_full_memory_costs_one_image_one_run(
+    tiny_vae: Any, photos: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    save(photos / "large.png", 640, 480)
+    real_empty, real_stack = torch.empty, torch.stack
+
+    def empty(*sizes: Any, **options: Any) -> torch.Tensor:
+        if sizes[-2:] == (480, 640):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
+        return real_empty(*sizes, **options)
+
+    def stack(images: list[torch.Tensor]) -> torch.Tensor:
+        if images[0].shape[-1] == 640:
+            raise MemoryError
+        return real_stack(images)
+
+    whole = encode(tiny_vae, photos, tmp_path / "whole")
+    for name, target, refuse in (("loading", "empty", empty), ("encoding", "stack", stack)):
+        store = tmp_path / name
+        with monkeypatch.context() as full:
+            full.setattr(torch, target, refuse)
+            report = encode(tiny_vae, photos, store)
+        assert report.images == whole.images - 1
+        (failure,) = report.failures
+        assert failure.key == "large.png"
+        assert failure.sha256 is None  # so that it is tried again
+        assert "memory" in failure.reason
+        assert encode(tiny_vae, photos, store).failures == []
+        assert content(store) == content(tmp_path / "whole")
+
+
+def test_what_is_left_out_is_in_the_report(tiny_vae: Any, photos: Path) -> None:
+    before = encode(tiny_vae, photos, photos / "latents")
+    (photos / "scene.exr").write_bytes(b"x")
+    (photos / "layers.PSD").write_bytes(b"x")
+    report = encode(tiny_vae, photos, photos / "latents")
+    assert report.images == before.images
+    assert report.left_out == {**before.left_out, ".exr": 1, ".psd": 1}
+    assert ".safetensors" not in report.left_out  # the store lies among the images

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from latentvae.base.errors import ConfigError
-from latentvae.images.reading import SUFFIXES
+from latentvae.images.kinds import is_image_name
 
 ARCHIVES = (".tar", ".parquet")
 ARRAYS = ("names", "ends", "folder_of")
@@ -96,9 +96,9 @@ def scan(root: Path) -> Listing:
     counts: list[int] = []  # images in each
     archives: list[Path] = []
     for folder, files in _runs(root):
-        images = [os.fsencode(name) for name in files if name.lower().endswith(SUFFIXES)]
+        images = [os.fsencode(name) for name in files if not name.lower().endswith(ARCHIVES)]
         if len(images) < len(files):
-            archives += [Path(folder, name) for name in files if not name.lower().endswith(SUFFIXES)]
+            archives += [Path(folder, name) for name in files if name.lower().endswith(ARCHIVES)]
         if images:
             folders.append(folder)
             counts.append(len(images))
@@ -139,9 +139,9 @@ def _entries(folder: str, real: str, top: str, visited: set[str]) -> list[str]:
             name = entry.name
             if name.startswith("."):
                 continue
-            if (
-                name.lower().endswith((*SUFFIXES, *ARCHIVES)) and entry.is_file()
-            ):  # by the listing itself, but for links
+            suffix = f".{name.rpartition('.')[2].lower()}"
+            wanted = suffix in ARCHIVES or is_image_name(suffix)
+            if wanted and entry.is_file():  # by the listing itself, but for links
                 files.append(name)
             elif entry.is_dir():
                 inside.append((name, entry.is_symlink()))

@@ -1,6 +1,7 @@
 """Where training images come from: files, Hugging Face datasets or WebDataset shards, all by number."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from latentvae.base.errors import ConfigError, ImageError
 from latentvae.images import scans
-from latentvae.images.reading import SUFFIXES
+from latentvae.images.kinds import is_image_name
+from latentvae.images.reading import list_files
 from latentvae.images.scans import Window
 from latentvae.training.config import DataConfig
 from latentvae.training.data.datasets import open_parquet, open_saved
@@ -25,6 +27,8 @@ WANTED = (
     "a folder of images, .tar shards or .parquet files, one such file, a dataset saved with save_to_disk, "
     "or a pattern such as shards/{000..011}.tar"
 )
+
+PACKED = (".tar", ".parquet")  # many images in a file
 
 
 class ImageSource(Protocol):
@@ -153,6 +157,15 @@ def _open_folder(folder: Path, column: str | None, found: Listing) -> ImageSourc
     return FolderSource(found.images)
 
 
+def left_out(*specs: str | Path | None) -> Counter[str]:
+    """Files in the named folders that are neither images that can be read nor packed ones, by suffix."""
+    counted = Counter[str]()
+    for folder in {part.resolve() for spec in specs if spec is not None for part in parts(spec)}:
+        if folder.is_dir():
+            list_files(folder, PACKED, counted)
+    return counted
+
+
 def parts(spec: str | Path) -> list[Path]:
     """The files or folders that a pattern names; braces in a name that exists are no pattern."""
     return [Path(spec)] if Path(spec).exists() else [Path(part) for part in expand_braces(str(spec))]
@@ -182,7 +195,7 @@ def _open_files(spec: str, files: list[Path], column: str | None) -> ImageSource
     kinds: dict[str, list[Path]] = {}
     for file in files:
         suffix = file.suffix.lower()
-        kinds.setdefault("image" if suffix in SUFFIXES else suffix, []).append(file)
+        kinds.setdefault("image" if is_image_name(suffix) else suffix, []).append(file)
     match list(kinds):
         case ["image"]:
             return FolderSource(files)

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from latentvae.base.errors import ImageError, SourceError
-from latentvae.images.reading import SUFFIXES, load_image
+from latentvae.images.kinds import SUFFIXES, is_image_name
+from latentvae.images.reading import load_image
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _is_image(member: str, extension: str | None) -> bool:
     if name.startswith("."):  # such as macOS' ._cat.jpg
         return False
     if extension is None:
-        return PurePosixPath(name).suffix.lower() in SUFFIXES
+        return is_image_name(PurePosixPath(name).suffix.lower())
     return name.partition(".")[2].lower() == extension.lower().lstrip(".")
 
 

@@ -1,0 +1,129 @@
+"""TIFFs of every make: what tifffile writes is read to the last bit, or with a note of what was lost."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tifffile
+from image_files import dng
+
+from latentvae.base.errors import ImageError, TooManyPixels
+from latentvae.images import kinds, tiffs
+from latentvae.images.reading import load_image, load_image_with_info
+
+CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
+PHOTOMETRIC = {"L": "minisblack", "LA": "minisblack", "CMYK": "separated"}
+WHITE = {"u1": 255, "u2": 65535, "u4": 4294967295, "f2": 1, "f4": 1, "f8": 1}
+
+
+def samples(mode: str, kind: str) -> np.ndarray:
+    """Random samples (5, 7, C) with the whole range in them."""
+    draw = np.random.default_rng(0).random((5, 7, CHANNELS[mode]))
+    draw[0, 0], draw[0, 1] = 1, 0
+    return draw.astype(kind) if kind[0] == "f" else np.round(draw * WHITE[kind]).astype(kind)
+
+
+def write(path, values: np.ndarray, mode: str, planar: bool, **options) -> None:
+    if "A" in mode:
+        options["extrasamples"] = ["unassalpha"]
+    if values.shape[2] > 1:
+        options["planarconfig"] = "separate" if planar else "contig"
+        values = np.moveaxis(values, -1, 0) if planar else values
+    else:
+        values = values[..., 0]
+    tifffile.imwrite(path, np.ascontiguousarray(values), photometric=PHOTOMETRIC.get(mode, "rgb"), **options)
+
+
+def wanted(values: np.ndarray, mode: str, kind: str) -> np.ndarray:
+    """The picture in 0..1 on white, (5, 7, 1 or 3), in float64."""
+    scaled = values.astype(np.float64) / WHITE[kind]
+    if mode == "CMYK":
+        return (1 - scaled[..., :3]) * (1 - scaled[..., 3:])
+    if "A" in mode:
+        return scaled[..., :-1] * scaled[..., -1:] + 1 - scaled[..., -1:]
+    return scaled
+
+
+@pytest.mark.parametrize("mode", CHANNELS)
+def test_every_tiff_that_tifffile_writes(tmp_path, mode):
+    path, checked = tmp_path / "a.tif", 0
+    for kind, planar, order, compression in itertools.product(
+        ("u1", "u2", "f2", "f4", "f8", "u4"), (False, True), "<>", (None, "zlib", "predicted")
+    ):
+        if (mode == "L" and planar) or (mode == "CMYK" and kind[0] in "f") or (mode != "L" and kind == "u4"):
+            continue
+        values = samples(mode, kind)
+        options = {"byteorder": order}
+        if compression is not None:
+            # of floats the predictor needs a package that we do not
+            options |= {"compression": "zlib", "rowsperstrip": 2}
+            options["predictor"] = compression == "predicted" and kind[0] == "u"
+        write(path, values, mode, planar, **options)
+        image, info = load_image_with_info(path)
+        got = (image.permute(1, 2, 0).double().numpy() + 1) / 2
+        rounded = any("read as 8" in note for note in info.notes)
+        # inks are mixed at 8 bits by Pillow, whose formula rounds twice
+        level = 2 / 255 if mode == "CMYK" else 1 / 255 if rounded else 1e-6
+        about = (mode, kind, planar, order, compression, info.notes)
+        assert np.abs(got - wanted(values, mode, kind)).max() <= level, about
+        assert not rounded or kind == "u2", about  # only 16 bits lose any, and they say so
+        assert not (rounded and planar and mode != "CMYK"), about
+        checked += 1
+    assert checked >= 24
+
+
+def test_planes_packed_in_a_way_that_only_libtiff_knows_keep_8_bits_and_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiffs, "DEFLATE", set())  # as if it were LZW
+    values = samples("RGB", "u2")
+    write(tmp_path / "a.tif", values, "RGB", True, compression="zlib")
+    image, info = load_image_with_info(tmp_path / "a.tif")
+    assert info.notes == ["16 bits per channel read as 8"]
+    assert np.abs((image.permute(1, 2, 0).numpy() + 1) / 2 - values / 65535).max() <= 1 / 255
+
+
+def test_32_bit_integers_state_their_white(tmp_path):
+    for most, white in ((4294967295, 4294967295), (65535, 65535)):
+        tifffile.imwrite(tmp_path / "a.tif", np.array([[0, most // 2, most]], dtype=np.uint32))
+        image, info = load_image_with_info(tmp_path / "a.tif", channels=1)
+        assert np.allclose(image[0, 0].numpy(), [-1, 0, 1], atol=1e-4)
+        assert info.notes == [f"32-bit integers, {white} read as white"]
+
+
+def test_what_tifffile_reads_is_turned_limited_and_refused_like_the_rest(tmp_path, monkeypatch):
+    values = samples("RGB", "f4")
+    tags = [(274, "H", 1, 6, True)]
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extratags=tags)
+    image, info = load_image_with_info(tmp_path / "a.tif")
+    assert (image.permute(1, 2, 0).numpy() == np.rot90(values, -1) * 2 - 1).all()
+    assert info.notes == ["rotated by EXIF orientation 6"]
+    with pytest.raises(TooManyPixels, match="7 x 5 = 35 pixels, but at most 34"):
+        load_image(tmp_path / "a.tif", max_pixels=34)
+    tifffile.imwrite(tmp_path / "b.tif", values * 2, photometric="rgb")
+    with pytest.raises(ImageError, match=r"b\.tif holds floats from 0 to 2, but floats in \[0, 1\]"):
+        load_image(tmp_path / "b.tif")
+
+
+def test_a_part_that_inflates_beyond_the_picture_is_refused(tmp_path):
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.zeros((512, 512, 3), np.float32), photometric="rgb", compression="zlib"
+    )
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    for tag in (256, 257):  # now 16 x 16 pixels
+        place = data.index(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0")
+        data[place + 8 : place + 12] = (16).to_bytes(4, "little")
+    with pytest.raises(ImageError, match="inflate beyond its size"):
+        load_image(bytes(data), name="a.tif")
+
+
+def test_a_camera_s_raw_file_is_developed_or_refused_but_never_its_preview(tmp_path, monkeypatch):
+    path = dng(tmp_path / "a.nef")
+    image, info = load_image_with_info(path)
+    assert image.shape[1:] != (8, 8)  # the preview
+    assert info.format == "RAW"
+    assert info.notes[0].startswith("developed from a camera's raw file")
+    assert image.mean() > -0.9
+    with pytest.raises(TooManyPixels):
+        load_image(path, max_pixels=100)
+    monkeypatch.setattr(kinds, "optional", lambda module: None)
+    with pytest.raises(ImageError, match=r'a\.nef is a camera\'s raw file.*pip install "latentvae\[raw\]"'):
+        load_image(path)
