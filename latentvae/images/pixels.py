@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 
 from latentvae.base.errors import ImageError, TooManyPixels, ran_out_of_memory
 from latentvae.images.colour import Encoding, icc_conversion
+from latentvae.images.given import array_samples
 from latentvae.images.tensors import channels_first_tensor, channels_last_array, from_uint8
 
 BITS_TAG, PHOTOMETRIC_TAG = 258, 262  # of TIFF 6.0
@@ -173,6 +174,16 @@ def check_size(path: object, width: int, height: int, max_pixels: int) -> None:
             f"{path} is {width} x {height} = {width * height} pixels, but at most {max_pixels} are read: "
             "shrink it"
         )
+
+
+def picture_of_array(given: np.ndarray | torch.Tensor, path: object, max_pixels: int) -> Picture:
+    """The picture that an array or tensor holds; raises ImageError as `array_samples` and `check_size`."""
+    colour, white, alpha = array_samples(given)
+    check_size(path, colour.shape[1], colour.shape[0], max_pixels)
+    picture = Picture.of_array(colour, white, mode=str(given.dtype), format="array")
+    if alpha is not None:
+        picture.set_alpha(alpha, multiplied=False)
+    return picture
 
 
 def picture_of(

@@ -23,9 +23,9 @@ from PIL import Image, ImageFile, _imaging
 from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
 from latentvae.base.files import check_local, collect_too_long, is_too_long, may_be_file
 from latentvae.images import headers, kinds, tiffs
-from latentvae.images.given import Given, array_samples, file_bytes
+from latentvae.images.given import Given, file_bytes
 from latentvae.images.kinds import SUFFIXES
-from latentvae.images.pixels import UNUSABLE, Colour, Picture, check_size, picture_of
+from latentvae.images.pixels import UNUSABLE, Colour, Picture, check_size, picture_of, picture_of_array
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,9 @@ def load_image_with_info(
     else:
         path = ImageBytes(b"" if array is not None else file_bytes(source), name)
     with _named(path), _open(path) as file:
-        picture = _read(file, path, max_pixels) if array is None else _of_array(array, path, max_pixels)
+        picture = (
+            _read(file, path, max_pixels) if array is None else picture_of_array(array, path, max_pixels)
+        )
         images = picture.assemble(background, channels)
     if isinstance(source, Image.Image):  # not what it was carried in
         picture.mode, picture.format = source.mode, source.format or ""
@@ -228,15 +230,6 @@ def load_image_with_info(
             logger.warning("%s: %s; its colours are read as sRGB", path, note)
     size = (images.shape[2], images.shape[1])
     return images, ImageInfo(*size, picture.mode, picture.format, picture.notes, picture.frames)
-
-
-def _of_array(given: np.ndarray | torch.Tensor, path: Source, max_pixels: int) -> Picture:
-    colour, white, alpha = array_samples(given)
-    check_size(path, colour.shape[1], colour.shape[0], max_pixels)
-    picture = Picture.of_array(colour, white, mode=str(given.dtype), format="array")
-    if alpha is not None:
-        picture.set_alpha(alpha, multiplied=False)
-    return picture
 
 
 @contextmanager
