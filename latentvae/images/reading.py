@@ -219,9 +219,10 @@ def load_image_with_info(
     else:
         path = ImageBytes(b"" if array is not None else file_bytes(source), name)
     with _named(path), _open(path) as file:
-        picture = (
-            _read(file, path, max_pixels) if array is None else picture_of_array(array, path, max_pixels)
-        )
+        if array is not None:
+            picture = picture_of_array(array, path, max_pixels)
+        else:
+            picture = _read(file, path, max_pixels)
         images = picture.assemble(background, channels)
     if isinstance(source, Image.Image):  # not what it was carried in
         picture.mode, picture.format = source.mode, source.format or ""
