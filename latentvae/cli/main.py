@@ -50,8 +50,7 @@ VERBS = {
     "train": "Train a VAE on images (a folder, parquet, WebDataset shards); ends with an export in "
     "OUTPUT/vae.",
     "export": "Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers.",
-    "convert": "Convert a VAE, and prove it by reading it back in stock diffusers. No weight changes but by "
-    "--dtype.",
+    "convert": "Convert a VAE, and prove it by reading it back. No weight changes but by --dtype and --for.",
     "doctor": "Say whether fp16 and bf16 give what fp32 gives: each layer's largest value, overflows, error "
     "in dB.",
     "agree": "Say whether a diffusion model trained on A's latents can use B: each decodes the latents of "

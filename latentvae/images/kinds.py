@@ -9,7 +9,7 @@ from typing import IO, Any
 from PIL import Image, ImageFile, features
 
 from latentvae.base.errors import ImageError
-from latentvae.base.optional import EXTRAS
+from latentvae.base.optional import EXTRAS, install_command
 
 # An allow-list: Pillow reads dozens of formats, some by way of other programs (EPS starts Ghostscript).
 HAS_AVIF = bool(features.check("avif"))  # not in every build of Pillow
@@ -110,7 +110,7 @@ def unreadable(name: object, head: bytes) -> ImageError:
 
 def remedy(module: str) -> str:
     """How to get an optional package."""
-    return f'pip install "latentvae[{EXTRAS[module][1]}]"'
+    return install_command(EXTRAS[module][1])
 
 
 @lru_cache(maxsize=8)
@@ -174,7 +174,7 @@ def wants_extra(left_out: Iterable[str]) -> bool:
 
 
 def describe(left_out: dict[str, int]) -> str:
-    """What was left out, for people: left out: 44 .heic (pip install "latentvae[heif]"), 3 .psd."""
+    """What was left out, for people: left out: 44 .heic (pip install -e ".[heif]"), 3 .psd."""
     parts = []
     for suffix, number in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
         how = f" ({remedy(MODULES[suffix])})" if suffix in MODULES else ""

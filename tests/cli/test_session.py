@@ -45,7 +45,7 @@ def test_what_a_folder_leaves_out_is_told_and_counted(
     monkeypatch.setattr(kinds, "optional", lambda module: None)
     session = Session()
     assert session.find_images([tmp_path]) == [tmp_path / "a.png"]
-    said = 'left out: 1 .heic (pip install "latentvae[heif]"), 1 .psd'
+    said = f"left out: 1 .heic ({kinds.remedy('pillow_heif')}), 1 .psd"
     assert capsys.readouterr().err.strip() == said
     assert session.passed_over == {"skipped": [], "left_out": {".heic": 1, ".psd": 1}}
     with pytest.raises(typer.Exit) as stop:

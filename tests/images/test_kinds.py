@@ -192,8 +192,9 @@ def test_what_a_folder_leaves_out_is_counted_by_type(tmp_path, monkeypatch, capl
     found = find_images(mixed(tmp_path / "all"), left_out)
     assert [path.name for path in found] == ["f.jpg", "g.mpo"]
     assert left_out == {".heic": 2, ".jxl": 1, ".exr": 1, ".psd": 1, "": 1}
-    said = 'left out: 2 .heic (pip install "latentvae[heif]"), 1 without a suffix, 1 .exr, 1 .jxl '
-    assert kinds.describe(left_out) == f'{said}(pip install "latentvae[jxl]"), 1 .psd'
+    heif, jxl = kinds.remedy("pillow_heif"), kinds.remedy("pillow_jxl")
+    said = f"left out: 2 .heic ({heif}), 1 without a suffix, 1 .exr, 1 .jxl ({jxl}), 1 .psd"
+    assert kinds.describe(left_out) == said
     assert kinds.wants_extra(left_out)
     with caplog.at_level(logging.WARNING):
         find_images(tmp_path / "all")
