@@ -28,7 +28,7 @@ def tiny_export(folder: Path) -> Path:
 
 
 @contextmanager
-def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[Any]:
+def running(model: Path, patch: pytest.MonkeyPatch, host: str = "127.0.0.1", **options: Any) -> Iterator[Any]:
     """A page that is served, with the tiny model alone, and without LPIPS."""
     from latentvae.demo import loaded_models, server
     from latentvae.demo.guard import Limits
@@ -39,7 +39,7 @@ def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[
     patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
     patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
     with server.workplace() as files:
-        page = server.start([model], port=free_port(), limits=Limits(**options))
+        page = server.start([model], host, free_port(), limits=Limits(**options))
         page.files = files
         try:
             yield page

@@ -68,7 +68,7 @@ class Compress(Tab):
         }
         facts |= {"model": chosen.name, "quality": int(quality), "width": row.width, "height": row.height}
         return (
-            (views.view(read.image), views.view(decoded[0])),
+            (views.show(read.image, "original.png"), views.show(decoded[0], "decoded.png")),
             views.tiles(shown, views.sentence(read.info.notes)),
             facts,
             views.keep(data, f"{read.stem}.lvae"),
@@ -95,7 +95,8 @@ class Compress(Tab):
             (f"{image.shape[-1]} x {image.shape[-2]}", "pixels", f"decoded by {used}"),
             (views.size(len(data)), "the file", f"{bpp:.3f} bits per pixel"),
         ]
-        return views.view(image), views.tiles(shown), views.keep_png(image, f"{stem}.png")
+        picture = views.keep_png(image, f"{stem}.png")
+        return views.show(image, "decoded.png"), views.tiles(shown), picture
 
     def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
         # the header is checked before memory is taken for what it claims

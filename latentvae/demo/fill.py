@@ -71,7 +71,8 @@ class FillIn(Tab):
             (f"{result.plate:.2f}", "thin plate", "the rest is a smooth continuation"),
         ]
         picture = views.keep_png(result.images[0], f"{read.stem}.filled.png")
-        return (views.view(hole), views.view(result.images[0])), views.tiles(shown), picture
+        pair = (views.show(hole, "hole.png"), views.show(result.images[0], "filled.png"))
+        return pair, views.tiles(shown), picture
 
     def show(self, photo: str | None) -> Any:
         """The picture under the brush.

@@ -9,12 +9,12 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import anyio.to_thread
 import gradio as gr
@@ -79,10 +79,14 @@ class Gate:
         max_body: bytes of a request, counted as they come: a request need not say its length, or can lie.
         folder: of uploads and results.
         max_stored: bytes in that folder from which on uploads are refused.
+        names: of this machine, by which pages that ask must have been opened; none: any page may ask. (gradio
+            asks this itself, but knows no IPv6.)
     """
 
-    def __init__(self, app: Any, max_body: int, folder: Path, max_stored: int) -> None:
-        self.app, self.max_body = app, max_body
+    def __init__(
+        self, app: Any, max_body: int, folder: Path, max_stored: int, names: Sequence[str] = ()
+    ) -> None:
+        self.app, self.max_body, self.names = app, max_body, names
         self.folder, self.max_stored = folder, max_stored
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +96,7 @@ class Gate:
             return
         # until nothing is encoded twice: file=http%253A%252F%252F... is an address too
         path = unquote(unquote(scope["path"])).removeprefix(PREFIX)
-        if _is_closed(path):
+        if _is_closed(path) or self._is_foreign(scope):
             await JSONResponse({"detail": MESSAGE}, 403)(scope, receive, send)
         elif self._length(scope) > self.max_body:
             await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
@@ -127,12 +131,20 @@ class Gate:
         if came > self.max_body and not answered:
             await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
 
+    def _is_foreign(self, scope: Scope) -> bool:
+        """Whether a page of another site asks."""
+        origin = _header(scope, b"origin")
+        return bool(self.names and origin) and urlsplit(origin).hostname not in self.names
+
     @staticmethod
     def _length(scope: Scope) -> int:
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit():
-                return int(value)
-        return 0
+        value = _header(scope, b"content-length")
+        return int(value) if value.isdigit() else 0
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """A header of a request, empty where there is none."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
 def stored_bytes(folder: Path) -> int:

@@ -49,7 +49,7 @@ class Interpolate(Tab):
         facts = {"model": chosen.name, "route": route, "positions": found.positions}
         return (
             views.keep_animation(found.frames[turned], name, FPS),
-            strip(found, steps),
+            views.keep_view(strip(found, steps), "frames.png"),
             {**facts, "steps": [asdict(step) for step in steps]},
         )
 

@@ -61,7 +61,10 @@ class Sample(Tab):
                 drawn_from = self._fit([path for path, _ in photos or []], chosen, int(side))
             progress(0.6, "Drawing")
             images = sample(chosen.exact, drawn_from, wanted, int(seed or 0))
-        pictures = [(views.view(image), f"draw {number}") for number, image in enumerate(images, 1)]
+        pictures = [
+            (views.show(image, f"draw {number}.png"), f"draw {number}")
+            for number, image in enumerate(images, 1)
+        ]
         facts = {"model": chosen.name, "prior": prior, "learned_from": drawn_from.card.images, "seed": seed}
         return pictures, {**facts, "fit": drawn_from.card.fit}
 

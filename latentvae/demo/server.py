@@ -24,7 +24,7 @@ from latentvae.demo.theme import make_theme
 from latentvae.demo.widgets import static
 
 HOST, PORT = "127.0.0.1", 7860
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # as `ipv6` leaves them; browsers write [::1]
 LPIPS = "LATENTVAE_LPIPS"
 # gradio reads these while it builds and launches a page: no telemetry, no sharing, no second server.
 SETTINGS = {
@@ -34,6 +34,9 @@ SETTINGS = {
     "GRADIO_NODE_SERVER_NAME": "",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+# A page asks itself whether it is up, which no proxy between this machine and the internet can answer. Of two
+# spellings the lower one first: Windows knows one variable by both, and the last one restored stays.
+DIRECT = {"no_proxy": "*", "NO_PROXY": "*"}
 
 
 def serve(
@@ -49,7 +52,7 @@ def serve(
     with workplace():
         page = start(resolved, host, port, limits)
         # flushed: who starts the server from a program waits for this line
-        print(f"latentvae demo on {page.local_url} (Ctrl-C ends it)", flush=True)
+        print(f"latentvae demo on {address(page)} (Ctrl-C ends it)", flush=True)
         try:
             page.block_thread()
         finally:
@@ -77,8 +80,23 @@ def start(
     limits = limits or Limits()
     page = build_page(Models(sources, limits.tile_above), limits)
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    page.launch(
-        server_name=host,
+    with environment(DIRECT):
+        page.launch(**_launch_options(page, host, port, folder, limits))
+    # after the launch: what is in the folder by now belongs to the page
+    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
+    return page
+
+
+def address(page: LocalBlocks) -> str:
+    """Where the page is, as a browser on this machine takes it."""
+    return str(page.local_url).replace("//[::]:", "//[::1]:")
+
+
+def _launch_options(page: LocalBlocks, host: str, port: int, folder: Path, limits: Limits) -> dict[str, Any]:
+    """All that `page.launch` is told."""
+    bare = host.strip("[]")
+    return dict(
+        server_name=f"[{bare}]" if ":" in bare else host,  # as addresses of pages write IPv6
         server_port=port,
         share=False,
         prevent_thread_lock=True,
@@ -96,22 +114,20 @@ def start(
         theme=make_theme(),
         css=static("page.css"),
         state_session_capacity=limits.sessions,
-        app_kwargs={"middleware": _middleware(host, folder, limits)},
+        app_kwargs={"middleware": _middleware(bare, folder, limits)},
         **_no_history(page),
     )
-    # after the launch: what is in the folder by now belongs to the page
-    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
-    return page
 
 
 def _middleware(host: str, folder: Path, limits: Limits) -> list[Middleware]:
     """What requests pass first, the outermost at the front."""
     # an upload's body is its file and a little around it: boundaries, names
-    gate = Middleware(Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)
+    limited = (Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)
     if host not in LOOPBACK:  # by which names the network knows this machine is not ours to know
-        return [gate]
+        return [Middleware(*limited)]
     # or a page elsewhere, whose name is made to lead here, could use the server
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)), gate]
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    return [trusted, Middleware(*limited, names=LOOPBACK)]
 
 
 def _no_history(page: LocalBlocks) -> dict[str, Any]:
@@ -126,7 +142,8 @@ def check_port(host: str, port: int) -> None:
         LatentVAEError: the port is taken or not allowed, or the host is not this machine's.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             # or the connections of a server that has just ended would keep the port for minutes
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -139,27 +156,38 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables of the process, as they were afterwards."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+@contextmanager
 def workplace() -> Iterator[Path]:
     """An empty folder for uploads and results, as gradio's and the process's own, removed at the end."""
-    before, here = dict(os.environ), Path.cwd()
+    here = Path.cwd()
     folder = Path(tempfile.mkdtemp(prefix="latentvae-demo-"))
     files = folder / "files"
     files.mkdir()
     empty = folder / "empty"
     empty.mkdir()
-    if LPIPS in before:  # the working directory changes
-        os.environ[LPIPS] = str(Path(before[LPIPS]).absolute())
-    os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(files), GRADIO_EXAMPLES_CACHE=str(empty))
-    os.chdir(empty)  # gradio serves files of the working directory to its own handlers
-    try:
-        yield files
-    finally:
-        os.chdir(here)  # before the folder goes: Windows removes no directory that a process is in
-        for name in (*SETTINGS, LPIPS, "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
-            os.environ.pop(name, None)
-            if name in before:
-                os.environ[name] = before[name]
-        shutil.rmtree(folder, ignore_errors=True)
+    values = {**SETTINGS, "GRADIO_TEMP_DIR": str(files), "GRADIO_EXAMPLES_CACHE": str(empty)}
+    if LPIPS in os.environ:  # the working directory changes
+        values[LPIPS] = str(Path(os.environ[LPIPS]).absolute())
+    with environment(values):
+        os.chdir(empty)  # gradio serves files of the working directory to its own handlers
+        try:
+            yield files
+        finally:
+            os.chdir(here)  # before the folder goes: Windows removes no directory that a process is in
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Sweeper(threading.Thread):

@@ -52,7 +52,10 @@ class Vary(Tab):
             near = [(original.distance(each), plain.distance(each)) for each in made]
         spread = found.spread
         pictures = [
-            (views.view(each), f"copy {number}: {views.number(distance.psnr, 1, ' dB')}")
+            (
+                views.show(each, f"copy {number}.png"),
+                f"copy {number}: {views.number(distance.psnr, 1, ' dB')}",
+            )
             for number, (each, (distance, _)) in enumerate(zip(made, near, strict=True), 1)
         ]
         # copies that are equal to the picture have an infinite PSNR, which no mean survives
