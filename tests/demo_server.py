@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,9 @@ def running(model: Path, patch: pytest.MonkeyPatch, host: str = "127.0.0.1", **o
             yield page
         finally:
             page.close()
+            for thread in threading.enumerate():  # or it would write where the folder was
+                if thread.name == server.WARM_UP:
+                    thread.join()
 
 
 def stored(folder: Path) -> list[Path]:

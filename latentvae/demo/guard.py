@@ -41,6 +41,7 @@ CLOSED = (
 MESSAGE = "This server opens no addresses and no files but those that were uploaded to it or made by it."
 TOO_LARGE = "This is too large for this server."
 FULL = "This server holds as many files as it takes for now: try again in a while."
+OWN_MACHINE = "run latentvae on your own machine"
 EXPIRED = "This upload is no longer on the server, which deletes files after a while: upload it again."
 
 
@@ -50,6 +51,8 @@ class Limits:
 
     upload_bytes: int = 32 * 2**20
     pixels: int = 1 << 24  # of an image; also the most that a compressed file may claim
+    photo_pixels: int = 1 << 26  # of one that is shrunk once it is read: phones take 50 million
+    copy_pixels: int = 2_000_000  # of what the page works on, unless full size is asked for
     side: int = 16383  # pixels: WebP's limit, and the codec's steps are as many as a picture is long
     input_bytes: int = 5 << 20  # of a request that is no upload: a painted mask is the largest
     frames: int = 100  # of an animation whose first frame is used
@@ -172,6 +175,7 @@ class LocalBlocks(gr.Blocks):
     def __init__(self, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
         self.limits = limits
+        self.beforehand: list[Callable[[], object]] = []  # called in a thread once the page is up
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
@@ -269,14 +273,19 @@ def read_bytes(path: str | None, what: str, limits: Limits) -> tuple[bytes, str]
     return data, file.name
 
 
-def read_photo(path: str | None, limits: Limits, channels: int = 3) -> Photo:
-    """Read an uploaded image, by its content alone.
+def read_photo(path: str | None, limits: Limits, channels: int = 3, *, shrunk: bool = False) -> Photo:
+    """Read an uploaded image, by its content alone; one that will be `shrunk` may have more pixels.
 
     Raises:
         ImageError: no image, a damaged one, too many pixels, or an animation with too many frames.
     """
     data, name = read_bytes(path, "picture", limits)
-    image, info = load_image_with_info(data, name=name, max_pixels=limits.pixels, channels=channels)
+    most = limits.photo_pixels if shrunk else limits.pixels
+    try:
+        image, info = load_image_with_info(data, name=name, max_pixels=most, channels=channels)
+    except ImageError as error:  # what a visitor cannot do is no advice
+        advice = str(error).replace("raise max_pixels if you trust the file", OWN_MACHINE)
+        raise ImageError(advice) from error
     limits.check_side(name, info.width, info.height)
     if info.frames > limits.frames:
         raise ImageError(
@@ -294,12 +303,12 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(handler)
     def run(*args: Any, **options: Any) -> Any:
-        with _refusing():
+        with refusing():
             return handler(*args, **options)
 
     @functools.wraps(handler)
     def run_in_parts(*args: Any, **options: Any) -> Iterator[Any]:
-        with _refusing():
+        with refusing():
             yield from handler(*args, **options)
 
     # one function cannot be both: a yield anywhere in it would make every handler a generator to gradio
@@ -309,7 +318,8 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
+    """Turn what goes wrong inside into a gr.Error for visitors; see `guarded`."""
     try:
         yield
     except gr.Error:  # made for visitors already

@@ -97,7 +97,7 @@ class FindOdd(Tab):
             with desk.controls():
                 photos = desk.photos("Alike, and an odd one", desk.parts(painted=4))
                 button = gr.Button("Find the odd one", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 shown = gr.HTML()
                 maps = desk.gallery("The oddest first", columns=4)
                 gr.HTML(
@@ -109,7 +109,7 @@ class FindOdd(Tab):
                 with gr.Accordion("Ranking as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [photos, model], [maps, shown, facts]
-        desk.connect(self.run, inputs, outputs, "odd", button=button, live=[tab.select])
+        desk.connect(self.run, inputs, outputs, "odd", button=button, message=message, live=[tab.select])
 
 
 def _heat_map(photo: Photo, verdict: Verdict, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,28 @@ def test_ipv6_is_served(model: Path, host: str) -> None:
             answer = web.get("/config", headers={"Origin": "https://elsewhere.invalid"})
             assert (answer.status_code == 403) == (host != "::")  # a network's names are not ours to know
             assert web.get("/config", headers={"Origin": where.rstrip("/")}).status_code == 200
+
+
+def test_the_quota_is_for_strangers() -> None:
+    from latentvae.demo.server import default_limits
+
+    assert default_limits("0.0.0.0").stored_bytes == default_limits("::").stored_bytes == 2 * 2**30
+    for host in ("127.0.0.1", "localhost", "::1", "[::1]"):
+        assert default_limits(host).stored_bytes > 2**50
+
+
+def test_an_open_page_does_not_hold_the_server_up(model: Path) -> None:
+    from latentvae.demo import server
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        running(model, patch) as served,
+        httpx.Client(base_url=served.local_url, timeout=30, trust_env=False) as visitor,
+        visitor.stream("GET", "/gradio_api/queue/data?session_hash=a"),
+        visitor.stream("GET", "/gradio_api/heartbeat/a"),
+    ):
+        start = time.monotonic()
+        server.end(served)
+        assert time.monotonic() - start < 2
+        served.server.thread.join(30)
+        assert not served.server.thread.is_alive()
