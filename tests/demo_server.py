@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def tiny_export(folder: Path) -> Path:
 
 
 @contextmanager
-def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[Any]:
+def running(model: Path, patch: pytest.MonkeyPatch, host: str = "127.0.0.1", **options: Any) -> Iterator[Any]:
     """A page that is served, with the tiny model alone, and without LPIPS."""
     from latentvae.demo import loaded_models, server
     from latentvae.demo.guard import Limits
@@ -39,12 +40,15 @@ def running(model: Path, patch: pytest.MonkeyPatch, **options: Any) -> Iterator[
     patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
     patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
     with server.workplace() as files:
-        page = server.start([model], port=free_port(), limits=Limits(**options))
+        page = server.start([model], host, free_port(), limits=Limits(**options))
         page.files = files
         try:
             yield page
         finally:
             page.close()
+            for thread in threading.enumerate():  # or it would write where the folder was
+                if thread.name == server.WARM_UP:
+                    thread.join()
 
 
 def stored(folder: Path) -> list[Path]:

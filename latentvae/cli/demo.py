@@ -1,5 +1,7 @@
 """`latentvae demo`: the page in the browser."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,4 +24,8 @@ def demo(
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
     need("gradio", message="the demo needs {package}, which is not installed: {install}")
-    page.server.serve(model or [], host, port)
+    typer.echo("latentvae demo: loading gradio and PyTorch", err=True)  # which takes seconds
+    if not page.server.serve(model or [], host, port):
+        # a picture is computed in a thread that nothing stops, and Python would wait for it
+        sys.stdout.flush()
+        os._exit(0)

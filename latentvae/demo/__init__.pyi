@@ -7,10 +7,12 @@ from . import interpolate as interpolate
 from . import latents_file as latents_file
 from . import loaded_models as loaded_models
 from . import odd as odd
+from . import on_page as on_page
 from . import page as page
 from . import reconstruct as reconstruct
 from . import sample as sample
 from . import server as server
+from . import snippets as snippets
 from . import theme as theme
 from . import vary as vary
 from . import views as views

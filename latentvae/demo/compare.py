@@ -100,9 +100,9 @@ class Compare(Tab):
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
+        photo = desk.shared
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
-                photo = desk.photo()
                 against = gr.CheckboxGroup(
                     [LVAE, JPEG, WEBP, *desk.models.names],
                     value=[LVAE, JPEG, WEBP],
@@ -115,14 +115,15 @@ class Compare(Tab):
                     down = gr.Slider(0, 1, 0.4, step=0.01, label="Down")
                     side = gr.Radio([*get_args(Side)], value="128", label="Side of the crop, pixels")
                 button = gr.Button("Compare", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 view = zoom_panes("lv-compare")
                 gr.HTML('<p class="lv-note">Figures are those of the whole picture.</p>')
                 with gr.Accordion("Figures as JSON", open=False):
                     rows = gr.JSON(show_label=False)
         inputs, outputs = [photo, model, against, quality, across, down, side], [view, rows]
-        live = [tab.select, photo.change, quality.release, across.release, down.release, side.input]
-        desk.connect(self.run, inputs, outputs, "compare", button=button, live=live)
+        live = [tab.select, quality.release, across.release, down.release, side.input]
+        events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}
+        desk.connect(self.run, inputs, outputs, "compare", **events)
 
 
 def _crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int, int, int]:

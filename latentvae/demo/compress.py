@@ -8,7 +8,7 @@ import torch
 from latentvae.base.errors import CodecError, LatentVAEError
 from latentvae.codec import compression as codec
 from latentvae.codec.container import MAGIC
-from latentvae.demo import latents_file, views
+from latentvae.demo import latents_file, snippets, views
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import read_bytes
 from latentvae.demo.loaded_models import Model
@@ -68,7 +68,7 @@ class Compress(Tab):
         }
         facts |= {"model": chosen.name, "quality": int(quality), "width": row.width, "height": row.height}
         return (
-            (views.view(read.image), views.view(decoded[0])),
+            (views.show(read.image, "original.png"), views.show(decoded[0], "decoded.png")),
             views.tiles(shown, views.sentence(read.info.notes)),
             facts,
             views.keep(data, f"{read.stem}.lvae"),
@@ -95,7 +95,8 @@ class Compress(Tab):
             (f"{image.shape[-1]} x {image.shape[-2]}", "pixels", f"decoded by {used}"),
             (views.size(len(data)), "the file", f"{bpp:.3f} bits per pixel"),
         ]
-        return views.view(image), views.tiles(shown), views.keep_png(image, f"{stem}.png")
+        picture = views.keep_png(image, f"{stem}.png")
+        return views.show(image, "decoded.png"), views.tiles(shown), picture
 
     def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
         # the header is checked before memory is taken for what it claims
@@ -130,14 +131,14 @@ class Compress(Tab):
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
+        photo = desk.shared
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
-                photo = desk.photo()
                 quality = gr.Slider(
                     1, 100, 50, step=1, label="Quality", info="14 more: steps half as long, a larger file."
                 )
                 button = gr.Button("Compress", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 pair = desk.slider("lv-compress-slider", "Original and From the file")
                 shown = gr.HTML()
                 made = gr.DownloadButton("Download the file (.lvae)", size="md", elem_id="lv-lvae-file")
@@ -150,22 +151,29 @@ class Compress(Tab):
                     label="A file", file_types=[".lvae", ".safetensors"], height=150, elem_id="lv-open"
                 )
                 opening = gr.Button("Decode", variant="primary")
-            with desk.results():
+            with desk.results() as refusal:
                 about = gr.HTML(f'<p class="lv-note">{INVITATION}</p>', elem_id="lv-opened-about")
                 with gr.Column(visible=False) as result:
                     picture = desk.picture("Decoded", elem_id="lv-opened")
                     saved = gr.DownloadButton("Download the picture (PNG)", size="md")
         outputs = [pair, shown, facts, made]
-        live = [tab.select, photo.change, quality.release]
-        desk.connect(self.run, [photo, model, quality], outputs, "compress", button=button, live=live)
+        live = [tab.select, quality.release]
+        events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}
+        events["snippet"] = snippets.compress
+        desk.connect(self.run, [photo, model, quality], outputs, "compress", **events)
         opened = [picture, about, saved]
         # progress beside the invitation: the picture's place is hidden until there is one
-        events: dict[str, Any] = {"button": opening, "live": [file.upload], "progress_on": about}
-        done = desk.connect(self.open, [file, model], opened, "decode", **events)
-        for each in done:  # success, not then: a refused file shows nothing
-            each.success(_show, None, result, api_name="show", api_visibility="undocumented", queue=False)
+        opening_events: dict[str, Any] = {
+            "button": opening,
+            "message": refusal,
+            "live": [file.upload],
+            "progress_on": about,
+        }
+        done = desk.connect(self.open, [file, model], opened, "decode", follows=False, **opening_events)
+        for each in done:
+            each.then(_show, saved, result, api_name="show", api_visibility="undocumented", queue=False)
 
 
-def _show() -> gr.Column:
+def _show(picture: str | None) -> gr.Column:
     """Until a file is opened there is nothing to see."""
-    return gr.Column(visible=True)
+    return gr.Column(visible=picture is not None)

@@ -1,25 +1,30 @@
 """What the tabs share: models, limits, the example, and components that look and behave alike."""
 
-import hashlib
-import inspect
-import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image
 
 from latentvae.demo import views
 from latentvae.demo.guard import Limits, Photo, guarded, read_photo
 from latentvae.demo.loaded_models import Models
-from latentvae.images.reading import load_image
+from latentvae.demo.on_page import Copied, on_page
+from latentvae.images.reading import FORMATS, load_image
 from latentvae.images.resizing import thumbnail
 from latentvae.models.loading import SAMPLE_PICTURE
 
 PART = 160  # pixels of a side of the odd example's parts
 SESSION_SECONDS = 3600  # what a visitor saw last is kept
+COPIES = 64  # of large pictures that are found again
+PHOTO = "lv-photo"  # the class of inputs for one picture
 HEAVY = "heavy"  # the queue of all that computes: one job at a time
 
 
@@ -30,15 +35,48 @@ class Desk:
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
+        self._copies = lru_cache(COPIES)(self._copy)
+        self.opened: Any = None  # the page's own event
+        self.shared: Any = None  # the page's picture
+        self.beforehand: list[Callable[[], object]] = []  # of the tabs: what the page computes when it is up
 
-    def read(self, photo: str | None, channels: int = 3) -> Photo:
-        """An uploaded image, whole, within this server's limits."""
-        return read_photo(photo, self.limits, channels)
+    def read(self, photo: str | None, channels: int = 3, *, shrunk: bool = False) -> Photo:
+        """An uploaded image, whole, within this server's limits: wider ones if it will be `shrunk`."""
+        return read_photo(photo, self.limits, channels, shrunk=shrunk)
 
     def read_small(self, photo: str | None, channels: int = 3) -> Photo:
         """The same, shrunk for tabs that decode many pictures of it."""
-        read = self.read(photo, channels)
+        read = self.read(photo, channels, shrunk=True)
         return replace(read, image=thumbnail(read.image, self.limits.explore_side))
+
+    def copied(self, photo: str | None) -> Copied:
+        """A picture of at most `limits.copy_pixels` in place of a larger one, by its header."""
+        try:
+            with Image.open(photo or "", formats=FORMATS) as opened:
+                size = opened.size
+        except Exception:  # whoever reads it whole says what is wrong with it
+            return Copied(photo)
+        if photo is None or size[0] * size[1] <= self.limits.copy_pixels:
+            return Copied(photo)
+        found = self._copies(photo)
+        if not Path(found.path or "").is_file():  # swept
+            self._copies.cache_clear()
+            found = self._copies(photo)
+        return found
+
+    def _copy(self, photo: str) -> Copied:
+        read = read_photo(photo, self.limits, shrunk=True)
+        high, wide = read.image.shape[-2:]
+        shrink = math.sqrt(self.limits.copy_pixels / (high * wide))
+        small = thumbnail(read.image, int(shrink * max(high, wide)))
+        size = f"{small.shape[2]} x {small.shape[1]}"
+        words = f"{read.name} has {wide} x {high} pixels; this is of a copy of {size}."
+        possible = high * wide <= self.limits.pixels
+        return Copied(
+            views.keep_png(small, f"{read.stem}.png"),
+            words if possible else f"{words} The whole is too large for this server.",
+            1 / shrink**2 if possible else 0.0,
+        )
 
     @staticmethod
     def controls() -> gr.Column:
@@ -46,9 +84,12 @@ class Desk:
         return gr.Column(scale=1, min_width=280, elem_classes="lv-side")
 
     @staticmethod
-    def results() -> gr.Column:
-        """The wide column, of what comes back; on a phone below the other."""
-        return gr.Column(scale=3, min_width=320)
+    @contextmanager
+    def results() -> Iterator[list[Any]]:
+        """The wide column, of what comes back (on a phone below the other): its message, and "full size"."""
+        with gr.Column(scale=3, min_width=320, elem_classes="lv-results"):
+            message = gr.HTML("", visible=False, elem_classes="lv-message")
+            yield [message, gr.Button("Full size", visible=False, size="sm", elem_classes="lv-quiet")]
 
     @staticmethod
     def photo(
@@ -64,8 +105,11 @@ class Desk:
             sources=["upload", "clipboard", "webcam"],
             buttons=[],
             height=260,
-            elem_classes="lv-photo",
+            elem_classes=PHOTO,
         )
+        # gradio would open the file, and fail on a bad one without a word; `LocalBlocks` has checked its
+        # path. (Of this one alone: for a class derived from a component gradio writes a file beside it.)
+        photo.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
         if offer_example:
             button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
             # past the queue: it computes nothing
@@ -157,43 +201,88 @@ class Desk:
             elem_classes=["lv-gallery", "lv-shown"],
         )
 
-    @staticmethod
     def connect(
+        self,
         run: Callable[..., Any],
         inputs: Sequence[Any],
         outputs: Sequence[Any],
         api_name: str,
         *,
         button: gr.Button,
+        message: Sequence[Any],
         live: Sequence[Any] = (),
         progress_on: Any = None,
+        on_page_run: Callable[..., Any] | None = None,
+        whole: bool = False,
+        follows: bool = True,
+        snippet: Callable[..., str] | None = None,
     ) -> list[Any]:
-        """Have a button, and the endpoint /API_NAME, call a handler; `live` events too, once there is input.
+        """Have a button call a handler, `live` events too, and make it the endpoint /API_NAME.
 
         All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
-        the one before change nothing: browsers report a picture as changed when its tab is first drawn. The
-        progress is shown on one output, the first or `progress_on`.
+        the one before change nothing: browsers report a picture as changed when its tab is first drawn, and
+        an upload twice. What goes wrong is said in `message`, and the results of the picture before go; who
+        calls the endpoint gets it as an error. The progress is shown on one output, the first or
+        `progress_on`. The page calls `on_page_run` where that differs, with copies of large pictures; where
+        `whole`, it says so, and offers the full size. `snippet` gives the lines of "Show Python", which
+        stand where this is called. What `follows` is made anew for another picture or model of the page.
 
         Returns:
-            The events, for what follows them.
+            The events of the page, for what follows them.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
+        # nobody presses it: an endpoint belongs to some event, and the page's own take and give more
+        gr.Button(visible=False).click(
+            guarded(run), list(inputs), list(outputs), api_name=api_name, show_progress="hidden", **common
+        )
+        # page.js presses it in the open tab when the page's picture or model is another; "hidden", not False:
+        # what is invisible to gradio is not in the page
+        follow = gr.Button(
+            visible="hidden",
+            elem_classes="lv-follow" if follows else None,
+            elem_id=f"lv-follow-{api_name}",
+        )
         # on one output: a browser on the server's own cores takes a third of them to animate it on seven
         common["show_progress_on"] = outputs[0] if progress_on is None else progress_on
-        events = [button.click(guarded(run), list(inputs), list(outputs), api_name=api_name, **common)]
-        if live:
-            seen = gr.State(None, time_to_live=SESSION_SECONDS)
-            changed = gr.on(
-                list(live),
-                guarded(when_new(run, len(inputs), len(outputs))),
+        seen = gr.State(None, time_to_live=SESSION_SECONDS)
+        full = message[1]
+        page_run = on_page_run or run
+        places = [place for place, each in enumerate(inputs) if each.elem_classes == [PHOTO]]
+
+        def shrink(values: list[Any]) -> Copied:
+            copies = [self.copied(values[place]) for place in places]
+            for place, each in zip(places, copies, strict=True):
+                values[place] = each.path
+            return copies[0] if copies and whole else Copied(None)
+
+        own = (("pressed", [button.click]), ("full", [full.click]), ("live", [follow.click, *live]))
+        empty = ["" if isinstance(each, gr.HTML) else None for each in outputs]
+        code = []
+        if snippet:
+            with gr.Accordion("Show Python", open=False):
+                code = [gr.Code(language="python", show_label=False, interactive=False)]
+        events = [
+            gr.on(
+                list(triggers),
+                on_page(
+                    page_run,
+                    len(inputs),
+                    empty,
+                    always=name != "live",
+                    shrink=None if name == "full" else shrink,
+                    snippet=snippet,
+                ),
                 [seen, *inputs],
-                [seen, *outputs],
-                api_name=f"{api_name}_live",
+                [seen, *message, *code, *outputs],
+                api_name=f"{api_name}_{name}",
                 api_visibility="undocumented",
                 trigger_mode="always_last",  # of a slider moved meanwhile its last place counts
                 **common,
             )
-            events.append(changed)
+            for name, triggers in own
+        ]
+        for each in events:  # what is shown is no longer out of date
+            each.then(None, None, None, js=f"() => lvUnveil('{follow.elem_id}')")
         return events
 
 
@@ -206,32 +295,6 @@ class Tab(ABC):
     @abstractmethod
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it: to the page's model picker, and to its own being opened."""
-
-
-def when_new(run: Callable[..., Any], inputs: int, outputs: int) -> Callable[..., Any]:
-    """A handler that leaves the page as it is where an input is empty, or nothing is new.
-
-    It takes what it saw last, then `run`'s arguments, and gives what it saw, then `run`'s results.
-    """
-
-    def live(seen: str | None, *values: Any) -> Iterator[Any]:
-        shown = hashlib.sha256(json.dumps(values[:inputs]).encode()).hexdigest()  # masks are megabytes
-        if shown == seen or any(value in (None, "", []) for value in values[:inputs]):
-            yield tuple(gr.skip() for _ in range(outputs + 1))
-            return
-        # always a generator itself, so that gradio treats both kinds of handlers alike
-        if not inspect.isgeneratorfunction(run):
-            yield (shown, *run(*values))
-            return
-        for result in run(*values):
-            part = None in result  # what fails after a part can be tried again
-            yield (gr.skip() if part else shown, *result)
-
-    # gradio counts a handler's parameters, and finds gr.Progress among their defaults
-    names = inspect.signature(run).parameters.values()
-    last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    live.__signature__ = inspect.Signature([last, *names])  # type: ignore[attr-defined]
-    return live
 
 
 def _take_example() -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from latentvae.base.errors import ImageError
+from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.demo import views
 from latentvae.demo.desk import HEAVY, Tab
 from latentvae.demo.guard import guarded
@@ -24,6 +24,8 @@ SHAPE_SLACK = 0.03  # of the ratio of width to height, in which mask and picture
 
 class FillIn(Tab):
     """Handlers and layout."""
+
+    _example = ""  # its path, when there is a page
 
     def run(
         self,
@@ -71,15 +73,21 @@ class FillIn(Tab):
             (f"{result.plate:.2f}", "thin plate", "the rest is a smooth continuation"),
         ]
         picture = views.keep_png(result.images[0], f"{read.stem}.filled.png")
-        return (views.view(hole), views.view(result.images[0])), views.tiles(shown), picture
+        pair = (views.show(hole, "hole.png"), views.show(result.images[0], "filled.png"))
+        return pair, views.tiles(shown), picture
 
-    def show(self, photo: str | None) -> Any:
-        """The picture under the brush.
+    def show(self, photo: str | None) -> tuple[Any, Any]:
+        """The picture under the brush, with nothing painted yet.
 
         Args:
             photo: any image file; None takes it away.
         """
-        return brush_html(None if photo is None else self._small(photo))
+        if photo == self._example:  # as the page was opened: its strokes stay
+            return gr.skip(), gr.skip()
+        try:
+            return brush_html(None if photo is None else self._small(photo)), ""
+        except LatentVAEError as error:
+            return brush_html(None, str(error)), ""
 
     def _small(self, photo: str) -> Image.Image:
         return to_pil(self.desk.read_small(photo).image)
@@ -87,10 +95,11 @@ class FillIn(Tab):
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
+        photo = desk.shared
+        self._example = photo.value["path"]
         small = self._small(str(desk.example))
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
-                photo = desk.photo()
                 method = gr.Radio(
                     ["project", "optimise"],
                     value="project",
@@ -98,7 +107,7 @@ class FillIn(Tab):
                     info="Seconds, or about a minute for a closer fit.",
                 )
                 button = gr.Button("Fill in", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 view, mask = brush(small, _scratches(*small.size))
                 pair = desk.slider("lv-filled", "With its hole and Filled in")
                 shown = gr.HTML()
@@ -106,7 +115,7 @@ class FillIn(Tab):
         photo.change(
             guarded(self.show),
             photo,
-            view,
+            [view, mask],
             api_name="brush",
             api_visibility="undocumented",
             show_progress="hidden",
@@ -115,7 +124,7 @@ class FillIn(Tab):
         )
         # not live on a new picture: it has to be painted on first
         inputs, outputs = [photo, mask, model, method], [pair, shown, saved]
-        desk.connect(self.run, inputs, outputs, "fill", button=button, live=[tab.select])
+        desk.connect(self.run, inputs, outputs, "fill", button=button, message=message, live=[tab.select])
 
 
 def _read_mask(mask: str, height: int, width: int) -> torch.Tensor:

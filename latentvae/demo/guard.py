@@ -9,12 +9,12 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import anyio.to_thread
 import gradio as gr
@@ -41,6 +41,7 @@ CLOSED = (
 MESSAGE = "This server opens no addresses and no files but those that were uploaded to it or made by it."
 TOO_LARGE = "This is too large for this server."
 FULL = "This server holds as many files as it takes for now: try again in a while."
+OWN_MACHINE = "run latentvae on your own machine"
 EXPIRED = "This upload is no longer on the server, which deletes files after a while: upload it again."
 
 
@@ -50,6 +51,8 @@ class Limits:
 
     upload_bytes: int = 32 * 2**20
     pixels: int = 1 << 24  # of an image; also the most that a compressed file may claim
+    photo_pixels: int = 1 << 26  # of one that is shrunk once it is read: phones take 50 million
+    copy_pixels: int = 2_000_000  # of what the page works on, unless full size is asked for
     side: int = 16383  # pixels: WebP's limit, and the codec's steps are as many as a picture is long
     input_bytes: int = 5 << 20  # of a request that is no upload: a painted mask is the largest
     frames: int = 100  # of an animation whose first frame is used
@@ -79,10 +82,14 @@ class Gate:
         max_body: bytes of a request, counted as they come: a request need not say its length, or can lie.
         folder: of uploads and results.
         max_stored: bytes in that folder from which on uploads are refused.
+        names: of this machine, by which pages that ask must have been opened; none: any page may ask. (gradio
+            asks this itself, but knows no IPv6.)
     """
 
-    def __init__(self, app: Any, max_body: int, folder: Path, max_stored: int) -> None:
-        self.app, self.max_body = app, max_body
+    def __init__(
+        self, app: Any, max_body: int, folder: Path, max_stored: int, names: Sequence[str] = ()
+    ) -> None:
+        self.app, self.max_body, self.names = app, max_body, names
         self.folder, self.max_stored = folder, max_stored
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +99,7 @@ class Gate:
             return
         # until nothing is encoded twice: file=http%253A%252F%252F... is an address too
         path = unquote(unquote(scope["path"])).removeprefix(PREFIX)
-        if _is_closed(path):
+        if _is_closed(path) or self._is_foreign(scope):
             await JSONResponse({"detail": MESSAGE}, 403)(scope, receive, send)
         elif self._length(scope) > self.max_body:
             await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
@@ -127,12 +134,20 @@ class Gate:
         if came > self.max_body and not answered:
             await JSONResponse({"detail": TOO_LARGE}, 413)(scope, receive, send)
 
+    def _is_foreign(self, scope: Scope) -> bool:
+        """Whether a page of another site asks."""
+        origin = _header(scope, b"origin")
+        return bool(self.names and origin) and urlsplit(origin).hostname not in self.names
+
     @staticmethod
     def _length(scope: Scope) -> int:
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit():
-                return int(value)
-        return 0
+        value = _header(scope, b"content-length")
+        return int(value) if value.isdigit() else 0
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    """A header of a request, empty where there is none."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
 def stored_bytes(folder: Path) -> int:
@@ -160,6 +175,7 @@ class LocalBlocks(gr.Blocks):
     def __init__(self, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
         self.limits = limits
+        self.beforehand: list[Callable[[], object]] = []  # called in a thread once the page is up
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
@@ -257,14 +273,19 @@ def read_bytes(path: str | None, what: str, limits: Limits) -> tuple[bytes, str]
     return data, file.name
 
 
-def read_photo(path: str | None, limits: Limits, channels: int = 3) -> Photo:
-    """Read an uploaded image, by its content alone.
+def read_photo(path: str | None, limits: Limits, channels: int = 3, *, shrunk: bool = False) -> Photo:
+    """Read an uploaded image, by its content alone; one that will be `shrunk` may have more pixels.
 
     Raises:
         ImageError: no image, a damaged one, too many pixels, or an animation with too many frames.
     """
     data, name = read_bytes(path, "picture", limits)
-    image, info = load_image_with_info(data, name=name, max_pixels=limits.pixels, channels=channels)
+    most = limits.photo_pixels if shrunk else limits.pixels
+    try:
+        image, info = load_image_with_info(data, name=name, max_pixels=most, channels=channels)
+    except ImageError as error:  # what a visitor cannot do is no advice
+        advice = str(error).replace("raise max_pixels if you trust the file", OWN_MACHINE)
+        raise ImageError(advice) from error
     limits.check_side(name, info.width, info.height)
     if info.frames > limits.frames:
         raise ImageError(
@@ -282,12 +303,12 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(handler)
     def run(*args: Any, **options: Any) -> Any:
-        with _refusing():
+        with refusing():
             return handler(*args, **options)
 
     @functools.wraps(handler)
     def run_in_parts(*args: Any, **options: Any) -> Iterator[Any]:
-        with _refusing():
+        with refusing():
             yield from handler(*args, **options)
 
     # one function cannot be both: a yield anywhere in it would make every handler a generator to gradio
@@ -297,7 +318,8 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
+    """Turn what goes wrong inside into a gr.Error for visitors; see `guarded`."""
     try:
         yield
     except gr.Error:  # made for visitors already

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from latentvae.demo import views
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
 from latentvae.toolbox.editing.interpolate import interpolate, match_size, step_sizes, strip
 
@@ -37,7 +37,8 @@ class Interpolate(Tab):
         """
         with self.desk.models.use(model) as chosen:
             one = self.desk.read_small(first, chosen.channels)
-            other = self.desk.read(second, chosen.channels)  # whole: it is cropped before it is shrunk
+            # whole: it is cropped before it is shrunk
+            other = self.desk.read(second, chosen.channels, shrunk=True)
             end = match_size(other.image, *one.image.shape[-2:])
             progress(0.1, "Encoding both")
             count = max(2, min(int(frames), 17))  # not left to gradio's check of the slider
@@ -49,16 +50,16 @@ class Interpolate(Tab):
         facts = {"model": chosen.name, "route": route, "positions": found.positions}
         return (
             views.keep_animation(found.frames[turned], name, FPS),
-            strip(found, steps),
+            views.keep_view(strip(found, steps), "frames.png"),
             {**facts, "steps": [asdict(step) for step in steps]},
         )
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
+        first = desk.shared
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
-                first = desk.photo("From")
                 second = desk.photo("To", views.keep_png(desk.second_example(), "chelsea-turned.png"), False)
                 frames = gr.Slider(3, 17, 9, step=1, label="Frames")
                 route = gr.Radio(
@@ -68,10 +69,10 @@ class Interpolate(Tab):
                     info="An arc keeps the contrast.",
                 )
                 button = gr.Button("Interpolate", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 animation = desk.picture("There and back", elem_id="lv-animation", height=420)
                 gr.HTML('<p class="lv-caption">Every frame, and how far it looks from the one before</p>')
-                frames_view = desk.picture("Frames", bare=True)
+                frames_view = desk.picture("Every frame, in a row", elem_id="lv-frames", bare=True)
                 gr.HTML(
                     '<p class="lv-note">Between two photographs the way is a cross-fade: this '
                     "autoencoder keeps pictures, it does not understand them.</p>",
@@ -79,5 +80,6 @@ class Interpolate(Tab):
                 with gr.Accordion("Steps as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [first, second, model, frames, route], [animation, frames_view, facts]
-        live = [tab.select, first.change, second.change, frames.release, route.input]
-        desk.connect(self.run, inputs, outputs, "interpolate", button=button, live=live)
+        live = [tab.select, second.change, frames.release, route.input]
+        events: dict[str, Any] = {"button": button, "message": message, "live": live}
+        desk.connect(self.run, inputs, outputs, "interpolate", snippet=snippets.interpolate, **events)

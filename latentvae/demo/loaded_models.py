@@ -3,9 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Model:
     Attributes:
         name: what visitors call it.
         exact: in float32: encodes, so that latents and files are the same on every machine.
-        swift: the same weights, or those in bfloat16 where this machine is faster at it: draws pictures.
+        swift: the same weights, or those in bfloat16 where this machine is faster at it, which is tried
+            before the first use: draws pictures.
         weights_sha256: of `exact`.
     """
 
@@ -58,16 +59,29 @@ class Models:
     Args:
         sources: folders or files, as `latentvae.load` takes them.
         tile_above: pixels of a side above which images go in exact tiles.
+        say: is told what is loading.
 
     Raises:
         ModelError: one that cannot be loaded, or whose images are neither grey nor RGB.
     """
 
-    def __init__(self, sources: Sequence[str | Path] = (), tile_above: int = 1024) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str | Path] = (),
+        tile_above: int = 1024,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
         self._lock = threading.Lock()
+        self._tile_above = tile_above
         self._models: dict[str, Model] = {}
-        for source in (*_default_first(bundled()), *sources):
-            self._add(source, tile_above)
+        self._cold: dict[str, str | Path] = {}  # whose precision is not chosen yet, and where from
+        own = _default_first(bundled())
+        loaded = {}
+        for source in (*sources, *own):  # those named at the start first: they may be wrong
+            say(f"loading {source}")
+            loaded[source] = self._load(source)
+        for source in (*own, *sources):
+            self._add(source, loaded[source])
         if not self._models:
             raise ModelError("no model is bundled and none was named: give one with --model.")
         self.lpips, self.lpips_missing_reason = _find_lpips()
@@ -87,7 +101,13 @@ class Models:
         if name not in self._models:
             raise ModelError(f"there is no model {name!r} here: choose one of {', '.join(self.names)}.")
         with self._lock:
-            yield self._models[name]
+            yield self._warm(name)
+
+    def warm_up(self) -> None:
+        """Choose every model's precision, before a visitor has to wait for it."""
+        for name in self.names:
+            with self._lock:
+                self._warm(name)
 
     def with_weights(self, start: str) -> str | None:
         """The name of the model whose weight hash begins so, or None."""
@@ -100,24 +120,36 @@ class Models:
         model = self._models[name]
         facts = describe(model.exact)
         ratio = facts["spatial_compression_ratio"]
+        precision = "" if name in self._cold else f" · pictures in {model.precision}"
         return (
             f"{facts['parameters'] / 1e6:.1f} M parameters · {ratio} x {ratio} pixels become one position of "
-            f"{model.exact.config['latent_channels']} channels · pictures in {model.precision}"
+            f"{model.exact.config['latent_channels']} channels{precision}"
         )
 
-    def _add(self, source: str | Path, tile_above: int) -> None:
+    def _load(self, source: str | Path) -> AutoencoderKL:
         exact = optimize(load(source))
         if exact.config["in_channels"] not in (1, 3):
             raise ModelError(
                 f"{source} takes {exact.config['in_channels']} channels; pictures have 1 or 3. Leave it out."
             )
-        swift = optimize(load(source, dtype=torch.bfloat16))
-        if not _is_faster(swift, exact):
-            swift = exact  # and the copy in bfloat16 is freed
-        for vae in (exact, swift):
-            _tile(vae, tile_above)
+        _tile(exact, self._tile_above)
+        return exact
+
+    def _add(self, source: str | Path, exact: AutoencoderKL) -> None:
         name = self._free_name(source)
-        self._models[name] = Model(name, exact, swift, weight_hash(exact))
+        self._models[name] = Model(name, exact, exact, weight_hash(exact))
+        self._cold[name] = source
+
+    def _warm(self, name: str) -> Model:
+        """A model whose precision is chosen; call it with the lock."""
+        if name in self._cold:
+            exact = self._models[name].exact
+            swift = optimize(load(self._cold[name], dtype=torch.bfloat16))
+            if _is_faster(swift, exact):  # or the copy in bfloat16 is freed
+                _tile(swift, self._tile_above)
+                self._models[name] = replace(self._models[name], swift=swift)
+            del self._cold[name]
+        return self._models[name]
 
     def _free_name(self, source: str | Path) -> str:
         """The end of a path; a folder called vae, or a file, says little without its parent."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.demo import views
@@ -73,7 +72,10 @@ class FindOdd(Tab):
     @staticmethod
     def _show(ranked: Sequence[tuple[Photo, Verdict]], model: str) -> tuple[Any, ...]:
         maps = [
-            (_heat_map(photo, verdict), f"{rank}. {photo.name}: {verdict.score:z.1f}")  # z: never -0.0
+            (
+                _heat_map(photo, verdict, f"heat {rank}.png"),
+                f"{rank}. {photo.name}: {verdict.score:z.1f}",
+            )  # z: never -0.0
             for rank, (photo, verdict) in enumerate(ranked, 1)
         ]
         first, second = ranked[0][1].score, ranked[1][1].score
@@ -95,7 +97,7 @@ class FindOdd(Tab):
             with desk.controls():
                 photos = desk.photos("Alike, and an odd one", desk.parts(painted=4))
                 button = gr.Button("Find the odd one", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 shown = gr.HTML()
                 maps = desk.gallery("The oddest first", columns=4)
                 gr.HTML(
@@ -107,12 +109,12 @@ class FindOdd(Tab):
                 with gr.Accordion("Ranking as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [photos, model], [maps, shown, facts]
-        desk.connect(self.run, inputs, outputs, "odd", button=button, live=[tab.select])
+        desk.connect(self.run, inputs, outputs, "odd", button=button, message=message, live=[tab.select])
 
 
-def _heat_map(photo: Photo, verdict: Verdict) -> Image.Image:
-    """A picture, darkened and greyed, with its heat over it."""
+def _heat_map(photo: Photo, verdict: Verdict, name: str) -> str:
+    """A picture, darkened and greyed, with its heat over it, as a file of the page."""
     heat = from_uint8(colour_heat(verdict.heat.numpy()))
     grey = photo.image.mean(0, keepdim=True).expand(3, -1, -1)
     # grey, so that colours are the heat's alone
-    return views.view(torch.lerp(grey, heat, SHADE))
+    return views.show(torch.lerp(grey, heat, SHADE), name)

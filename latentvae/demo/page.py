@@ -1,4 +1,7 @@
-"""The page: a head with the model picker, and a tab for each capability."""
+"""The page: picture and model, which hold for all of it, and a tab for each capability."""
+
+import html
+import json
 
 import gradio as gr
 
@@ -13,9 +16,16 @@ from latentvae.demo.odd import FindOdd
 from latentvae.demo.reconstruct import Reconstruct
 from latentvae.demo.sample import Sample
 from latentvae.demo.vary import Vary
+from latentvae.demo.widgets import static
 
 HEAD = """<div class="lv-head"><h1>latent<i>vae</i></h1>
 <p>What an image autoencoder keeps of a picture, and what it loses.</p></div>"""
+
+TITLE = "latentvae: what an image autoencoder keeps of a picture"
+DESCRIPTION = (
+    "Pictures through an image autoencoder and back, on your own machine: reconstruct, compare with JPEG and "
+    "WebP, compress, interpolate, fill in."
+)
 
 # What visitors read, the tab's id in the page, and who lays it out
 TABS: tuple[tuple[str, str, type[Tab]], ...] = (
@@ -33,18 +43,25 @@ TABS: tuple[tuple[str, str, type[Tab]], ...] = (
 def build_page(models: Models, limits: Limits) -> LocalBlocks:
     """Lay the page out; its theme and style sheet belong to its launch, in `server.start`."""
     desk = Desk(models, limits)
-    with LocalBlocks(limits, title="latentvae", analytics_enabled=False) as page:
+    with LocalBlocks(limits, title=TITLE, analytics_enabled=False) as page:
+        desk.opened = page.load
         with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=300):
                 gr.HTML(HEAD)
-            with gr.Column(scale=2, min_width=280):
                 model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="lv-model")
                 about = gr.HTML(_describe(models, models.names[0]))
+            with gr.Column(scale=2, min_width=280):
+                desk.shared = desk.photo()
         with gr.Tabs():
             for title, name, tab in TABS:
                 with gr.Tab(title, id=name) as place:
                     tab(desk).build(model, place)
-        model.change(
+        page.beforehand += [*desk.beforehand, models.warm_up]
+        # in the browser alone: it knows which tab is open, and that one's button "follow" asks the server
+        gr.on([desk.shared.change, model.change], None, js="() => lvFollow()")
+        # on opening too: in which precision pictures are decoded is known once the models are warm
+        gr.on(
+            [page.load, model.change],
             lambda name: _describe(models, name),
             model,
             about,
@@ -55,6 +72,21 @@ def build_page(models: Models, limits: Limits) -> LocalBlocks:
     # api_open would let requests past the queue, and so past its limits
     page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     return page
+
+
+def head(page: LocalBlocks) -> str:
+    """What stands in the page's head: what it is, and the script that names its pictures."""
+    pictures = {
+        each.elem_id: each.label
+        for each in page.blocks.values()
+        if isinstance(each, gr.Image | gr.ImageSlider) and each.elem_id
+    }
+    about = html.escape(DESCRIPTION, quote=True)
+    return (
+        f'<meta name="description" content="{about}"><meta property="og:description" content="{about}">'
+        # its own scope, and no words of ours that could end it
+        f"<script>{{ const PICTURES = {json.dumps(pictures)};\n{static('page.js')} }}</script>"
+    )
 
 
 def _describe(models: Models, name: str) -> str:

@@ -61,7 +61,10 @@ class Sample(Tab):
                 drawn_from = self._fit([path for path, _ in photos or []], chosen, int(side))
             progress(0.6, "Drawing")
             images = sample(chosen.exact, drawn_from, wanted, int(seed or 0))
-        pictures = [(views.view(image), f"draw {number}") for number, image in enumerate(images, 1)]
+        pictures = [
+            (views.show(image, f"draw {number}.png"), f"draw {number}")
+            for number, image in enumerate(images, 1)
+        ]
         facts = {"model": chosen.name, "prior": prior, "learned_from": drawn_from.card.images, "seed": seed}
         return pictures, {**facts, "fit": drawn_from.card.fit}
 
@@ -78,7 +81,7 @@ class Sample(Tab):
             pictures, store = Path(folder, "pictures"), Path(folder, "store")
             pictures.mkdir()
             for number, file in enumerate(files):
-                image = match_size(self.desk.read(file, model.channels).image, side, side)
+                image = match_size(self.desk.read(file, model.channels, shrunk=True).image, side, side)
                 # mirrored too: twice the latents to fit; (C, H, W)
                 for name, each in (("a", image), ("b", image.flip(2))):
                     save_image(each, pictures / f"{number:02d}{name}.png")
@@ -100,7 +103,7 @@ class Sample(Tab):
                 count = gr.Slider(1, MOST, 8, step=1, label="Pictures")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 button = gr.Button("Sample", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 pictures = desk.gallery("New pictures", columns=4)
                 gr.HTML(
                     '<p class="lv-note">With a small KL weight latents are far from standard normal, and '
@@ -111,4 +114,4 @@ class Sample(Tab):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [photos, model, prior, side, count, seed], [pictures, facts]
         live = [tab.select, prior.input, side.input, count.release, seed.input]
-        desk.connect(self.run, inputs, outputs, "sample", button=button, live=live)
+        desk.connect(self.run, inputs, outputs, "sample", button=button, message=message, live=live)

@@ -1,14 +1,16 @@
 """Serving the page on one machine, with a folder of its own that goes when the server does."""
 
 import inspect
+import logging
 import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,17 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from latentvae.base.errors import LatentVAEError
 from latentvae.demo.guard import Gate, Limits, LocalBlocks
 from latentvae.demo.loaded_models import Models
-from latentvae.demo.page import build_page
+from latentvae.demo.page import build_page, head
 from latentvae.demo.theme import make_theme
 from latentvae.demo.widgets import static
 
+logger = logging.getLogger(__name__)
+
 HOST, PORT = "127.0.0.1", 7860
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # as `ipv6` leaves them; browsers write [::1]
 LPIPS = "LATENTVAE_LPIPS"
+WARM_UP = "warm-up"  # the name of a thread
+PATIENCE = 1.0  # seconds that a page is given to end
 # gradio reads these while it builds and launches a page: no telemetry, no sharing, no second server.
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -34,12 +40,19 @@ SETTINGS = {
     "GRADIO_NODE_SERVER_NAME": "",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+# A page asks itself whether it is up, which no proxy between this machine and the internet can answer. Of two
+# spellings the lower one first: Windows knows one variable by both, and the last one restored stays.
+DIRECT = {"no_proxy": "*", "NO_PROXY": "*"}
 
 
 def serve(
     sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
-) -> None:
-    """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted."""
+) -> bool:
+    """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted.
+
+    Returns:
+        Whether nothing is computed any more. If False, a thread still works, and the process waits for it.
+    """
     if threading.current_thread() is threading.main_thread():  # Python sets signals in no other
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
@@ -47,17 +60,45 @@ def serve(
     # absolute, because the working directory changes; what is no path is a bundled model's name
     resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
     with workplace():
-        page = start(resolved, host, port, limits)
+        page = start(resolved, host, port, limits, say=_say)
         # flushed: who starts the server from a program waits for this line
-        print(f"latentvae demo on {page.local_url} (Ctrl-C ends it)", flush=True)
+        print(f"latentvae demo on {address(page)} (Ctrl-C ends it)", flush=True)
         try:
-            page.block_thread()
-        finally:
-            page.close()
+            while page.is_running:  # not block_thread, which waits for whoever has the page open
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            _say("ending")
+        ended = end(page)
+    return ended
+
+
+def _say(what: str) -> None:
+    """What people who wait at a terminal are told; standard output is for the address."""
+    print(f"latentvae demo: {what}", file=sys.stderr, flush=True)
+
+
+def end(page: LocalBlocks) -> bool:
+    """End a page, whoever has it open; gives whether all that computes for it has ended in a second."""
+    page.is_running = False  # so that heartbeats stop
+    page.app.stop_event.set()
+    page._queue.close()
+    page.server.force_exit = page.server.should_exit = True
+    deadline = time.monotonic() + PATIENCE
+    # AnyIO's are those that handlers run in
+    names = ("AnyIO", WARM_UP)
+    working = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
+    threads = [page.server.thread, *working]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def start(
-    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
+    sources: Sequence[str | Path] = (),
+    host: str = HOST,
+    port: int = PORT,
+    limits: Limits | None = None,
+    say: Callable[[str], None] = logger.info,
 ) -> LocalBlocks:
     """Load the models, lay the page out and serve it in a thread; call it inside `workplace`.
 
@@ -66,6 +107,7 @@ def start(
         host: address to listen on; 0.0.0.0 opens the page to the network.
         port: of it.
         limits: what visitors may ask.
+        say: is told what is loading.
 
     Returns:
         The page; `page.local_url` is its address, `page.close()` ends it.
@@ -74,11 +116,42 @@ def start(
         LatentVAEError: a model that cannot be loaded, or an address that cannot be served.
     """
     check_port(host, port)  # before the models load, which takes seconds
-    limits = limits or Limits()
-    page = build_page(Models(sources, limits.tile_above), limits)
+    limits = limits or default_limits(host)
+    page = build_page(Models(sources, limits.tile_above, say), limits)
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    page.launch(
-        server_name=host,
+    with environment(DIRECT):
+        page.launch(**_launch_options(page, host, port, folder, limits))
+    # after the launch: what is in the folder by now belongs to the page
+    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
+    threading.Thread(target=_warm_up, args=[page], name=WARM_UP, daemon=True).start()
+    return page
+
+
+def _warm_up(page: LocalBlocks) -> None:
+    """What the first visitors would wait for, done ahead of them."""
+    try:
+        for each in page.beforehand:
+            if page.is_running:
+                each()
+    except Exception:  # whoever asks for the same is told what is wrong with it
+        logger.exception("the demo could not warm up")
+
+
+def default_limits(host: str) -> Limits:
+    """What visitors may ask; no quota on one's own machine, where what fills the disk is one's own."""
+    return Limits(stored_bytes=sys.maxsize) if host.strip("[]") in LOOPBACK else Limits()
+
+
+def address(page: LocalBlocks) -> str:
+    """Where the page is, as a browser on this machine takes it."""
+    return str(page.local_url).replace("//[::]:", "//[::1]:")
+
+
+def _launch_options(page: LocalBlocks, host: str, port: int, folder: Path, limits: Limits) -> dict[str, Any]:
+    """All that `page.launch` is told."""
+    bare = host.strip("[]")
+    return dict(
+        server_name=f"[{bare}]" if ":" in bare else host,  # as addresses of pages write IPv6
         server_port=port,
         share=False,
         prevent_thread_lock=True,
@@ -95,23 +168,22 @@ def start(
         footer_links=["api"],
         theme=make_theme(),
         css=static("page.css"),
+        head=head(page),
         state_session_capacity=limits.sessions,
-        app_kwargs={"middleware": _middleware(host, folder, limits)},
+        app_kwargs={"middleware": _middleware(bare, folder, limits)},
         **_no_history(page),
     )
-    # after the launch: what is in the folder by now belongs to the page
-    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
-    return page
 
 
 def _middleware(host: str, folder: Path, limits: Limits) -> list[Middleware]:
     """What requests pass first, the outermost at the front."""
     # an upload's body is its file and a little around it: boundaries, names
-    gate = Middleware(Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)
+    limited = (Gate, limits.upload_bytes + 2**20, folder, limits.stored_bytes)
     if host not in LOOPBACK:  # by which names the network knows this machine is not ours to know
-        return [gate]
+        return [Middleware(*limited)]
     # or a page elsewhere, whose name is made to lead here, could use the server
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK)), gate]
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    return [trusted, Middleware(*limited, names=LOOPBACK)]
 
 
 def _no_history(page: LocalBlocks) -> dict[str, Any]:
@@ -126,7 +198,8 @@ def check_port(host: str, port: int) -> None:
         LatentVAEError: the port is taken or not allowed, or the host is not this machine's.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             # or the connections of a server that has just ended would keep the port for minutes
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -139,27 +212,38 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables of the process, as they were afterwards."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+@contextmanager
 def workplace() -> Iterator[Path]:
     """An empty folder for uploads and results, as gradio's and the process's own, removed at the end."""
-    before, here = dict(os.environ), Path.cwd()
+    here = Path.cwd()
     folder = Path(tempfile.mkdtemp(prefix="latentvae-demo-"))
     files = folder / "files"
     files.mkdir()
     empty = folder / "empty"
     empty.mkdir()
-    if LPIPS in before:  # the working directory changes
-        os.environ[LPIPS] = str(Path(before[LPIPS]).absolute())
-    os.environ.update(SETTINGS, GRADIO_TEMP_DIR=str(files), GRADIO_EXAMPLES_CACHE=str(empty))
-    os.chdir(empty)  # gradio serves files of the working directory to its own handlers
-    try:
-        yield files
-    finally:
-        os.chdir(here)  # before the folder goes: Windows removes no directory that a process is in
-        for name in (*SETTINGS, LPIPS, "GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
-            os.environ.pop(name, None)
-            if name in before:
-                os.environ[name] = before[name]
-        shutil.rmtree(folder, ignore_errors=True)
+    values = {**SETTINGS, "GRADIO_TEMP_DIR": str(files), "GRADIO_EXAMPLES_CACHE": str(empty)}
+    if LPIPS in os.environ:  # the working directory changes
+        values[LPIPS] = str(Path(os.environ[LPIPS]).absolute())
+    with environment(values):
+        os.chdir(empty)  # gradio serves files of the working directory to its own handlers
+        try:
+            yield files
+        finally:
+            os.chdir(here)  # before the folder goes: Windows removes no directory that a process is in
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Sweeper(threading.Thread):

@@ -23,7 +23,7 @@ PAPER = gr.themes.Color(
 
 def make_theme() -> gr.themes.Base:
     """The theme; what is said once holds in light and dark, where gradio's own dark value is not better."""
-    return gr.themes.Base(
+    theme = gr.themes.Base(
         primary_hue=ACCENT,
         secondary_hue=ACCENT,
         neutral_hue=PAPER,
@@ -51,6 +51,7 @@ def make_theme() -> gr.themes.Base:
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="white",
         button_secondary_background_fill="white",
         button_secondary_background_fill_dark="*neutral_800",
@@ -60,4 +61,15 @@ def make_theme() -> gr.themes.Base:
         input_background_fill_dark="*neutral_800",
         slider_color="*primary_500",
         color_accent="*primary_600",
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_400",
+        link_text_color_visited="*secondary_700",
+        link_text_color_dark="*secondary_300",
+        link_text_color_hover_dark="*secondary_200",
+        link_text_color_visited_dark="*secondary_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )
+    theme.color_accent_dark = "*primary_300"  # of words, too: the open tab's; gradio has no argument for it
+    return theme

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from latentvae.demo import views
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
 from latentvae.toolbox.editing.vary import Reference, Variations
 
@@ -52,7 +52,10 @@ class Vary(Tab):
             near = [(original.distance(each), plain.distance(each)) for each in made]
         spread = found.spread
         pictures = [
-            (views.view(each), f"copy {number}: {views.number(distance.psnr, 1, ' dB')}")
+            (
+                views.show(each, f"copy {number}.png"),
+                f"copy {number}: {views.number(distance.psnr, 1, ' dB')}",
+            )
             for number, (each, (distance, _)) in enumerate(zip(made, near, strict=True), 1)
         ]
         # copies that are equal to the picture have an infinite PSNR, which no mean survives
@@ -78,16 +81,16 @@ class Vary(Tab):
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
+        photo = desk.shared
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
-                photo = desk.photo()
                 temperature = gr.Slider(
                     0, 400, 150, step=1, label="Temperature", info="1 is a sample of the posterior."
                 )
                 copies = gr.Slider(1, MOST, 4, step=1, label="Copies")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 button = gr.Button("Vary", variant="primary")
-            with desk.results():
+            with desk.results() as message:
                 pictures = desk.gallery("Copies")
                 shown = gr.HTML()
                 animation = desk.picture(
@@ -96,5 +99,6 @@ class Vary(Tab):
                 with gr.Accordion("Figures as JSON", open=False):
                     facts = gr.JSON(show_label=False)
         inputs, outputs = [photo, model, temperature, copies, seed], [pictures, animation, shown, facts]
-        live = [tab.select, photo.change, temperature.release, copies.release, seed.input]
-        desk.connect(self.run, inputs, outputs, "vary", button=button, live=live)
+        live = [tab.select, temperature.release, copies.release, seed.input]
+        events: dict[str, Any] = {"button": button, "message": message, "live": live}
+        desk.connect(self.run, inputs, outputs, "vary", snippet=snippets.vary, **events)

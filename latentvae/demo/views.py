@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
@@ -32,6 +31,11 @@ def view(image: torch.Tensor) -> Image.Image:
     return to_pil(thumbnail(image, VIEW_SIDE)).convert("RGB")
 
 
+def show(image: torch.Tensor, name: str) -> str:
+    """The same as a PNG file of the page."""
+    return keep_view(view(image), name)
+
+
 def keep_view(picture: Image.Image, name: str) -> str:
     """A picture as a PNG file of the page; packed less, in a third of the time gradio would take."""
     buffer = io.BytesIO()
@@ -44,7 +48,7 @@ def error_view(original: Image.Image, other: Image.Image) -> Image.Image:
     return Image.fromarray(colour_error(error_map(original, other)))
 
 
-def channel_views(latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
+def channel_views(latents: torch.Tensor) -> list[tuple[str, str]]:
     """Each channel of latents (1, C, h, w) in grey, enlarged by a whole number, with its range."""
     pictures = []
     for number, plane in enumerate(latents[0].float().cpu(), 1):
@@ -55,7 +59,8 @@ def channel_views(latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
         factor = max(1, round(CHANNEL_SIDE / max(grey.size)))
         large = grey.resize((grey.width * factor, grey.height * factor), Image.Resampling.NEAREST)
         low, high = float(plane.min()), float(plane.max())
-        pictures.append((large, f"channel {number}: {low:.1f} to {high:.1f}"))
+        file = keep_view(large, f"channel {number}.png")
+        pictures.append((file, f"channel {number}: {low:.1f} to {high:.1f}"))
     return pictures
 
 
@@ -111,7 +116,10 @@ def keep(data: bytes, name: str) -> str:
     # cut in bytes, not characters: that is what file systems count
     path = Path(name)
     short = path.stem.encode()[:NAME_BYTES].decode(errors="ignore") + path.suffix
-    return save_bytes_to_cache(data, short, get_upload_folder())
+    # a folder of its own: gradio names folders by content, and so writes a file again while it is sent
+    file = Path(tempfile.mkdtemp(dir=get_upload_folder()), Path(short).name).resolve()
+    file.write_bytes(data)
+    return str(file)
 
 
 def keep_png(image: torch.Tensor, name: str) -> str:

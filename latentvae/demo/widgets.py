@@ -66,10 +66,10 @@ def brush(picture: Image.Image, strokes: str) -> tuple[gr.HTML, gr.Textbox]:
     return view, gr.Textbox(strokes, label="Mask", visible="hidden", elem_id="lv-mask")
 
 
-def brush_html(picture: Image.Image | None) -> str:
-    """The brush over a picture, as HTML."""
+def brush_html(picture: Image.Image | None, instead: str = "Choose a picture to paint on.") -> str:
+    """The brush over a picture, as HTML; without one, words in its place."""
     if picture is None:
-        return '<div class="lv-canvas"><div class="lv-empty">Choose a picture to paint on.</div></div>'
+        return f'<div class="lv-canvas"><div class="lv-empty">{html.escape(instead)}</div></div>'
     return (
         '<div class="lv-brush"><b>Paint over what is missing</b><label>Brush '
         '<input type="range" min="1" max="15" value="4" aria-label="Width of the brush"></label>'

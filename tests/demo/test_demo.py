@@ -1,6 +1,8 @@
 """The demo: every endpoint through gradio's own client, what its figures say, and the files it gives."""
 
 import io
+import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import latentvae
-from latentvae.base.errors import LatentVAEError, ModelError
+from latentvae.base.errors import ImageError, LatentVAEError, ModelError
 from latentvae.base.optional import install_command
 from latentvae.cli import main as cli
 
@@ -248,6 +250,24 @@ def test_sliders_say_what_each_side_is(page: Any) -> None:
         assert f'#{name}::before {{ content: "{left}"; }} #{name}::after {{ content: "{right}"; }}' in style
 
 
+def test_pictures_have_names_and_the_page_says_what_it_is(page: Any) -> None:
+    text = httpx.get(page.local_url).text
+    # the browser writes the title from the configuration
+    assert page.config["title"] == "latentvae: what an image autoencoder keeps of a picture"
+    assert f'<meta property="og:title" content="{page.config["title"]}" />' in text
+    text = page.config["head"]  # which the browser reads there
+    assert re.search('<meta name="description" content="[^"]{60,160}">', text)
+    named = json.loads(re.search("const PICTURES = ({.*?});", text)[1])  # type: ignore[index]
+    shown = [
+        each["props"]
+        for each in page.config["components"]
+        if each["type"] in ("image", "imageslider") and not each["props"]["interactive"]
+    ]
+    assert {each["elem_id"]: each["label"] for each in shown} == named
+    assert len(named) == len(shown) > 6  # each has an id of its own
+    assert "ArrowLeft" in text
+
+
 def test_port_in_use_is_said_with_a_way_out(page: Any) -> None:
     from latentvae.demo.server import check_port
 
@@ -345,22 +365,182 @@ def test_files_go_after_a_while_and_the_pages_own_stay(tmp_path: Path) -> None:
     assert own.exists()
 
 
-def test_a_live_event_remembers_its_inputs_only_when_all_of_it_was_shown() -> None:
-    from latentvae.demo.desk import when_new
+def test_the_page_remembers_its_inputs_only_when_all_of_it_was_shown() -> None:
+    from latentvae.demo.on_page import on_page
 
     def run(photo: str, broken: bool) -> Iterator[tuple[str, str | None]]:
         yield "the picture", None
         if broken:
-            raise OSError("disk full")
+            raise LatentVAEError("disk full: delete something.")
         yield "the picture", "the figures"
 
-    live = when_new(run, 2, 2)
+    live = on_page(run, 2, [None, ""])
     part, whole = live(None, "a.png", False)
     assert not isinstance(part[0], str)
-    assert (part[1:], whole[1:]) == (("the picture", None), ("the picture", "the figures"))
+    assert (part[3:], whole[3:]) == (("the picture", None), ("the picture", "the figures"))
     (again,) = live(whole[0], "a.png", False)
     assert "the picture" not in again
-    seen = []
-    with pytest.raises(OSError, match="disk full"):
-        seen.extend(each[0] for each in live(None, "a.png", True))
-    assert not any(isinstance(each, str) for each in seen)
+    (pressed,) = list(on_page(run, 2, [None, ""], always=True)(whole[0], "a.png", False))[1:]
+    assert "the figures" in pressed
+
+
+def test_an_error_is_said_once_and_takes_the_figures_with_it() -> None:
+    from latentvae.demo.on_page import on_page
+
+    asked = []
+
+    def run(photo: str) -> tuple[str, str]:
+        asked.append(photo)
+        raise LatentVAEError("that is <no> picture: choose another.")
+
+    live = on_page(run, 1, [None, ""])
+    ((seen, message, full, *results),) = live(None, "bad.png")
+    assert message.value == '<p role="alert">That is &lt;no&gt; picture: choose another.</p>'
+    assert message.visible
+    assert not full.visible
+    assert results == [None, ""]  # the picture's before
+    ((_, twice, *_),) = live(seen, "bad.png")  # browsers report an upload twice
+    assert asked == ["bad.png"]
+    assert not hasattr(twice, "visible")
+    ((_, none, _, *cleared),) = live(seen, None)
+    assert (none.visible, cleared, asked) == (False, [None, ""], ["bad.png"])
+
+
+def test_one_picture_and_one_model_hold_for_the_whole_page(page: Any) -> None:
+    components = {each["id"]: each["props"] for each in page.config["components"]}
+    photos = [number for number, each in components.items() if each.get("elem_classes") == ["lv-photo"]]
+    assert [components[number]["label"] for number in photos] == ["Picture", "To"]
+    (model,) = (number for number, each in components.items() if each.get("elem_id") == "lv-model")
+    events = page.config["dependencies"]
+    (both,) = (each for each in events if "lvFollow" in (each["js"] or ""))
+    assert not both["backend_fn"]  # the browser knows which tab is open
+    assert both["targets"] == [(photos[0], "change"), (model, "change")]
+    for name in ENDPOINTS:
+        (own,) = (each for each in events if each["api_name"] == name[1:])
+        (live,) = (each for each in events if each["api_name"] == f"{name[1:]}_live")
+        assert live["api_visibility"] == "undocumented"
+        assert live["inputs"][1:] == own["inputs"]
+        assert model in live["inputs"]
+        pressed_by = [components.get(number, {}).get("elem_id") for number, _ in live["targets"]]
+        assert f"lv-follow-{name[1:]}" in pressed_by
+        (follow,) = (each for each in components.values() if each.get("elem_id") == f"lv-follow-{name[1:]}")
+        assert bool(follow["elem_classes"]) == (name != "/decode")  # whose file names its model
+        unveiled = [each["js"] for each in events if each["trigger_after"] == live["id"]]
+        assert f"() => lvUnveil('lv-follow-{name[1:]}')" in unveiled
+
+
+def test_a_phones_photograph_is_worked_on_as_a_copy(model: Path, tmp_path: Path) -> None:
+    from latentvae.demo import loaded_models, server
+    from latentvae.demo.desk import Desk
+    from latentvae.demo.guard import Limits
+
+    large = tmp_path / "IMG_1.jpg"
+    Image.new("RGB", (400, 300)).save(large, exif=Image.Exif())
+    with pytest.MonkeyPatch.context() as patch, server.workplace():
+        patch.setattr(loaded_models, "bundled", list)
+        models = loaded_models.Models([model])
+        desk = Desk(models, Limits(pixels=50_000, photo_pixels=120_000, copy_pixels=30_000))
+        copy = desk.copied(str(large))
+        assert copy.path is not None
+        with Image.open(copy.path) as found:
+            assert found.size == (200, 150)
+        assert Path(copy.path).stem == "IMG_1"
+        assert "400 x 300" in copy.words
+        assert "200 x 150" in copy.words
+        assert copy.larger == 0  # more than this server takes
+        assert "too large" in copy.words
+        assert desk.copied(str(large)).path == copy.path
+        Path(copy.path).unlink()  # swept
+        again = desk.copied(str(large)).path
+        assert again is not None
+        assert Path(again).is_file()
+        roomy = Desk(models, Limits(pixels=120_000, copy_pixels=30_000)).copied(str(large))
+        assert roomy.larger == pytest.approx(4)
+        assert desk.copied(roomy.path).path == roomy.path  # small enough already
+        assert desk.read_small(str(large)).image.shape[-1] <= 384
+        with pytest.raises(ImageError, match="at most 50000") as caught:
+            desk.read(str(large))
+        assert "max_pixels" not in str(caught.value)  # which a visitor cannot raise
+
+
+def test_the_page_shows_the_lines_of_its_result() -> None:
+    from latentvae.demo.on_page import on_page
+
+    live = on_page(lambda photo: (photo,), 1, [None], snippet=lambda photo: f"load({photo!r})")
+    ((_, _, _, lines, result),) = live(None, "a.png")
+    assert (lines, result) == ("load('a.png')", "a.png")
+    ((_, _, _, *cleared),) = live(None, None)
+    assert cleared == ["", None]
+
+
+def test_the_page_shows_copies_and_offers_full_size() -> None:
+    from latentvae.demo.on_page import Copied, on_page
+
+    def run(photo: str) -> tuple[str]:
+        return (photo,)
+
+    def shrink(values: list[Any]) -> Copied:
+        values[0] = "copy.png"
+        return Copied("copy.png", "a copy.", 1e7)
+
+    ((_, message, full, photo),) = on_page(run, 1, [None], shrink=shrink)(None, "large.jpg")
+    assert photo == "copy.png"
+    assert message.value == '<p role="status">a copy.</p>'
+    assert full.visible
+    assert re.fullmatch(r"Full size, about \d+ (s|minutes)", full.value)
+    ((_, message, full, photo),) = on_page(run, 1, [None], always=True)(None, "large.jpg")
+    assert (photo, message.visible, full.visible) == ("large.jpg", False, False)
+
+
+def test_models_named_at_the_start_load_first_and_precisions_wait_for_the_first_use(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentvae.demo import loaded_models
+
+    said: list[str] = []
+    with pytest.raises(ModelError, match="nowhere"):
+        loaded_models.Models(["nowhere"], say=said.append)
+    assert said == ["loading nowhere"]  # and none of the bundled ones before it
+    tried = []
+    monkeypatch.setattr(loaded_models, "bundled", list)
+    monkeypatch.setattr(loaded_models, "_is_faster", lambda swift, exact: tried.append(swift.dtype) or True)
+    models = loaded_models.Models([model, model])
+    assert tried == []
+    assert "pictures in" not in models.summary("tiny-model")
+    with models.use("tiny-model") as chosen:
+        assert chosen.swift.dtype == torch.bfloat16
+    models.warm_up()
+    assert tried == [torch.bfloat16] * 2  # each once
+    assert "pictures in bf16" in models.summary("tiny-model")
+
+
+def test_the_example_is_computed_once_for_all(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentvae.demo import loaded_models, server
+    from latentvae.demo.desk import Desk
+    from latentvae.demo.guard import Limits
+    from latentvae.demo.reconstruct import Reconstruct
+
+    monkeypatch.setattr(loaded_models, "bundled", list)
+    with server.workplace() as files:
+        tab = Reconstruct(Desk(loaded_models.Models([model]), Limits()))
+        runs = []
+        made = files / "made.png"
+
+        def run(*values: Any) -> Iterator[tuple[Any, ...]]:
+            runs.append(values)
+            made.write_bytes(b"")
+            yield ((str(made), str(made)), None, None, "", None, None, None)
+            yield ((str(made), str(made)), str(made), [(str(made), "")], "", {}, str(made), str(made))
+
+        monkeypatch.setattr(tab, "run", run)
+        tab._example = "example.png"
+        first = list(tab.recall("example.png", "tiny-model"))
+        assert len(first) == 1
+        os.utime(made, (1, 1))
+        assert list(tab.recall("example.png", "tiny-model")) == first
+        assert made.stat().st_mtime > 1  # so that the sweeper leaves it
+        assert len(runs) == 1
+        made.unlink()
+        list(tab.recall("example.png", "tiny-model"))
+        assert len(runs) == 2
+        assert len(list(tab.recall("other.png", "tiny-model"))) == 2

@@ -99,8 +99,8 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
     start = time.perf_counter()
     page.locator(".lv-photo:visible input[type=file]").first.set_input_files(tmp_path / "holiday photo.png")
     page.wait_for_function(
-        "before => { const now = document.querySelector('#lv-figures .lv-figures').innerText;"
-        " return now !== before && now.includes('dB'); }",
+        "before => { const now = document.querySelector('#lv-figures .lv-figures')?.innerText;"
+        " return now && now !== before && now.includes('dB'); }",
         arg=example,
     )
     print(f"first picture after {time.perf_counter() - start:.2f} s")
@@ -119,6 +119,13 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
     cut = re.search(r"([\d.]+)%\)", page.evaluate(covered))
     assert cut is not None
     assert float(cut[1]) < 40
+    assert page.locator("#lv-slider img.fixed").get_attribute("alt") == "Reconstruction"
+    page.locator("#lv-slider [data-testid=slider]").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    moved = re.search(r"([\d.]+)%\)", page.evaluate(covered))
+    assert moved is not None
+    assert float(moved[1]) > float(cut[1])
 
     # latents are taken home, and come back as the same picture
     with page.expect_download() as waiting:
@@ -138,9 +145,12 @@ def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("I am no picture")
     visit.page.locator(".lv-photo:visible button[aria-label='Remove Image']").first.click()
     visit.page.locator(".lv-photo:visible input[type=file]").first.set_input_files(tmp_path / "text.png")
-    toast = visit.page.get_by_text("no image by its content")
-    toast.first.wait_for()
-    assert "text.png" in toast.first.inner_text()
+    said = visit.page.get_by_text("no image by its content")
+    said.first.wait_for()
+    assert "text.png" in said.first.inner_text()
+    visit.page.wait_for_timeout(2000)
+    assert said.count() == 1  # in the panel, and nowhere else
+    assert not visit.page.locator("#lv-figures .lv-figures").count()  # the picture's before
 
 
 def test_painting_and_zooming(visit: Visit) -> None:

@@ -1,0 +1,86 @@
+"""Handlers as the page needs them: nothing twice, errors in their panel, copies of large pictures."""
+
+import hashlib
+import html
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from latentvae.demo.guard import refusing
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What the page works on in place of an upload.
+
+    Attributes:
+        path: the upload's own, or its copy's.
+        words: for the visitor; empty where nothing was copied.
+        larger: how many times more pixels the upload has, if it can be had in full size; or 0.
+    """
+
+    path: str | None
+    words: str = ""
+    larger: float = 0.0
+
+
+def on_page(
+    run: Callable[..., Any],
+    inputs: int,
+    empty: Sequence[Any],
+    *,
+    always: bool = False,
+    shrink: Callable[[list[Any]], Copied] | None = None,
+    snippet: Callable[..., str] | None = None,
+) -> Callable[..., Any]:
+    """A handler that leaves the page as it is where nothing is new, and says there what goes wrong.
+
+    It takes what it saw last, then `run`'s arguments, and gives what it saw, a message, the button "full
+    size", then `run`'s results: `empty` ones where an input is missing, or with an error. With `always` it
+    runs whatever it saw. `shrink` puts copies into the list of arguments. With `snippet`,
+    lines of Python come before the results.
+    """
+
+    before = [""] if snippet else []  # of the results
+
+    def live(seen: str | None, *values: Any) -> Iterator[Any]:
+        shown = hashlib.sha256(json.dumps(values[:inputs]).encode()).hexdigest()  # masks are megabytes
+        if not always and shown == seen:
+            yield tuple(gr.skip() for _ in range(3 + len(before) + len(empty)))
+            return
+        if not always and any(value in (None, "", []) for value in values[:inputs]):
+            yield (shown, *_notice(), *before, *empty)
+            return
+        try:
+            with refusing():
+                used = list(values)
+                python = [snippet(*values[:inputs])] if snippet else []
+                copied = shrink(used) if shrink else Copied(None)
+                start = time.perf_counter()
+                # always a generator itself, so that gradio treats both kinds of handlers alike
+                for result in run(*used) if inspect.isgeneratorfunction(run) else [run(*used)]:
+                    part = None in result  # what fails after a part can be tried again
+                    seconds = (time.perf_counter() - start) * copied.larger
+                    yield (gr.skip() if part else shown, *_notice(copied.words, seconds), *python, *result)
+        except gr.Error as error:
+            # seen, or an upload, which browsers report twice, would be refused twice
+            yield (shown, *_notice(error.message, alert=True), *before, *empty)
+
+    # gradio counts a handler's parameters, and finds gr.Progress among their defaults
+    names = inspect.signature(run).parameters.values()
+    last = inspect.Parameter("seen", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    live.__signature__ = inspect.Signature([last, *names])  # type: ignore[attr-defined]
+    return live
+
+
+def _notice(words: str = "", seconds: float = 0.0, *, alert: bool = False) -> tuple[gr.HTML, gr.Button]:
+    """The panel's message, or none; and the button "full size", where that would take so many seconds."""
+    role = "alert" if alert else "status"
+    said = f'<p role="{role}">{html.escape(words)}</p>' if words else ""
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    return gr.HTML(said, visible=bool(words)), gr.Button(f"Full size, about {took}", visible=seconds > 0)
