@@ -6,5 +6,6 @@ from . import journal as journal
 from . import pipeline as pipeline
 from . import planning as planning
 from . import processes as processes
+from . import statistics as statistics
 from . import verification as verification
 from . import webdataset as webdataset
