@@ -33,6 +33,8 @@ VERBS = {
     "verify": "Check every shard of a store against its hashes and its index; exit code 2 where something is "
     "wrong.",
     "shards": "Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on.",
+    "hand-over": "Write a store as the cache of another tool that trains on latents, and say what it cannot "
+    "take.",
     "compress": "Compress an image; prints the bits per pixel of the whole file, and what decoding it gives.",
     "decompress": "Decompress an image that `latentvae compress` wrote, with the same model.",
     "sample": "Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.",
@@ -62,7 +64,8 @@ ELSEWHERE = {"decompress": "compress"}  # verb -> module, where it has another n
 
 def load_verb(name: str) -> Any:
     """The Typer app of a verb; imports the verb's module."""
-    verb = getattr(import_module(f"latentvae.cli.{ELSEWHERE.get(name, name)}"), name)
+    function = name.replace("-", "_")
+    verb = getattr(import_module(f"latentvae.cli.{ELSEWHERE.get(name, function)}"), function)
     if isinstance(verb, typer.Typer):
         return verb
     alone = typer.Typer(add_completion=False)

@@ -2,6 +2,7 @@ from . import buckets as buckets
 from . import dataset as dataset
 from . import encoding as encoding
 from . import format as format
+from . import handing as handing
 from . import journal as journal
 from . import pipeline as pipeline
 from . import planning as planning
