@@ -300,8 +300,8 @@ class SdScripts:
 
     def save(self, item: Item, path: Path) -> None:
         """Arrays latents, original_size (width, height), crop_ltrb and, of mirror images, latents_flipped."""
-        shift, factor = FAMILIES[self.family][1] if self.family == "flux" else Scaling(0.0, 1.0)
-        scaling, entry = Scaling(shift, factor), item.entry
+        scaling = FAMILIES["flux"][1] if self.family == "flux" else Scaling(0.0, 1.0)
+        entry = item.entry
         latents = scaling.scale(item.latents(item.moments))
         ending = "_{}x{}".format(*latents.shape[-2:]) if self.family in ("sd3", "flux") else ""
         arrays: dict[str, object] = {
@@ -463,4 +463,4 @@ def found_caches(paths: Iterable[Path]) -> list[str]:
 
 def _savez(path: Path, arrays: dict[str, object]) -> None:
     with path.open("wb") as file:  # given a path, NumPy adds a suffix to it
-        np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
+        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
