@@ -463,4 +463,5 @@ def found_caches(paths: Iterable[Path]) -> list[str]:
 
 def _savez(path: Path, arrays: dict[str, object]) -> None:
     with path.open("wb") as file:  # given a path, NumPy adds a suffix to it
-        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+        # newer NumPy has a keyword of its own, which no array is called
+        np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
