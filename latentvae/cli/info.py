@@ -1,9 +1,9 @@
-"""`latentvae info`: what a model is, or an .lvae file."""
+"""`latentvae info`: what a model is, an .lvae file, or a store of latents."""
 
 from pathlib import Path
 from typing import Any
 
-from latentvae import codec, models
+from latentvae import codec, models, store
 from latentvae.cli.options import Json, ModelArgument, SameModel, tell
 from latentvae.cli.session import read_sidecar
 
@@ -15,13 +15,18 @@ def info(
 ) -> None:
     """Print a model's config, parameters, compression ratio, channels and latent statistics.
 
-    Of a compressed image, IN.lvae: its model, quality and size.
+    Of a compressed image, IN.lvae: its model, quality and size. Of a store (a folder that `latentvae encode`
+    wrote): its images, its VAE, and what its latents are like.
     """
     # named here, because the sidecar is looked for under it
     model = model or same or models.loading.DEFAULT_MODEL
     if Path(model).suffix.lower() == ".lvae":
         file = codec.compression.describe(model)
         tell(file, _file_lines(file), json)
+        return
+    if (Path(model) / store.format.MANIFEST).is_file():
+        figures = _of_store(Path(model))
+        tell(figures, _store_lines(figures), json)
         return
     figures = models.loading.describe(models.loading.load(model))
     figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
@@ -75,3 +80,43 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         "in LDM's names, for other programs:",
         *(f"  {note}" for note in figures["other_programs"]),
     ]
+
+
+def _of_store(folder: Path) -> dict[str, Any]:
+    """A store's figures as JSON values."""
+    manifest = store.format.read_manifest(folder)
+    # stores of earlier versions have none, and reading their moments takes a while
+    statistics = manifest.statistics or store.statistics.compute(folder, manifest)
+    figures = manifest.model_dump(mode="json", exclude={"shards", "statistics"})
+    figures |= {"images": manifest.count, "shards": len(manifest.shards)}
+    if statistics is not None:
+        figures |= {"statistics": statistics.model_dump(), **store.statistics.unscaled(statistics, manifest)}
+    return figures
+
+
+def _store_lines(figures: dict[str, Any]) -> list[str]:
+    """The figures as aligned text, those of the latents as a table."""
+    policy, names = figures["preprocessing"], ("images", "shards", "dtype", "precision", "flips")
+    rows = {name: figures[name] for name in names} | {
+        "images are": policy["policy"] + (f" {policy['size']}" if policy["size"] else ""),
+        "weights_sha256": figures["weights_sha256"],
+        "scaling_factor": figures["scaling_factor"],
+        "shift_factor": figures["shift_factor"],
+    }
+    width = max(len(name) for name in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    if "statistics" not in figures:
+        return lines
+    statistics, percentiles = figures["statistics"], figures["statistics"]["percentiles"]
+    columns = {
+        "mean": statistics["mean"],
+        "std": statistics["std"],
+        **{f"{name} %": values for name, values in percentiles.items()},
+        "latents_mean": figures["latents_mean"],
+        "latents_std": figures["latents_std"],
+    }
+    lines += ["scaled latents by channel (latents_mean, latents_std: of unscaled ones, for a VAE's config):"]
+    lines += ["  channel" + "".join(f"  {name:>12}" for name in columns)]
+    for channel, values in enumerate(zip(*columns.values(), strict=True)):
+        lines.append(f"  {channel:>7}" + "".join(f"  {value:>12.4g}" for value in values))
+    return lines

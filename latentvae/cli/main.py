@@ -34,6 +34,8 @@ VERBS = {
     "verify": "Check every shard of a store against its hashes and its index; exit code 2 where something is "
     "wrong.",
     "shards": "Export a store's moments and captions as WebDataset shards: latents-000000.tar, and so on.",
+    "hand-over": "Write a store as the cache of another tool that trains on latents, and say what it cannot "
+    "take.",
     "compress": "Compress an image, or a folder; prints the bits per pixel of whole files, and what decoding "
     "them gives.",
     "decompress": "Decompress an image that `latentvae compress` wrote, or a folder of them, with the same "
@@ -64,7 +66,8 @@ ELSEWHERE = {"decompress": "compress"}  # verb -> module, where it has another n
 
 def load_verb(name: str) -> Any:
     """The Typer app of a verb; imports the verb's module."""
-    verb = getattr(import_module(f"latentvae.cli.{ELSEWHERE.get(name, name)}"), name)
+    function = name.replace("-", "_")
+    verb = getattr(import_module(f"latentvae.cli.{ELSEWHERE.get(name, function)}"), function)
     if isinstance(verb, typer.Typer):
         return verb
     alone = typer.Typer(add_completion=False)

@@ -2,9 +2,11 @@ from . import buckets as buckets
 from . import dataset as dataset
 from . import encoding as encoding
 from . import format as format
+from . import handing as handing
 from . import journal as journal
 from . import pipeline as pipeline
 from . import planning as planning
 from . import processes as processes
+from . import statistics as statistics
 from . import verification as verification
 from . import webdataset as webdataset

@@ -23,9 +23,10 @@ from latentvae.base.errors import ImageError, NoMemoryError
 from latentvae.images import captions
 from latentvae.images.reading import PathLike
 from latentvae.models.fingerprint import weight_hash
+from latentvae.models.latents import Scaling
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.store import format as layout
-from latentvae.store import planning
+from latentvae.store import planning, statistics
 from latentvae.store.format import DtypeName, Entry, Failure, Manifest, Row
 from latentvae.store.journal import Journal, joined, locked
 from latentvae.store.pipeline import Batch, Computer, Loader, feed
@@ -369,6 +370,7 @@ class Worker:
         try:
             pending.collect()
             tensors, entries = layout.assemble(pending.rows)
+            tensors |= statistics.summarize(tensors, entries, Scaling.of(self.settings))
             self.journal.write(pending.name, tensors, entries, pending.failures)
         except BaseException:
             self.failed = True

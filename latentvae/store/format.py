@@ -3,11 +3,13 @@
     store.json                  what all shards have in common, and the list of them: `Manifest`
     latents-00000.safetensors   moments, a tensor (N, 2C, h, w) for each latent size, and one more for the
                                 mirror images where they are stored (moments_flipped.32x48); in the metadata
-                                the keys of the rows: {"keys": '{"moments.32x48":["a.jpg",...]}'}
+                                the keys of the rows: {"keys": '{"moments.32x48":["a.jpg",...]}'};
+                                and what `statistics` adds up, a tensor (C, ...)
     latents-00000.jsonl         its images, sorted by key: `Entry`
     latents-00000.failed.jsonl  those that could not be encoded, if there are such: `Failure`
 
-All of it is format version 1. Shards written before keys stood in the metadata have none, nor have those of
+All of it is format version 1. Shards of earlier versions hold no statistics, nor then has `store.json` any.
+Shards written before keys stood in the metadata have none, nor have those of
 so many images that the header would be too long: they are as good as others (nothing but the repair of a
 damaged index looks there), and their tensors stay byte for byte until they are encoded again for another
 reason.
@@ -34,6 +36,7 @@ from latentvae.images.scans import Window
 from latentvae.images.tensors import Padding
 
 MANIFEST = "store.json"
+STATISTICS = "statistics"  # the name of a shard's tensor of them
 VERSION = 1  # to be raised when an earlier version of this package would read a store wrongly
 CANNOT_WRITE = (
     "{path} cannot be written ({reason}). Finished shards are intact: make room, or check the folder's "
@@ -58,6 +61,24 @@ class ShardRecord(BaseModel):
     failed_sha256: str | None = None
 
 
+class Statistics(BaseModel):
+    """What scaled latents are like, a figure for each channel; of all images of a store, mirror images not.
+
+    Attributes:
+        values: latent pixels, those of padding included.
+        mean, std: of posterior samples, expected over all draws.
+        percentiles: by percent, such as "99.9": of one draw for each image, to about 1 % of their size.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: int
+    values: int
+    mean: list[float]
+    std: list[float]
+    percentiles: dict[str, list[float]]
+
+
 class Manifest(BaseModel):
     """All that the shards have in common. Latents in the store are unscaled moments (see `latents`)."""
 
@@ -75,6 +96,7 @@ class Manifest(BaseModel):
     flips: bool  # whether each image's mirror image was encoded too
     batch_size: int  # recorded, because what shares a batch moves the last bits of bf16 moments
     shard_size: int
+    statistics: Statistics | None = None  # None: no images, or shards of an earlier version
     shards: list[ShardRecord] = Field(default_factory=list)
 
     @property
@@ -137,7 +159,9 @@ def write_manifest(store: str | Path, manifest: Manifest) -> None:
 
 def to_bytes(manifest: Manifest) -> bytes:
     """The manifest as it is in its file."""
-    return manifest.model_dump_json(indent=1).encode() + b"\n"
+    # without a null, so that what earlier versions wrote stays as it is
+    left_out = {"statistics"} if manifest.statistics is None else None
+    return manifest.model_dump_json(indent=1, exclude=left_out).encode() + b"\n"
 
 
 def model_config(vae: AutoencoderKL) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from latentvae.base.errors import StoreError
 from latentvae.base.files import explained, partial_path, whole_file
 from latentvae.store import format as layout
+from latentvae.store import statistics
 from latentvae.store.format import MANIFEST, Entry, Failure, Manifest, ShardRecord, read_manifest
 
 LOCK = ".lock"
@@ -177,7 +178,7 @@ class Journal:
                 layout.place_shard(self.store, record)
         for partial in [*self.store.glob(".*.partial"), *self.folder.glob(".*.partial")]:
             partial.unlink()
-        layout.write_manifest(self.folder, settings.model_copy(update={"shards": []}))
+        layout.write_manifest(self.folder, settings.model_copy(update={"shards": [], "statistics": None}))
 
     def records(self) -> dict[str, ShardRecord]:
         """The newest record of each shard by name, in the order of their numbers."""
@@ -214,7 +215,9 @@ class Journal:
     def finish(self, settings: Manifest, names: Sequence[str]) -> Manifest:
         """Write the manifest with these shards, delete all others, and end the journal."""
         records = self.records()
-        manifest = settings.model_copy(update={"shards": [records[name] for name in names]})
+        shards = [records[name] for name in names]
+        figures = statistics.of_store(self.store, shards)
+        manifest = settings.model_copy(update={"shards": shards, "statistics": figures})
         path = self.store / MANIFEST
         # a run that had nothing to do leaves even the time of the manifest as it was
         if not path.exists() or path.read_bytes() != layout.to_bytes(manifest):

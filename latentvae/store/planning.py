@@ -163,7 +163,7 @@ def _check_same(store: Path, old: Manifest, new: Manifest) -> None:
     Raises:
         StoreError: says what differs.
     """
-    names = [name for name in Manifest.model_fields if name != "shards"]
+    names = [name for name in Manifest.model_fields if name not in ("shards", "statistics")]
     differing = [name for name in names if getattr(old, name) != getattr(new, name)]
     if "weights_sha256" in differing or {"config", "scaling_factor", "shift_factor"} & set(differing):
         raise StoreError(

@@ -16,7 +16,7 @@ from latentvae.images.reading import PathLike
 from latentvae.models.latents import Posterior
 from latentvae.store import format as layout
 from latentvae.store.dataset import StoreReader, decoded_images, original_image
-from latentvae.store.format import Entry, Manifest, ShardRecord
+from latentvae.store.format import STATISTICS, Entry, Manifest, ShardRecord
 from latentvae.store.journal import FOLDER
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # as safetensors calls them
@@ -76,7 +76,8 @@ def _check_content(
             layout.read_failures(folder, record.name),
         )
         with safe_open(tensors, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if name != STATISTICS]  # noqa: SIM118
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
             dtypes = {file.get_slice(name).get_dtype() for name in shapes}
             named = (file.metadata() or {}).get("keys")  # None in shards of earlier versions
     except (StoreError, SafetensorError, OSError) as error:
