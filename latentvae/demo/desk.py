@@ -17,7 +17,8 @@ from latentvae.demo import views
 from latentvae.demo.guard import Limits, Photo, guarded, read_photo
 from latentvae.demo.loaded_models import Models
 from latentvae.demo.on_page import Copied, on_page
-from latentvae.images.reading import FORMATS, load_image
+from latentvae.images.kinds import FORMATS
+from latentvae.images.reading import load_image
 from latentvae.images.resizing import thumbnail
 from latentvae.models.loading import SAMPLE_PICTURE
 
@@ -109,7 +110,7 @@ class Desk:
         )
         # gradio would open the file, and fail on a bad one without a word; `LocalBlocks` has checked its
         # path. (Of this one alone: for a class derived from a component gradio writes a file beside it.)
-        photo.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+        photo.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign, assignment, return-value]
         if offer_example:
             button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
             # past the queue: it computes nothing

@@ -71,5 +71,6 @@ def make_theme() -> gr.themes.Base:
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
-    theme.color_accent_dark = "*primary_300"  # of words, too: the open tab's; gradio has no argument for it
+    # of words, too: the open tab's; gradio has no argument for it
+    theme.color_accent_dark = "*primary_300"  # type: ignore[attr-defined]
     return theme
