@@ -264,7 +264,8 @@ def seeded_noise(shape: tuple[int, ...], seed: int, key: str, number: int) -> to
         key: tells apart what would otherwise get the same noise, such as images.
         number: of the draw: more draws do not change the first ones.
     """
-    digest = hashlib.sha256(f"{seed} {number} {key}".encode()).digest()
+    # keys may be names of files that are not UTF-8
+    digest = hashlib.sha256(f"{seed} {number} {key}".encode(errors="surrogateescape")).digest()
     # 63 bits: torch takes a seed as a signed 64-bit number
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator)

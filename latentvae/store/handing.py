@@ -9,11 +9,13 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple, Protocol
 
@@ -450,7 +452,8 @@ def ai_toolkit_bucket(size: Size, resolution: int) -> Size:
 def found_caches(paths: Iterable[Path]) -> list[str]:
     """What `encode` makes of sd-scripts' caches below folders of images, a line for each kind."""
     counts, samples = Counter[str](), dict[str, Path]()
-    for path in (path for folder in paths if folder.is_dir() for path in folder.rglob("*.npz")):
+    walks = chain.from_iterable(os.walk(folder) for folder in paths)  # what it cannot enter, it leaves out
+    for path in (Path(folder, name) for folder, _, names in walks for name in sorted(names)):
         if match := _SD_SCRIPTS.fullmatch(path.name):
             counts[match[1]] += 1
             samples.setdefault(match[1], path)

@@ -632,7 +632,7 @@ def test_train_prints_where_the_export_is(latentvae_command, tmp_path):
     assert plain.code == 0
     assert plain.out.strip().endswith("latentvae reconstruct --model plain/vae")
     as_json = latentvae_command("train", "-c", "tiny", *settings(**values, output="json"), "--json")
-    assert as_json.json() == {"export": "json/vae", "output": "json"}
+    assert as_json.json() == {"export": "json/vae", "output": "json", "left_out": {}}
     assert Path("json/vae/config.json").is_file()
 
 

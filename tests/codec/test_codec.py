@@ -163,7 +163,8 @@ def test_higher_quality_takes_more_bytes_and_comes_closer(vae):
     assert errors == sorted(errors, reverse=True)
 
 
-def test_the_help_says_which_way_quality_is_better(capsys):
+def test_the_help_says_which_way_quality_is_better(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # words in one line
     with pytest.raises(SystemExit, match="0"):
         main(["compress", "--help"])
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())

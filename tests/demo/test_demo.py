@@ -261,7 +261,7 @@ def test_pictures_have_names_and_the_page_says_what_it_is(page: Any) -> None:
     shown = [
         each["props"]
         for each in page.config["components"]
-        if each["type"] in ("image", "imageslider") and not each["props"]["interactive"]
+        if each["type"] in ("image", "imageslider") and each["props"].get("interactive") is False
     ]
     assert {each["elem_id"]: each["label"] for each in shown} == named
     assert len(named) == len(shown) > 6  # each has an id of its own

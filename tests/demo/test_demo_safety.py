@@ -112,7 +112,7 @@ def test_a_long_animation_is_refused(client: Client, tmp_path: Path) -> None:
         (
             "drawing.svg",
             b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-            "no image",
+            "an SVG drawing, which is not read",
         ),
         ("empty.png", b"", "empty"),
         ("script.html", b"<script>alert(1)</script>", "no image by its content"),

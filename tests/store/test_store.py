@@ -274,7 +274,7 @@ def test_verbs(app: typer.Typer, tmp_path: Path) -> None:
     assert json.loads(result.stdout) | {"store": "", "seconds": 0} == {
         "store": "", "images": 3, "encoded": 0, "failures": [], "vanished": [], "dropped": [],
         "repaired": [], "seconds": 0, "waiting": 0.0, "images_per_second": 0.0,
-        "captions": [], "unclaimed": [],
+        "captions": [], "unclaimed": [], "left_out": {},
     }  # fmt: skip
     (photos / "3.png").write_bytes(b"broken")
     (photos / os.fsdecode(b"\xff.png")).write_bytes(b"broken")

@@ -16,7 +16,7 @@ def test_resume_is_advised_where_there_is_something_to_resume(
 ) -> None:
     if saved:
         (tmp_path / "step-00000002").mkdir()
-    state = SimpleNamespace(step=3, bad_steps=5)
+    state = SimpleNamespace(step=3, bad_steps=5, vae=SimpleNamespace(state_dict=dict))
     run: Any = SimpleNamespace(
         state=state, checkpoints=tmp_path, config=SimpleNamespace(train=SimpleNamespace(max_bad_steps=5))
     )
