@@ -46,7 +46,7 @@ def agree(
     channels = image_channels(vaes[0])  # even without photos: the picture is drawn of images too
     if photos:
         files = session.find_images(photos)
-        centres = [image for _, image in session.read_centres(files, channels, size)]
+        centres = [image for _, image in session.read_centres(files, vaes[0], size)]
     else:
         centres = agreement.probe_images(channels)
     scale_of = models.latents.Scaling.of

@@ -223,7 +223,7 @@ class _Compression:
             result |= {"lpips_net": summary.protocol.lpips_net, "notes": list(summary.notes)}
             lines = [*_table(self.rows, self.rival is not None, output), "", *lines]
             lines += [f"note: {note}" for note in summary.notes]
-        tell({**result, "skipped": self.session.skipped}, lines, self.session.json)
+        tell({**result, **self.session.passed_over}, lines, self.session.json)
 
 
 def _rivals(lpips: measure.lpips.LPIPS, original: torch.Tensor, wanted: float) -> dict[str, int | None]:

@@ -117,8 +117,10 @@ def _read_probes(
     if channels not in (1, 3) and named:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
     found = named or [models.loading.SAMPLE_PICTURE]
-    paths = session.find_images(found) if channels in (1, 3) else []
-    centres = session.read_centres(paths, channels, size)
+    # the sample picture is a photograph, and no measurement
+    readable = channels in (1, 3) and (named or models.loading.window_of(session.vae) is None)
+    paths = session.find_images(found) if readable else []
+    centres = session.read_centres(paths, session.vae, size)
     # the sample picture lies in the package: its folder says nothing to people
     probes = {str(path) if named else path.name: image for path, image in centres}
     return {**probes, **measure.diagnosis.synthetic_probes(channels, size)}, len(probes)

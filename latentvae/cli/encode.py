@@ -78,8 +78,9 @@ def encode(
     Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
     A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
     """
-    for line in store.handing.found_caches(photos):
-        typer.echo(line, err=True)
+    if os.environ.get("RANK", "0") == "0":  # the first process speaks for all
+        for line in store.handing.found_caches(photos):
+            typer.echo(line, err=True)
     vae, weights = _prepare(session)
     # a batch holds at most so many pixels, however large its images are
     threads = threads or runtime.memory.batches_at_once(vae, 512, 512 * (batch_size or 8))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latentvae import measure, models, training
+from latentvae import images, measure, models, training
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
@@ -66,7 +66,7 @@ def export(
     models.licences.check_licence(licence)
     vae, state = _load_any(source, ema)
     said = {"name": name, "licence": licence, "trained_on": trained_on}
-    provenance = _provenance(state, base_model, training, metrics, said)
+    provenance = _provenance(state, base_model, training, metrics, said, models.loading.window_of(vae))
     if push_to_hub:
         # before the statistics: what the hub would refuse costs no minutes
         models.publishing.check_publishable(push_to_hub, provenance)
@@ -87,7 +87,7 @@ def export(
     )
     url = _upload(folder, push_to_hub, subfolder, private)
     figures = statistics.as_dict() if statistics else None
-    result = {"export": str(folder), "latent_statistics": figures, "hub": url}
+    result = {"export": str(folder), "latent_statistics": figures, "hub": url, **session.passed_over}
     exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # with its own factors
     notes = [*models.formats.programs.program_notes(exported), *_unlinked(provenance)]
     notes += [f"Uploaded to {url}."] if url else []
@@ -116,6 +116,7 @@ def _provenance(
     training: str | None,
     metrics: Path | None,
     said: dict[str, str],
+    window: images.scans.Window | None,
 ) -> models.card.Provenance:
     """For the card: what people say, and else what a run's `state` knows."""
     config = state.get("config", {})
@@ -125,7 +126,7 @@ def _provenance(
         training=training or (f"{state['step']} steps" if state else "not stated"),
         metrics=_read_metrics(metrics) if metrics else {},
         config=config,
-        intensity_range=config.get("data", {}).get("range"),
+        intensity_range=(window.low, window.high) if window else None,
         **said,
     )
 
@@ -167,7 +168,10 @@ def _load_any(source: str, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
 def _load_checkpoint(checkpoint: Path, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
     """The model in a checkpoint, and its state.json."""
     vae = models.loading.load(checkpoint / ("ema.safetensors" if ema else "model.safetensors"))
-    return vae, json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    limits = state["config"]["data"].get("range")  # missing in checkpoints of earlier versions
+    models.loading.set_window(vae, images.scans.Window(*limits) if limits else None)
+    return vae, state
 
 
 def _measure(

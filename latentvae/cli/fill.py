@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from tqdm import tqdm
 
-from latentvae import images, runtime
+from latentvae import images, models, runtime
 from latentvae.base.errors import ImageError
 from latentvae.base.files import make_folder
 from latentvae.cli.options import OUTPUT, Seed, output_folder, tell
@@ -67,7 +67,7 @@ def fill(
     """
     vae = session.load()
     # (1, C, H, W); (H, W); as images, or None
-    known, missing, complete = _read_inputs(image_channels(vae), image, mask, original)
+    known, missing, complete = _read_inputs(vae, image, mask, original)
     height, width = known.shape[-2:]
     # before anything is written: a refusal leaves no folder
     side = tile_size or _fitting_side(session, image, height, width, method)
@@ -84,17 +84,17 @@ def fill(
 
 
 def _read_inputs(
-    channels: int, image: Path, mask: Path, original: Path | None
+    vae: AutoencoderKL, image: Path, mask: Path, original: Path | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The image (1, C, H, W), which pixels are missing (H, W), and the complete image where there is one.
 
     Raises:
         ImageError: one that cannot be read, or is of another size than the image.
     """
-    load = images.reading.load_image
-    known, missing = load(image, channels=channels)[None], _load_mask(mask)
+    channels, window = image_channels(vae), models.loading.window_of(vae)
+    known, missing = images.scans.load(image, channels, window)[0][None], _load_mask(mask)
     _check_size(image, known, mask, missing)
-    complete = None if original is None else load(original, channels=channels)[None]
+    complete = None if original is None else images.scans.load(original, channels, window)[0][None]
     if complete is not None:
         _check_size(image, known, original, complete[0, 0])
     return known, missing, complete

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from latentvae import images, runtime, store
+from latentvae import runtime, store
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_local, make_folder
 from latentvae.base.optional import need
@@ -139,7 +139,7 @@ def _read(session: Session, source: Path, size: int | None) -> priors.latent_set
         if session.model is not None:  # a check: the latents alone are learned from
             load_same_model(session, store.dataset.LatentDataset(source))
         return latents
-    images.reading.find_images(source)  # its error says what was wanted
+    session.find_images([source])  # its error says what was wanted
     if size is None:
         raise LatentVAEError(f"{source} is a folder of images: say at what --size to crop and encode them.")
     # the prior keeps no images, so the store is of no use after it

@@ -113,18 +113,16 @@ class Session:
             # outside of `try`: what a verb raises over its image is not an error of reading
             yield path, image, info
 
-    def read_centres(
-        self, paths: list[Path], channels: int, size: int
-    ) -> "Iterator[tuple[Path, torch.Tensor]]":
-        """(path, centre) of each file that can be read: at most `size` x `size` pixels, (1, C, h, w).
+    def read_centres(self, paths: list[Path], vae: Any, size: int) -> "Iterator[tuple[Path, torch.Tensor]]":
+        """(path, centre) of each file, read as `vae` takes it: at most `size` x `size` pixels, (1, C, h, w).
 
         Raises:
             LatentVAEError: none can be read.
         """
-        found = 0
+        found, window = 0, models.loading.window_of(vae)
         for path in paths:
             try:
-                image = images.reading.load_image(path, channels=channels)
+                image, _ = images.scans.load(path, image_channels(vae), window)
             except ImageError as error:
                 self.skip(path, error)
                 continue

@@ -22,7 +22,7 @@ import torch
 from gradio.utils import get_upload_folder
 from starlette.responses import JSONResponse
 
-from latentvae.base.errors import ImageError, LatentVAEError
+from latentvae.base.errors import ImageError, LatentVAEError, TooManyPixels
 from latentvae.images.reading import ImageInfo, load_image_with_info
 
 logger = logging.getLogger(__name__)
@@ -283,9 +283,8 @@ def read_photo(path: str | None, limits: Limits, channels: int = 3, *, shrunk: b
     most = limits.photo_pixels if shrunk else limits.pixels
     try:
         image, info = load_image_with_info(data, name=name, max_pixels=most, channels=channels)
-    except ImageError as error:  # what a visitor cannot do is no advice
-        advice = str(error).replace("raise max_pixels if you trust the file", OWN_MACHINE)
-        raise ImageError(advice) from error
+    except TooManyPixels as error:
+        raise ImageError(f"{error}, or {OWN_MACHINE}") from error
     limits.check_side(name, info.width, info.height)
     if info.frames > limits.frames:
         raise ImageError(

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from latentvae.base.errors import ImageError
+from latentvae.images import tiffs
 from latentvae.images.kinds import FORMATS
+from latentvae.images.pixels import check_size
 from latentvae.images.reading import MAX_PIXELS, ImageInfo, PathLike, load_image_with_info
 from latentvae.images.saving import save_image, save_picture
 from latentvae.images.tensors import channels_first_tensor
@@ -50,14 +52,21 @@ class Window:
         return images.double().clamp(-1, 1).add(1).mul((self.high - self.low) / 2).add(self.low).float()
 
 
-def read_samples(source: PathLike | bytes, name: str = "image bytes") -> tuple[np.ndarray, ImageInfo]:
+def read_samples(
+    source: PathLike | bytes, name: str = "image bytes", max_pixels: int = MAX_PIXELS
+) -> tuple[np.ndarray, ImageInfo]:
     """The samples (H, W) of a one-channel image file, as they are in it.
 
     Raises:
-        ImageError: colour, or no image that can be read.
+        ImageError: colour, or no image that can be read; TooManyPixels: it has more than `max_pixels`.
     """
     name = name if isinstance(source, bytes) else str(source)
     try:
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            found = tiffs.read_samples(file, name, max_pixels)
+        if found is not None:
+            samples, info = found, ImageInfo(found.shape[1], found.shape[0], str(found.dtype), "TIFF")
+            return _finite(samples, name), info
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
         ) as image:
@@ -66,15 +75,20 @@ def read_samples(source: PathLike | bytes, name: str = "image bytes") -> tuple[n
                     f"{name} has the mode {image.mode}, and an intensity range is of one channel of numbers: "
                     "convert it to grey, or leave data.range out"
                 )
+            check_size(name, *image.size, max_pixels)
             samples = np.asarray(image)
             info = ImageInfo(image.width, image.height, image.mode, image.format or "")
     except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
         raise ImageError(f"{name} cannot be read: {error}. Replace the file, or leave it out") from error
+    return _finite(samples, name), info
+
+
+def _finite(samples: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise ImageError(f"{name} holds NaN or infinite samples: replace them, or leave the file out")
-    return samples, info
+    return samples
 
 
 def load(
@@ -91,7 +105,7 @@ def load(
     """
     if window is None:
         return load_image_with_info(source, name=name, channels=channels, max_pixels=max_pixels)
-    samples, info = read_samples(source, name)
+    samples, info = read_samples(source, name, max_pixels)
     slack = (window.high - window.low) / window.steps / 2  # what rounding moves is not clipped
     outside = float(np.mean((samples < window.low - slack) | (samples > window.high + slack)))
     if outside:

@@ -72,6 +72,27 @@ def is_beyond_pillow(file: IO[bytes]) -> bool:
         return False
 
 
+def read_samples(file: IO[bytes], path: object, max_pixels: int) -> np.ndarray | None:
+    """The samples (H, W) of a one-channel TIFF, of any type, as they are; None where it is for Pillow to try.
+
+    Pillow turns the bytes of packed big-endian ones twice, and refuses whole numbers of 32 bits.
+    """
+    if not is_tiff(file.read(16)):
+        return None
+    import tifffile  # as long to import as all of Pillow, and wanted for few files
+
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        page: Any = tiff.pages[0]
+        # one channel in which black is zero; what else there is, Pillow knows
+        usual = page.photometric == 1 and page.bitspersample >= 8 and page.imagedepth == 1
+        if page.samplesperpixel != 1 or not usual or page.compression not in PLAIN | DEFLATE | PACKBITS:
+            return None
+        check_size(path, page.imagewidth, page.imagelength, max_pixels)
+        _check_inflation(page, file, path)
+        return np.asarray(page.asarray()).reshape(page.imagelength, page.imagewidth)
+
+
 def read_tiff(file: IO[bytes], path: object, max_pixels: int) -> Picture | None:
     """The first page, whose samples stay as deep as they are; None where it is for Pillow to try.
 

@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.images.tensors import crop_padding, pad_to_multiple
 from latentvae.measure.lpips import LPIPS
 from latentvae.measure.metrics import Metrics, MetricsSummary
+from latentvae.models.loading import window_of
 from latentvae.models.spaces import Autoencoder, decode_scaled, encode_scaled, latent_shape
 
 # who encodes, then who decodes
@@ -114,7 +116,9 @@ def compare_spaces(
             f"{other[0]} at 1/{other[1]}: they cannot be one latent space."
         )
     models = {"student": student, "teacher": teacher}
-    metrics = {way: Metrics(lpips=lpips, lpips_missing_reason=lpips_missing_reason) for way in ways}
+    window = window_of(student) if isinstance(student, AutoencoderKL) else None
+    steps = window.steps if window else 255
+    metrics = {way: Metrics(lpips, lpips_missing_reason, steps=steps) for way in ways}
     moments = _Moments(channels)
     for name, image in images:
         padded, padding = pad_to_multiple(image[None], ratio)

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from latentvae.base.errors import StoreError
-from latentvae.base.files import whole_file
+from latentvae.base.files import local, whole_file
 from latentvae.models.latents import Posterior, Scaling, seeded_noise
 from latentvae.store.dataset import StoreReader, caption, label
 from latentvae.store.format import Entry, Manifest
@@ -191,7 +191,7 @@ def _tool(to: ToolName, manifest: Manifest, family: Family | None) -> Tool:
 
 def _below(key: str) -> PurePosixPath:
     """A key as a path below a folder; a store may come from anywhere."""
-    path = PurePosixPath(key)
+    path = PurePosixPath(local(key))
     if path.is_absolute() or ".." in path.parts or not path.name or "\0" in key or Path(key).drive:
         raise Untaken("its key is no path below a folder")
     return path
@@ -270,11 +270,15 @@ class SdScripts:
             *_factors(manifest, family, "sd-scripts"),
         ]
         size = self.policy.size
+        buckets = (
+            f"resolution = {size}, enable_bucket = true, min_bucket_reso = {LEAST}, "
+            f"max_bucket_reso = {MOST}, bucket_reso_steps = {STEP}, bucket_no_upscale = false, "
+            "cache_latents_to_disk = true"
+        )
         self.settings = {
             "centre-crop": f"resolution = {size}, enable_bucket = false, cache_latents_to_disk = true",
-            "size": f"resolution = {size}, enable_bucket = true, min_bucket_reso = {LEAST}, "
-            f"max_bucket_reso = {MOST}, bucket_reso_steps = {STEP}, bucket_no_upscale = false, "
-            "cache_latents_to_disk = true",
+            "size": buckets,
+            "size-no-upscale": buckets,  # it enlarges small images, which are left to it
             "as-is": f"enable_bucket = true, bucket_no_upscale = true, bucket_reso_steps = {RATIO}, a "
             "resolution of as many pixels as the largest image has, cache_latents_to_disk = true",
         }[self.policy.policy]
@@ -283,8 +287,8 @@ class SdScripts:
     def place(self, entry: Entry) -> Path:
         """NAME_WWWWxHHHH_FAMILY.npz with the size of the image file; NAME has no suffix."""
         key = _below(entry.key)
-        if any("EXIF orientation" in note for note in entry.notes):
-            raise Untaken("sd-scripts does not turn images by their EXIF orientation")
+        if any(" orientation " in note for note in entry.notes):  # of EXIF or XMP
+            raise Untaken("sd-scripts does not turn images by their orientation")
         _same(entry, *self._geometry((entry.width, entry.height)))
         return Path(key.with_name(f"{key.stem}_{entry.width:04d}x{entry.height:04d}_{self.family}.npz"))
 

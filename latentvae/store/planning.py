@@ -171,6 +171,13 @@ def _check_same(store: Path, old: Manifest, new: Manifest) -> None:
             f"{old.scaling_factor:g}; this one has {new.weights_sha256[:12]}, {new.scaling_factor:g}). Name "
             "that VAE with --model, or another folder."
         )
+    versions = old.preprocessing.version, new.preprocessing.version
+    if differing == ["preprocessing"] and versions[0] != versions[1]:
+        raise StoreError(
+            f"{store} was made by another version of latentvae, which reads some image files to other pixels "
+            f"(preprocessing {versions[0]}; this is {versions[1]}). It is read and verified as ever; to add "
+            "to it or repair it, encode into another folder."
+        )
     if differing:
         was, came = (_listed(differing, manifest) for manifest in (old, new))
         raise StoreError(

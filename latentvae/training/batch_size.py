@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from latentvae.base.errors import ConfigError
 from latentvae.training.checks import check_values
 from latentvae.training.config import Config
 from latentvae.training.data.batches import CropBatch
@@ -58,6 +59,8 @@ def find_batch_size(config: Config) -> BatchFit:
             trial.distil.linear_start = False
         trial.adversarial.disc_start = 0  # the run's largest step, not its first
         run = set_up(trial, None)
+        if run.accelerator.num_processes > 1:  # each would judge by its own memory, and wait for the others
+            raise ConfigError("--find-batch-size measures one process: call it without a launcher")
         each, fixed = _measure(run)
     memory = total_memory()
     return BatchFit(max(1, int((SHARE * memory - fixed) // each)), each, fixed, memory)

@@ -33,7 +33,7 @@ from latentvae.training.step import optimizer_step
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 20.0  # seconds after a request to stop; launchers kill after 30
+STOP_WAIT = 20.0  # seconds after a request to stop; launchers kill after 30
 SAME_SIGNAL = 2.0  # seconds in which launchers forward what their processes got as well
 
 
@@ -61,7 +61,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     run = set_up(config, resume)
     with status(run), stop_on_signal(run.stop), advice_on_memory(run), advice_on_compiling():
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
-        run.batches.while_waiting = Patience(run, clock)
+        run.batches.while_waiting = StopWhileWaiting(run, clock)
         loop(run, run.batches, clock)
         # 3. Export the averaged weights: all measure, one writes.
         run.validation.export(run.state, run.folder, run.record.seconds)
@@ -237,11 +237,11 @@ class StoppedWaitingError(LatentVAEError):
     """A run was asked to stop while it waited for images."""
 
 
-class Patience:
+class StopWhileWaiting:
     """Heeds a request to stop while a batch is waited for, which may be for ever.
 
     One process stops at once. Of several, the others may wait for this one's gradients and cannot save with
-    it; so it stays PATIENCE seconds, then ends them all.
+    it; so it stays STOP_WAIT seconds, then ends them all.
 
     Raises:
         StoppedWaitingError: the state is that of the last step.
@@ -256,7 +256,7 @@ class Patience:
             return
         self.asked = min(self.asked, time.monotonic())
         waited = time.monotonic() - self.asked
-        if self.run.accelerator.num_processes == 1 or waited > PATIENCE:
+        if self.run.accelerator.num_processes == 1 or waited > STOP_WAIT:
             saved = checkpoint.listing(self.run.checkpoints)
             kept = f"{saved[-1]} is intact" if saved else "nothing had been saved before"
             raise StoppedWaitingError(

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from latentvae.base.errors import ConfigError
 from latentvae.models.latents import Posterior
-from latentvae.models.loading import cast, load, spatial_compression_ratio
+from latentvae.models.loading import cast, load, spatial_compression_ratio, window_of
 from latentvae.models.presets import build, nearest
 from latentvae.models.spaces import Autoencoder, latent_shape
 from latentvae.training.config import Config
@@ -35,6 +35,7 @@ def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Teacher
     # fp32 whatever a file holds: bf16 master weights would round most of a small update away
     cast(vae.to(device), config.train.dtype).to(memory_format=config.train.memory_format)
     _check_crop(config, vae)
+    _check_range(config, vae)
     teacher = None
     if model.teacher is not None:
         teacher = Teacher.load(config, device)
@@ -57,6 +58,22 @@ def _check_crop(config: Config, vae: AutoencoderKL) -> None:
         raise ConfigError(
             f"data.crop={crop} is not a multiple of the compression ratio {ratio} of {config.model.init}; "
             f"use {(crop // ratio + 1) * ratio}."
+        )
+
+
+def _check_range(config: Config, vae: AutoencoderKL) -> None:
+    """A parent's channels and intensity range are known only once it is loaded."""
+    stated, channels = window_of(vae), vae.config["in_channels"]
+    limits = config.data.range
+    if limits is not None and channels != 1:
+        raise ConfigError(
+            f"data.range={list(limits)} is of one channel, and {config.model.init} has {channels}: leave "
+            "data.range out, or begin from a model of one channel"
+        )
+    if stated is not None and limits is None:
+        raise ConfigError(
+            f"{config.model.init} was trained on samples from {stated}, and data.range is not set: images "
+            f"would be read as photographs. Add --set data.range=[{stated.low:g},{stated.high:g}], or another"
         )
 
 

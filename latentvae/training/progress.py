@@ -73,7 +73,7 @@ def stalled(points: Sequence[Point], patience: int) -> bool:
     before, recent = points[:-patience], points[-patience:]
     if not before or len(recent) < patience:
         return False
-    figure = "psnr" if recent[-1].lpips is None else "lpips"
+    figure = "psnr" if any(point.lpips is None for point in points) else "lpips"
     best = max(point.value(figure) for point in before)
     return max(point.value(figure) for point in recent) - best <= NOTICED[figure]
 

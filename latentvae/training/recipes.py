@@ -41,14 +41,17 @@ def load_config(source: str | Path | None, settings: list[str] | None = None) ->
     """
     tree = _read(source) if source is not None else {}
     # what a schedule was chosen for, before settings say otherwise
-    length = (tree.get("train") or {}).get("max_steps", TrainConfig().max_steps)
+    section = tree.get("train")
+    length = section.get("max_steps") if isinstance(section, dict) else None
     for setting in settings or []:
         _apply(tree, setting)
     try:
         config = Config.model_validate(tree)  # first, for all wrong types and unknown keys at once
         given = {setting.partition("=")[0].strip() for setting in settings or []}
         if "train.max_steps" in given:
-            _follow_length(config, length, given)
+            # what is no number of steps is said of the file, and not here
+            chosen = length if isinstance(length, int) and length > 0 else TrainConfig().max_steps
+            _follow_length(config, chosen, given)
         check_values(config)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error

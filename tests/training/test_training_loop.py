@@ -501,7 +501,7 @@ def test_a_request_to_stop_is_heeded_while_images_are_waited_for(photos, tmp_pat
         return take(*arguments)
 
     monkeypatch.setattr(loop, "take", take_and_ask)
-    monkeypatch.setattr(loop, "PATIENCE", 0.05)
+    monkeypatch.setattr(loop, "STOP_WAIT", 0.05)
     if processes == 1:
         with pytest.raises(TrainingInterrupted, match="by a signal") as stop:
             train(run.config)

@@ -139,7 +139,7 @@ def _entries(folder: str, real: str, top: str, visited: set[str]) -> list[str]:
             name = entry.name
             if name.startswith("."):
                 continue
-            suffix = f".{name.rpartition('.')[2].lower()}"
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""
             wanted = suffix in ARCHIVES or is_image_name(suffix)
             if wanted and entry.is_file():  # by the listing itself, but for links
                 files.append(name)

@@ -162,7 +162,7 @@ def left_out(*specs: str | Path | None) -> Counter[str]:
     counted = Counter[str]()
     for folder in {part.resolve() for spec in specs if spec is not None for part in parts(spec)}:
         if folder.is_dir():
-            list_files(folder, PACKED, counted)
+            list_files(folder, (*PACKED, ".arrow"), counted)
     return counted
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import ConfigError
 from latentvae.base.files import make_folder, whole_file
+from latentvae.images.resizing import PREPROCESSING_VERSION
 from latentvae.images.tensors import as_floats, from_uint8, to_uint8
 from latentvae.training.config import Config
 
@@ -136,6 +137,7 @@ def provenance(source: Any, config: Config, teacher: str, ratio: int) -> dict[st
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
     return {
         "teacher": teacher,
+        "preprocessing": PREPROCESSING_VERSION,
         "space": config.model.space,
         "logvar": config.distil.logvar,
         "ratio": ratio,
