@@ -25,45 +25,58 @@ TILED_MEMORY = 1e9
 SHOWN = 20  # vanished, dropped or damaged ones, and captions, that are named; --json has all
 
 
+NoUpscale = Annotated[
+    bool,
+    typer.Option(
+        "--no-upscale",
+        help="With --size: smaller images keep their size, cropped to multiples of 8 latents (64 px).",
+    ),
+]
+
+
+Size = Annotated[
+    int | None,
+    typer.Option(
+        help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
+    ),
+]
+
+
+Rehash = Annotated[
+    bool,
+    typer.Option("--rehash", help="Read all files again: finds those replaced at the same size and time."),
+]
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE"),
+]
+
+
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
+]
+
+
 @takes("model", ..., "device", "precision", "json")
 def encode(
     session: Session,
     photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
-    folder: Annotated[
-        Path,
-        typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE"),
-    ],
+    folder: Folder,
     dtype: Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")] = "bf16",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
-        ),
-    ] = None,
+    size: Size = None,
     crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
-    no_upscale: Annotated[
-        bool,
-        typer.Option(
-            "--no-upscale",
-            help="With --size: smaller images keep their size, cropped to multiples of 8 latents (64 px).",
-        ),
-    ] = False,
+    no_upscale: NoUpscale = False,
     flips: Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")] = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
-    ] = None,
+    batch_size: BatchSize = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
     ] = False,
-    rehash: Annotated[
-        bool,
-        typer.Option(
-            "--rehash", help="Read all files again: finds those replaced at the same size and time."
-        ),
-    ] = False,
+    rehash: Rehash = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
     ] = False,

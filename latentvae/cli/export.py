@@ -19,28 +19,53 @@ if TYPE_CHECKING:
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository. Default: nowhere."),
+]
+
+
+ProgramOption = Annotated[
+    Program | None,
+    typer.Option("--for", help="Add PROGRAM.safetensors, folded as this program reads it right."),
+]
+
+
+Source = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Run folder, checkpoint folder, or any model.")
+]
+
+
+Images = Annotated[
+    Path | None, typer.Option(help="Images for the latent statistics of a model trained from scratch.")
+]
+
+
+Licence = Annotated[
+    str, typer.Option(help="Of the weights, for the card: an identifier of the hub, such as mit.")
+]
+
+
+TrainedOn = Annotated[str, typer.Option(help="The data and its terms, for the model card.")]
+
+
+Metrics = Annotated[
+    Path | None, typer.Option(help="Output of `latentvae evaluate --json`, for the model card.")
+]
+
+
 @takes(..., "json")
 def export(
     session: Session,
-    source: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Run folder, checkpoint folder, or any model.")
-    ],
+    source: Source,
     output: Annotated[Path, output_folder("Folder to write; becomes the model.")] = Path("vae"),
-    images: Annotated[
-        Path | None, typer.Option(help="Images for the latent statistics of a model trained from scratch.")
-    ] = None,
+    images: Images = None,
     ema: Annotated[bool, typer.Option(help="Averaged weights rather than the last ones.")] = True,
     name: Annotated[str, typer.Option(help="For the model card.")] = "latentvae model",
-    licence: Annotated[
-        str, typer.Option(help="Of the weights, for the card: an identifier of the hub, such as mit.")
-    ] = "unknown",
-    trained_on: Annotated[
-        str, typer.Option(help="The data and its terms, for the model card.")
-    ] = "not stated",
+    licence: Licence = "unknown",
+    trained_on: TrainedOn = "not stated",
     training: Annotated[str | None, typer.Option(help="How it was trained, for the model card.")] = None,
-    metrics: Annotated[
-        Path | None, typer.Option(help="Output of `latentvae evaluate --json`, for the model card.")
-    ] = None,
+    metrics: Metrics = None,
     half: Annotated[bool, typer.Option("--half", help="One file of fp16 weights: half the size.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     base_model: Annotated[
@@ -49,18 +74,12 @@ def export(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
     ] = None,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository. Default: nowhere."),
-    ] = None,
+    push_to_hub: PushToHub = None,
     subfolder: Annotated[
         str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")
     ] = "",
     private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
-    program: Annotated[
-        Program | None,
-        typer.Option("--for", help="Add PROGRAM.safetensors, folded as this program reads it right."),
-    ] = None,
+    program: ProgramOption = None,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     models.licences.check_licence(licence)

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 COPIES = 1.5  # of all frames that memory holds at once: an animation's are bytes
 
 
+Paths = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Two or more images, in the order of the way, again where it comes back; or folders."
+    ),
+]
+
+
 @takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS)
 def interpolate(
     session: Session,
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Two or more images, in the order of the way, again where it comes back; or folders."
-        ),
-    ],
+    paths: Paths,
     output: Annotated[Path, output_folder("Folder for what is written.")] = OUTPUT,
     frames: Annotated[
         int, typer.Option("--frames", "-n", min=2, help="From one image to the next, both counted.")

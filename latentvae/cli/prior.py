@@ -30,6 +30,17 @@ def verbs() -> None:
     """Learn a prior over latents to draw new images from."""
 
 
+KindOption = Annotated[
+    Kind,
+    typer.Option(
+        "--kind",
+        "-k",
+        help="gaussian, mixture: seconds. diffusion: a network; minutes for 32 px images, hours for "
+        "256 px ones on a CPU (lower --steps, --batch-size); Ctrl-C ends it and keeps what was learned.",
+    ),
+]
+
+
 @prior.command()
 @takes(..., "model", "device", "json")
 def fit(
@@ -41,15 +52,7 @@ def fit(
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="PRIOR", help="Folder to write.", show_default=False)],
-    kind: Annotated[
-        Kind,
-        typer.Option(
-            "--kind",
-            "-k",
-            help="gaussian, mixture: seconds. diffusion: a network; minutes for 32 px images, hours for "
-            "256 px ones on a CPU (lower --steps, --batch-size); Ctrl-C ends it and keeps what was learned.",
-        ),
-    ] = "mixture",
+    kind: KindOption = "mixture",
     components: Annotated[int, typer.Option(min=2, help="Gaussians of a mixture.")] = 10,
     rank: Annotated[
         int | None,

@@ -202,6 +202,18 @@ class Desk:
             elem_classes=["lv-gallery", "lv-shown"],
         )
 
+    def _shrinker(self, inputs: Sequence[Any], whole: bool) -> Callable[[list[Any]], Copied]:
+        """Puts copies of large pictures among a handler's values, and tells of the first where `whole`."""
+        places = [place for place, each in enumerate(inputs) if each.elem_classes == [PHOTO]]
+
+        def shrink(values: list[Any]) -> Copied:
+            copies = [self.copied(values[place]) for place in places]
+            for place, each in zip(places, copies, strict=True):
+                values[place] = each.path
+            return copies[0] if copies and whole else Copied(None)
+
+        return shrink
+
     def connect(
         self,
         run: Callable[..., Any],
@@ -218,7 +230,7 @@ class Desk:
         follows: bool = True,
         snippet: Callable[..., str] | None = None,
     ) -> list[Any]:
-        """Have a button call a handler, `live` events too, and make it the endpoint /API_NAME.
+        """Have a button call a handler, `live` events too, and make it an endpoint; returns the page's events.
 
         All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
         the one before change nothing: browsers report a picture as changed when its tab is first drawn, and
@@ -227,48 +239,26 @@ class Desk:
         `progress_on`. The page calls `on_page_run` where that differs, with copies of large pictures; where
         `whole`, it says so, and offers the full size. `snippet` gives the lines of "Show Python", which
         stand where this is called. What `follows` is made anew for another picture or model of the page.
-
-        Returns:
-            The events of the page, for what follows them.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
         # nobody presses it: an endpoint belongs to some event, and the page's own take and give more
         gr.Button(visible=False).click(
             guarded(run), list(inputs), list(outputs), api_name=api_name, show_progress="hidden", **common
         )
-        # page.js presses it in the open tab when the page's picture or model is another; "hidden", not False:
-        # what is invisible to gradio is not in the page
-        follow = gr.Button(
-            visible="hidden",
-            elem_classes="lv-follow" if follows else None,
-            elem_id=f"lv-follow-{api_name}",
-        )
+        follow = _follow_button(api_name, follows)
         # on one output: a browser on the server's own cores takes a third of them to animate it on seven
         common["show_progress_on"] = outputs[0] if progress_on is None else progress_on
         seen = gr.State(None, time_to_live=SESSION_SECONDS)
-        full = message[1]
-        page_run = on_page_run or run
-        places = [place for place, each in enumerate(inputs) if each.elem_classes == [PHOTO]]
-
-        def shrink(values: list[Any]) -> Copied:
-            copies = [self.copied(values[place]) for place in places]
-            for place, each in zip(places, copies, strict=True):
-                values[place] = each.path
-            return copies[0] if copies and whole else Copied(None)
-
-        own = (("pressed", [button.click]), ("full", [full.click]), ("live", [follow.click, *live]))
+        triggers = {"pressed": [button.click], "full": [message[1].click], "live": [follow.click, *live]}
+        shrink = self._shrinker(inputs, whole)
         empty = ["" if isinstance(each, gr.HTML) else None for each in outputs]
-        code = []
-        if snippet:
-            with gr.Accordion("Show Python", open=False):
-                code = [gr.Code(language="python", show_label=False, interactive=False)]
+        code = _code() if snippet else []
         events = [
             gr.on(
-                list(triggers),
+                own,
                 on_page(
-                    page_run,
-                    len(inputs),
-                    empty,
+                    on_page_run or run,
+                    *(len(inputs), empty),
                     always=name != "live",
                     shrink=None if name == "full" else shrink,
                     snippet=snippet,
@@ -280,11 +270,25 @@ class Desk:
                 trigger_mode="always_last",  # of a slider moved meanwhile its last place counts
                 **common,
             )
-            for name, triggers in own
+            for name, own in triggers.items()
         ]
         for each in events:  # what is shown is no longer out of date
             each.then(None, None, None, js=f"() => lvUnveil('{follow.elem_id}')")
         return events
+
+
+def _follow_button(api_name: str, follows: bool) -> gr.Button:
+    """What page.js presses in the open tab when the page's picture or model is another."""
+    # "hidden", not False: what is invisible to gradio is not in the page
+    return gr.Button(
+        visible="hidden", elem_classes="lv-follow" if follows else None, elem_id=f"lv-follow-{api_name}"
+    )
+
+
+def _code() -> list[gr.Code]:
+    """Where "Show Python" has its lines."""
+    with gr.Accordion("Show Python", open=False):
+        return [gr.Code(language="python", show_label=False, interactive=False)]
 
 
 class Tab(ABC):

@@ -28,12 +28,11 @@ class Vary(Tab):
         """Decode samples around a picture's latents.
 
         Args:
-            photo: any image file; large ones are shrunk.
+            photo: any image file.
             model: one of the names that the picker offers.
             temperature: 0 gives the reconstruction, 1 a sample of the posterior, more is no longer what the
                 encoder said.
-            copies: 1 to 9.
-            seed: other seeds, other copies.
+            copies: 1 to 9. seed: other seeds, other copies.
 
         Returns:
             The copies; the same as an animated WebP; figures as HTML; the same as JSON.

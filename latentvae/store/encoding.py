@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,8 @@ def encode_folder(
 ) -> EncodeReport:
     """Encode images to a folder of latents, or bring one up to date; a killed run goes on where it was.
 
-    What `torchrun` and `accelerate launch` put into the environment has several processes share the shards.
-    The bytes of the store depend on the images, the model and the options down to `shard_size`, but not on
-    processes, threads or interruptions.
+    Processes of `torchrun` and `accelerate launch` share the shards. The bytes depend on the images, the
+    model and the options down to `shard_size`, but not on processes, threads or interruptions.
 
     Args:
         vae: the model, in eval mode.
@@ -128,41 +127,35 @@ def encode_folder(
         store: the folder; new, empty, or a store of the same model and options.
         dtype: of the stored moments.
         size: None: images as they are. Pixels: scale and crop them to aspect ratios of about size x size.
-        crop: with a size: to squares of it.
-        no_upscale: with a size: leave smaller images as large as they are, cropped to multiples of 64 px (of
-            a model of 8 px to a latent).
-        flips: also store the moments of each mirror image.
-        batch_size: of images up to 512 x 512; larger ones are encoded fewer at a time. None: as the store, 8.
-        shard_size: images in a shard. None: as the store, 1024.
-        prune: take images out whose files are gone.
-        retry_failed: try images again that could not be encoded; else only those whose files have changed.
+        crop, no_upscale: with a size: to squares of it; or leave smaller images as large as they are.
+        flips: store mirror images too.
+        batch_size, shard_size: images (in a batch of up to 512 x 512 each). None: as the store; 8 and 1024.
+        prune: take images out whose files are gone. retry_failed: try those again that could not be encoded.
         rehash: read all files again: one that was replaced by another of the same size and time is noticed.
         weights_sha256: `weight_hash` of the weights in float32, where `vae` was rounded.
         workload: threads and progress.
 
     Raises:
-        StoreError: another store is there, or one in use; a shard is damaged and holds images that cannot be
-            encoded again, and `prune` was not given; the disk is full; a process is gone.
+        StoreError: another store, or one in use; a damaged shard with images that cannot be encoded again,
+            without `prune`; a full disk; a process that is gone.
         ImageError: no image.
     """
     processes, folder, journal = Processes(), Path(store), Journal(Path(store))
     policy, weights = planning.preprocessing(vae, size, crop, no_upscale), weights_sha256 or weight_hash(vae)
+    wanted = (dtype, policy, flips, batch_size, shard_size)
 
     def settings() -> Manifest:  # once the store is held: another run may have made it till then
-        old, sizes = journal.settings(), (batch_size, shard_size)
-        return planning.settle(vae, folder, old, dtype, policy, flips, *sizes, weights_sha256=weights)
+        return planning.settle(vae, folder, journal.settings(), *wanted, weights_sha256=weights)
 
     try:
-        # 1. the images; first, because where there are none, nothing is made
         left_out = Counter[str]()
+        # 1. the images; first, because where there are none, nothing is made
         files = planning.find_sources(sources, folder, left_out)
         with ExitStack() as held:
             # 2. the store: locked, and what a killed run left completed
             _begin(journal, settings, processes, held)
             worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
-            report = _run(worker, prune, retry_failed, rehash, held)
-            report.left_out = dict(left_out)
-            return report
+            return replace(_run(worker, prune, retry_failed, rehash, held), left_out=dict(left_out))
     except BaseException as error:  # Ctrl-C too: the others would wait for this process
         processes.fail(error)
         raise

@@ -86,6 +86,8 @@ def preprocessing(
 ) -> Preprocessing:
     """The policy that `size`, `crop` and `no_upscale` mean for a model.
 
+    What is not enlarged is cropped to multiples of 64 px (of a model of 8 px to a latent).
+
     Raises:
         StoreError: a crop without a size, or with `no_upscale`; a size out of range; or a model that takes no
             images from files.
