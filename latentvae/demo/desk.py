@@ -230,15 +230,15 @@ class Desk:
         follows: bool = True,
         snippet: Callable[..., str] | None = None,
     ) -> list[Any]:
-        """Have a button call a handler, `live` events too, and make it an endpoint; returns the page's events.
+        """Have a button call a handler, `live` events too, and make it an endpoint; returns its events.
 
         All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
         the one before change nothing: browsers report a picture as changed when its tab is first drawn, and
-        an upload twice. What goes wrong is said in `message`, and the results of the picture before go; who
-        calls the endpoint gets it as an error. The progress is shown on one output, the first or
-        `progress_on`. The page calls `on_page_run` where that differs, with copies of large pictures; where
-        `whole`, it says so, and offers the full size. `snippet` gives the lines of "Show Python", which
-        stand where this is called. What `follows` is made anew for another picture or model of the page.
+        an upload twice. What goes wrong is said in `message`, and old results go; who calls the endpoint gets
+        an error. Progress is shown on the first output, or `progress_on`. The page calls `on_page_run` where
+        that differs, with copies of large pictures; where `whole`, it says so, and offers the full size.
+        `snippet` gives the lines of "Show Python", which stand where this is called. What `follows` is made
+        anew for another picture or model of the page.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
         # nobody presses it: an endpoint belongs to some event, and the page's own take and give more
@@ -272,7 +272,7 @@ class Desk:
             )
             for name, own in triggers.items()
         ]
-        for each in events:  # what is shown is no longer out of date
+        for each in events:
             each.then(None, None, None, js=f"() => lvUnveil('{follow.elem_id}')")
         return events
 

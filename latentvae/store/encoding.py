@@ -132,8 +132,7 @@ def encode_folder(
         batch_size, shard_size: images (in a batch of up to 512 x 512 each). None: as the store; 8 and 1024.
         prune: take images out whose files are gone. retry_failed: try those again that could not be encoded.
         rehash: read all files again: one that was replaced by another of the same size and time is noticed.
-        weights_sha256: `weight_hash` of the weights in float32, where `vae` was rounded.
-        workload: threads and progress.
+        weights_sha256: `weight_hash` of the weights in float32, where `vae` was rounded. workload: threads.
 
     Raises:
         StoreError: another store, or one in use; a damaged shard with images that cannot be encoded again,
@@ -149,7 +148,7 @@ def encode_folder(
 
     try:
         left_out = Counter[str]()
-        # 1. the images; first, because where there are none, nothing is made
+        # 1. the images: where there are none, nothing is made
         files = planning.find_sources(sources, folder, left_out)
         with ExitStack() as held:
             # 2. the store: locked, and what a killed run left completed
