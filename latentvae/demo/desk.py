@@ -250,7 +250,6 @@ class Desk:
         common["show_progress_on"] = outputs[0] if progress_on is None else progress_on
         seen = gr.State(None, time_to_live=SESSION_SECONDS)
         triggers = {"pressed": [button.click], "full": [message[1].click], "live": [follow.click, *live]}
-        shrink = self._shrinker(inputs, whole)
         empty = ["" if isinstance(each, gr.HTML) else None for each in outputs]
         code = _code() if snippet else []
         events = [
@@ -260,7 +259,7 @@ class Desk:
                     on_page_run or run,
                     *(len(inputs), empty),
                     always=name != "live",
-                    shrink=None if name == "full" else shrink,
+                    shrink=None if name == "full" else self._shrinker(inputs, whole),
                     snippet=snippet,
                 ),
                 [seen, *inputs],

@@ -164,6 +164,8 @@ def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Proces
     """Take hold of the store: the first process locks it and writes down what the run is about."""
     if processes.is_main:
         held.enter_context(locked(journal.store))
+        for stray in journal.store.glob(".tmp??????"):  # safetensors' own, of a write that was killed
+            stray.unlink(missing_ok=True)
         journal.begin(settings())
     processes.share("begun", None)  # the others need the lock to be held, and the journal to be there
     if not processes.is_main:
