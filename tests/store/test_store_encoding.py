@@ -637,7 +637,7 @@ def _wait(happened: Callable[[], bool]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server and SIGKILL")
-def test_what_a_killed_write_left_is_swept(tmp_path: Path, tiny_vae: AutoencoderKL) -> None:
+def test_what_a_killed_write_left_is_swept(tmp_path: Path, tiny_vae) -> None:
     photos, store = many(tmp_path / "photos", 2), tmp_path / "store"
     encode(tiny_vae, photos, store)
     (store / ".tmpa1B2c3").touch()
