@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
@@ -17,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import latentvae
-from latentvae.base.errors import ConfigError, ImageError, StoreError
+from latentvae.base.errors import ConfigError, ImageError, StoreError, TooManyPixels
 from latentvae.cli.main import app
 from latentvae.images.scans import Window, load, measure_window, read_samples, save
 from latentvae.measure.metrics import Metrics
@@ -100,6 +101,39 @@ def test_decode_gives_floats_in_the_samples_units(place: Path) -> None:
         assert np.asarray(picture) == pytest.approx(wanted, abs=0.5)
     with Image.open(place / "looked-at/a.png.comparison.png") as picture:
         assert picture.mode == "RGB"
+
+
+def test_the_range_outlives_another_export(place: Path, tmp_path: Path) -> None:
+    for number, source in enumerate((place / "runs/scan", place / "runs/scan/vae")):
+        run("export", source, "--output", tmp_path / str(number), "--licence", "mit")
+        sidecar = json.loads((tmp_path / str(number) / "latentvae.json").read_text())
+        assert sidecar["intensity_range"] == [0, 4095]
+
+
+def test_a_parent_of_scans_wants_a_range(place: Path, tmp_path: Path) -> None:
+    overrides = SMALL[4:]
+    settings = ["--set", f"data.train={place / 'scans'}", "--set", f"output={tmp_path / 'run'}"]
+    settings += ["--set", f"model.init={place / 'runs/scan/vae'}", "--set", "data.crop=32", *overrides]
+    result = CliRunner().invoke(app, ["train", "-c", "tiny", *settings])
+    assert isinstance(result.exception, ConfigError)
+    assert "trained on samples from 0 to 4095" in str(result.exception)
+    result = CliRunner().invoke(app, ["train", "-c", "tiny", *settings, "--set", "data.range=[0,1]"])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("kind", ["i2", "f4", "u4", "f2"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_samples_are_the_files_in_either_byte_order(
+    tmp_path: Path, kind: str, compression: str | None
+) -> None:
+    samples = (np.arange(24 * 16).reshape(24, 16) - (0 if kind == "u4" else 100)).astype(kind)
+    for order in "<>":
+        tifffile.imwrite(tmp_path / "a.tif", samples, byteorder=order, compression=compression)
+        read, info = read_samples(tmp_path / "a.tif")
+        assert np.array_equal(read, samples)
+        assert (info.width, info.height) == (16, 24)
+    with pytest.raises(TooManyPixels):
+        read_samples(tmp_path / "a.tif", max_pixels=100)
 
 
 def test_the_store_remembers_the_range(place: Path) -> None:

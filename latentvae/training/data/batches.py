@@ -25,7 +25,7 @@ LOOK_UP = 1.0  # seconds of waiting for a batch between two looks at what else h
 class CropBatch:
     """Crops of consecutive positions, and the files that had to be passed over on the way."""
 
-    pixel_values: torch.Tensor  # (B, C, H, W) uint8, a quarter of what floats in [-1, 1] would be
+    pixel_values: torch.Tensor  # (B, C, H, W) uint8, a quarter of floats; of scans float32 in [-1, 1]
     positions: torch.Tensor  # (B,) int64: global sample index, counted from the run's start
     skipped: list[str]  # "name: reason"
     teacher: TeacherCrop | None = None  # (B, 2c, h, w) and (B, C, H, W), where a teacher's are kept
