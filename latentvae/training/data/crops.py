@@ -21,7 +21,7 @@ from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
 
 logger = logging.getLogger(__name__)
 
-# uint8 or float32 (C, H, W), position, skipped; and what a teacher made of the crop, where a teacher's are kept
+# uint8 or float32 (C, H, W), position, skipped; and what a teacher made of the crop, where it is kept
 Item = tuple[torch.Tensor, int, list[str]] | tuple[torch.Tensor, int, list[str], TeacherCrop]
 
 
