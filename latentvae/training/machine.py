@@ -35,7 +35,7 @@ def start_processes(config: Config) -> tuple[Config, Accelerator]:
         project_dir=Path(config.output),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.train.timeout_minutes))],
     )
-    if accelerator.device.type == "cuda":  # torch has one switch for all devices, and CPUs are to be exact
+    if torch.cuda.is_available():  # torch has one switch for all devices, and CPUs are to be exact
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.compile:  # on this process's own device, which is known only now
         check_compiler(accelerator.device)

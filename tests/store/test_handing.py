@@ -133,7 +133,7 @@ def test_images_of_other_buckets_are_left_to_the_tool(tmp_path: Path) -> None:
     done = hand_over(store, tmp_path / "out", "sd-scripts", family="sd")
     assert done.images == 1
     assert "640x384" in done.untaken["image00001.png"]
-    assert "EXIF" in done.untaken["image00002.png"]
+    assert "orientation" in done.untaken["image00002.png"]
     found = np.load(tmp_path / "out" / "image00000_1500x1000_sd.npz")
     assert found["original_size"].tolist() == [1500, 1000]
     # as get_crop_ltrb has it: the whole image fitted into 640x384
