@@ -237,8 +237,7 @@ class Desk:
         an upload twice. What goes wrong is said in `message`, and old results go; who calls the endpoint gets
         an error. Progress is shown on the first output, or `progress_on`. The page calls `on_page_run` where
         that differs, with copies of large pictures; where `whole`, it says so, and offers the full size.
-        `snippet` gives the lines of "Show Python", which stand where this is called. What `follows` is made
-        anew for another picture or model of the page.
+        `snippet` gives the lines of "Show Python". What `follows` is made anew for another picture or model.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
         # nobody presses it: an endpoint belongs to some event, and the page's own take and give more
