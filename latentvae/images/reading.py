@@ -23,7 +23,7 @@ from PIL import Image, ImageFile, _imaging
 from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
 from latentvae.base.files import check_local, collect_too_long, is_too_long, may_be_file
 from latentvae.images import headers, kinds, tiffs
-from latentvae.images.given import Given, file_bytes
+from latentvae.images.given import ORIENTATION_TAG, Given, file_bytes
 from latentvae.images.kinds import SUFFIXES
 from latentvae.images.pixels import UNUSABLE, Colour, Picture, check_size, picture_of, picture_of_array
 
@@ -33,7 +33,6 @@ MAX_PIXELS = 178_956_970  # where Pillow itself refuses: twice its MAX_IMAGE_PIX
 BYTES_PER_PIXEL = 20  # that reading takes, the result of 12 included
 PNG = b"\x89PNG"
 HEAD = 4096  # bytes that tell what a file is
-ORIENTATION_TAG = 0x0112  # of EXIF
 GAIN_MAPS = (b"hdr-gain-map", b"urn:iso:std:iso:ts:21496", b"hdrgainmap")  # Google's, the standard's, Apple's
 GAIN_MAP_NOTE = "its HDR gain map is not applied: this is the picture in SDR"
 

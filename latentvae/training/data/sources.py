@@ -17,7 +17,7 @@ from latentvae.images.reading import list_files
 from latentvae.images.scans import Window
 from latentvae.training.config import DataConfig
 from latentvae.training.data.datasets import open_parquet, open_saved
-from latentvae.training.data.listing import Listing, scan
+from latentvae.training.data.listing import ARCHIVES, Listing, scan
 from latentvae.training.data.tars import BRACES, TarSource, expand_braces
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,6 @@ WANTED = (
     "a folder of images, .tar shards or .parquet files, one such file, a dataset saved with save_to_disk, "
     "or a pattern such as shards/{000..011}.tar"
 )
-
-PACKED = (".tar", ".parquet")  # many images in a file
 
 
 class ImageSource(Protocol):
@@ -162,7 +160,7 @@ def left_out(*specs: str | Path | None) -> Counter[str]:
     counted = Counter[str]()
     for folder in {part.resolve() for spec in specs if spec is not None for part in parts(spec)}:
         if folder.is_dir():
-            list_files(folder, (*PACKED, ".arrow"), counted)
+            list_files(folder, (*ARCHIVES, ".arrow"), counted)
     return counted
 
 
