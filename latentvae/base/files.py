@@ -9,7 +9,7 @@
     check_local(path)                         refuse s3://bucket/x, which Path makes a name here of
     make_folder(path, ...)                    there and writable, or an error
     portable(name), local(name)               names as text that is the same in any locale, and back
-    file_sha256(path), fsync(path)
+    file_sha256(path), fsync(path), link_or_copy(source, target)
 
 `error` is the class to raise, `message` what it says: a template with {path} and {reason}, not an f-string,
 because paths may hold braces.
@@ -23,6 +23,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -268,10 +269,21 @@ def make_folder(folder: Path, error: Kind = LatentVAEError, message: str = CANNO
     with explained(folder, error, message):
         folder.mkdir(parents=True, exist_ok=True)
         # tried, because permission bits tell nothing of read-only disks, or of root
-        probe = folder / ".latentvae-write-test"
+        probe = folder / f".latentvae-write-test-{uuid.uuid4().hex}"  # its own: threads may be at it at once
         probe.touch()
         probe.unlink()
     return folder
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again, ours in `latentvae`; it need not be there."""
+    if sys.platform == "win32":
+        default = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        default = Path.home() / "Library" / "Caches"
+    else:
+        default = Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "latentvae"
 
 
 def partial_path(path: Path) -> Path:
@@ -299,6 +311,15 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that nobody will write to a second name, or a copy where the disk has no such links."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def file_sha256(path: Path) -> str:

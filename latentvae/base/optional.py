@@ -19,6 +19,14 @@ EXTRAS = {
     "pillow_heif": ("pillow-heif", "heif"),
     "pillow_jxl": ("pillow-jxl-plugin", "jxl"),
     "rawpy": ("rawpy", "raw"),
+    "transformers": ("transformers", "align"),
+    "OpenImageIO": ("OpenImageIO", "hdr"),
+    "openvino": ("openvino", "openvino"),
+    "onnx": ("onnx", "onnx"),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
+    "fsspec": ("fsspec", "remote"),
+    "ray": ("ray", "ray"),
 }
 MISSING = "{what} needs {package}, which cannot be imported ({reason}): {install}"
 ROOT = Path(__file__).parents[2]  # the checkout's, or where an installed copy's package lies

@@ -1,9 +1,12 @@
-"""Threads of one core each: what they compute does not depend on how many there are."""
+"""Threads of one core each, whose results do not depend on how many there are; processes by their numbers."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from latentvae.base.errors import StoreError
 
 
 def pool(count: int, name: str) -> ThreadPoolExecutor:
@@ -22,3 +25,15 @@ def pool(count: int, name: str) -> ThreadPoolExecutor:
     ready.wait()
     torch.set_num_threads(before)  # what threads set is also the default of those to come
     return threads
+
+
+def environment_number(name: str, default: int) -> int:
+    """A number by which a launcher tells processes apart.
+
+    Raises:
+        StoreError: something else stands in the environment.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise StoreError(f"{name}={text!r} is in the environment; wanted a number, or unset it.")
+    return int(text)

@@ -4,10 +4,15 @@ from . import drawing as drawing
 from . import given as given
 from . import headers as headers
 from . import kinds as kinds
+from . import light as light
+from . import listing as listing
 from . import pixels as pixels
 from . import reading as reading
 from . import resizing as resizing
 from . import saving as saving
 from . import scans as scans
+from . import sources as sources
+from . import tables as tables
+from . import tars as tars
 from . import tensors as tensors
 from . import tiffs as tiffs

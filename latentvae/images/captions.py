@@ -4,18 +4,23 @@ What has the image's name but for upper and lower case, or the Unicode form, is 
 another image's by its exact name. Texts are UTF-8, or what a mark at their beginning says; or Windows-1252.
 """
 
+import csv
 import json
 import posixpath
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from latentvae.base.errors import StoreError
+from latentvae.base import addresses
+from latentvae.base.addresses import Address, Place
+from latentvae.base.errors import SourceError, StoreError
 from latentvae.base.files import local, portable
 
 METADATA = "metadata.jsonl"
+FILE_NAME = "file_name"  # what `datasets` calls the column of a list that has the images' paths
 PREFIX = "caption "  # of notes made here
 MAX_BYTES = 1 << 20  # of one sidecar; a larger one is no caption
 SIDECARS = (".json", ".txt")  # the later one counts
@@ -27,7 +32,7 @@ MAX_HIGH = 1 / 3  # of the bytes above ASCII's: more is text of another script
 Caption = dict[str, Any] | None
 
 
-def read_caption(image: Path, root: Path) -> tuple[Caption, list[str]]:
+def read_caption(image: Place, root: Place) -> tuple[Caption, list[str]]:
     """What is said about an image, as one JSON object, and notes on sidecars that cannot be read.
 
     Args:
@@ -47,28 +52,49 @@ def read_caption(image: Path, root: Path) -> tuple[Caption, list[str]]:
     for folder in _upto(image.parent, root):
         if METADATA in _listed(folder).names:
             metadata = _metadata(folder / METADATA)
-            found.update(metadata.of(portable(image.relative_to(folder).as_posix())))
+            found.update(metadata.of(portable(addresses.below(image, folder))))
             notes += metadata.notes
             break
+    return with_sidecars(found, notes, image)
+
+
+def with_sidecars(found: dict[str, Any], notes: list[str], image: Place) -> tuple[Caption, list[str]]:
+    """What is said about an image elsewhere, updated by the files beside it."""
     for suffix in SIDECARS:
         name = _listed(image.parent).sidecar(image, suffix)
         if name is not None:
-            try:
-                value, guessed = _read(image.with_name(name))
-                found.update(value)
-                notes += [f"{PREFIX}{name} {guessed}"] if guessed else []
-            except (OSError, ValueError, RecursionError) as error:
-                notes.append(f"{PREFIX}{name} left out: {error}")
+            said, note = parse(name, partial(_start, image.with_name(name)))
+            found = found | said
+            notes = notes + note
     return found or None, notes
 
 
-def unclaimed(images: list[Path], roots: list[Path]) -> list[str]:
+def parse(name: str, read: Callable[[], bytes]) -> tuple[dict[str, Any], list[str]]:
+    """What a NAME.txt, NAME.json or NAME.cls says, and notes: why it is left out, or how it was read."""
+    try:
+        said, guessed = _parsed(name, read())
+    except (OSError, ValueError, RecursionError, SourceError) as error:
+        return {}, [f"{PREFIX}{name} left out: {error}"]
+    return said, [f"{PREFIX}{name} {guessed}"] if guessed else []
+
+
+def read_list(path: Place, column: str | None = None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The lines of a .jsonl or .csv by the path in a column, `file_name`; and notes on its encoding.
+
+    Raises:
+        StoreError: a line without one, or no text.
+    """
+    metadata = _metadata(path, column or FILE_NAME)
+    return metadata.rows, metadata.notes
+
+
+def unclaimed(images: list[Place], roots: list[Place]) -> list[str]:
     """Paths of the NAME.txt and NAME.json beside images that none of these is called like, sorted.
 
     And how many lines of a metadata.jsonl name none of them.
     """
-    folders: dict[Path, set[str]] = {}
-    below: dict[Path, set[str]] = {}
+    folders: dict[Place, set[str]] = {}
+    below: dict[Place, set[str]] = {}
     for image, root in zip(images, roots, strict=True):
         try:
             listed = _listed(image.parent)
@@ -79,7 +105,7 @@ def unclaimed(images: list[Path], roots: list[Path]) -> list[str]:
         folder = next((each for each in _upto(image.parent, root) if METADATA in _listed(each).names), None)
         if folder is not None:
             below.setdefault(folder, set()).add(
-                _metadata(folder / METADATA).name_of(portable(image.relative_to(folder).as_posix())) or ""
+                _metadata(folder / METADATA).name_of(portable(addresses.below(image, folder))) or ""
             )
     left = [
         str(folder / name)
@@ -95,13 +121,14 @@ def unclaimed(images: list[Path], roots: list[Path]) -> list[str]:
 
 def forget() -> None:
     """Read folders anew: to be called when a run begins."""
+    addresses.forget()
     _listed.cache_clear()
     _metadata.cache_clear()
 
 
-def _upto(folder: Path, root: Path) -> list[Path]:
-    inside = folder.is_relative_to(root)
-    return [folder, *(parent for parent in folder.parents if inside and parent.is_relative_to(root))]
+def _upto(folder: Place, root: Place) -> list[Place]:
+    inside = addresses.is_below(folder, root)
+    return [folder, *(parent for parent in folder.parents if inside and addresses.is_below(parent, root))]
 
 
 def _loose(name: str) -> str:
@@ -117,7 +144,7 @@ class _Listed:
     others: frozenset[str]  # without suffixes, of other files: images are among them
     loose: dict[str, list[str]]  # names as they are by `_loose`
 
-    def sidecar(self, image: Path, suffix: str) -> str | None:
+    def sidecar(self, image: Place, suffix: str) -> str | None:
         """The name of an image's sidecar, if there is one; of several that differ in case, none."""
         exact = image.with_suffix(suffix).name
         if exact in self.names:
@@ -130,9 +157,10 @@ class _Listed:
 
 
 @lru_cache(maxsize=256)  # folders: images come sorted, so the next ones are mostly in the same
-def _listed(folder: Path) -> _Listed:
+def _listed(folder: Place) -> _Listed:
     names, others, loose = set[str](), set[str](), dict[str, list[str]]()
-    for path in folder.iterdir():
+    is_web = isinstance(folder, Address) and folder.scheme in addresses.WEB  # which lists no folders
+    for path in [] if is_web else folder.iterdir():
         if path.suffix.lower() in (*SIDECARS, ".jsonl"):
             names.add(path.name)
             loose.setdefault(_loose(path.name), []).append(path.name)
@@ -145,7 +173,7 @@ def _listed(folder: Path) -> _Listed:
 class _Metadata:
     """The lines of a metadata.jsonl by `file_name`, and what a person should know of it."""
 
-    folder: Path
+    folder: Place
     rows: dict[str, dict[str, Any]]
     loose: dict[str, list[str]]
     notes: list[str]
@@ -173,7 +201,9 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/"))
 
 
-def _is_other(path: Path, image: Path) -> bool:
+def _is_other(path: Place, image: Place) -> bool:
+    if isinstance(path, Address) or isinstance(image, Address):
+        return path != image
     try:
         return not path.samefile(image)
     except OSError:  # one of them is not there
@@ -181,15 +211,15 @@ def _is_other(path: Path, image: Path) -> bool:
 
 
 @lru_cache(maxsize=4)  # a file may have a line for every image of a data set
-def _metadata(path: Path) -> _Metadata:
+def _metadata(path: Place, column: str = FILE_NAME) -> _Metadata:
     with path.open("rb") as file:
         mark = file.read(4)
     encoding = next((name for start, name in MARKS.items() if mark.startswith(start)), "utf-8")
     try:
-        rows, notes = _rows(path, encoding), list[str]()
+        rows, notes = _rows(path, encoding, column), list[str]()
     except UnicodeDecodeError:
         try:
-            rows, notes = _rows(path, WESTERN), [f"{PREFIX}{path.name} {GUESSED}"]
+            rows, notes = _rows(path, WESTERN, column), [f"{PREFIX}{path.name} {GUESSED}"]
         except UnicodeDecodeError as error:
             raise StoreError(f"{path} is no text in {encoding} ({error}): save it as UTF-8.") from error
     loose: dict[str, list[str]] = {}
@@ -198,31 +228,59 @@ def _metadata(path: Path) -> _Metadata:
     return _Metadata(path.parent, rows, loose, notes)
 
 
-def _rows(path: Path, encoding: str) -> dict[str, dict[str, Any]]:
+def _rows(path: Place, encoding: str, column: str) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    with path.open(encoding=encoding) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    is_table = path.suffix.lower() == ".csv"
+    with path.open(encoding=encoding, newline="" if is_table else None) as file:
+        lines = csv.DictReader(file) if is_table else file
+        for number, line in enumerate(_whole(lines, path), 2 if is_table else 1):
             try:
-                row = json.loads(line)
-                name = row.pop("file_name")
+                row = _of_table(line) if isinstance(line, dict) else json.loads(line)
+                name = row.pop(column)
             except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+                wanted = "has no" if is_table else "is no JSON object with a"
                 raise StoreError(
-                    f"line {number} of {path} is no JSON object with a `file_name` ({error!r}): mend it, or "
-                    "rename the file so that it is not read."
+                    f"line {number} of {path} {wanted} `{column}` ({error!r}): mend it, or rename the file "
+                    "so that it is not read."
                 ) from error
             rows[str(name)] = row
     return rows
 
 
-def _read(sidecar: Path) -> tuple[dict[str, Any], str]:
+def _whole(lines: Iterable[Any], path: Place) -> Iterator[Any]:
+    """The lines that are not empty."""
+    try:
+        for line in lines:
+            if not isinstance(line, str) or line.strip():
+                yield line
+    except csv.Error as error:
+        raise StoreError(f"{path} cannot be read as a table ({error}): mend it, or leave it out.") from error
+
+
+def _of_table(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row of a .csv without its empty cells; all of them are text, but for a number as its label."""
+    found = {name: value for name, value in row.items() if name is not None and value}
+    if found.get("label", "").removeprefix("-").isdecimal():
+        found["label"] = int(found["label"])
+    return found
+
+
+def _start(sidecar: Place) -> bytes:
+    if isinstance(sidecar, Address):  # an empty one has no first bytes to be asked for
+        return sidecar.read_bytes()
+    return addresses.read_part(sidecar, 0, MAX_BYTES + 1)
+
+
+def _parsed(name: str, data: bytes) -> tuple[dict[str, Any], str]:
     """What a sidecar says, and what a person should know of its encoding."""
-    if sidecar.stat().st_size > MAX_BYTES:
+    if len(data) > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES} bytes")
-    text, guessed = _decoded(sidecar.read_bytes())
-    if sidecar.suffix.lower() == ".txt":
+    text, guessed = _decoded(data)
+    suffix = posixpath.splitext(name)[1].lower()
+    if suffix == ".txt":
         return {"caption": text.strip()}, guessed
+    if suffix == ".cls":  # WebDataset's
+        return {"label": int(text)}, guessed
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("no JSON object")

@@ -30,10 +30,8 @@ CURVES: dict[int, tuple[str, float | str]] = {
     16: ("PQ", "PQ"),
     18: ("HLG", "HLG"),
 }
-WHITE_NITS, PEAK_NITS = (
-    203.0,
-    1000.0,
-)  # of SDR in an HDR picture (ITU-R BT.2408), and the brightest that counts
+WHITE_NITS = 203.0  # of SDR in an HDR picture (ITU-R BT.2408)
+PEAK_NITS = 1000.0  # brighter light counts as this
 NEAR_SRGB = 0.05  # of a gamma, as libpng has it: 1/2.2 means sRGB
 NEAR_PRIMARIES = 0.01  # in x and y
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -49,25 +47,27 @@ class Encoding:
 
     Attributes:
         name: for people.
-        curve: "sRGB", "PQ", "HLG", or the exponent that makes samples linear.
+        curve: "sRGB", "PQ", "HLG", "light" (1 is `peak`), or the exponent that makes samples linear.
         primaries: of red, green, blue and white.
+        peak: nits of the brightest that counts, in HDR.
     """
 
     name: str
     curve: float | str = "sRGB"
     primaries: Chromaticities = SRGB
+    peak: float = PEAK_NITS
 
     @property
     def is_hdr(self) -> bool:
         """Whether it goes beyond SDR's white."""
-        return self.curve in ("PQ", "HLG")
+        return self.curve in ("PQ", "HLG", "light")
 
     @property
     def note(self) -> str:
         """What is done to the picture."""
         if self.is_hdr:
             return (
-                f"HDR ({self.name}) tone-mapped to SDR (BT.2390, {PEAK_NITS:g} nits to {WHITE_NITS:g}, "
+                f"HDR ({self.name}) tone-mapped to SDR (BT.2390, {self.peak:.4g} nits to {WHITE_NITS:g}, "
                 "which are white)"
             )
         return f"converted from {self.name}"
@@ -94,6 +94,8 @@ class Encoding:
             return _tone_mapped(_pq_nits(colour))
         if self.curve == "HLG":
             return _tone_mapped(_hlg_nits(colour))
+        if self.curve == "light":
+            return _tone_mapped(self.peak * colour, self.peak)
         if self.curve == "sRGB":
             return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
         return np.power(colour, np.float32(self.curve))
@@ -163,10 +165,10 @@ def _hlg_nits(colour: np.ndarray) -> np.ndarray:
     return PEAK_NITS * scene * np.power(np.maximum(light, 1e-9), np.float32(0.2))
 
 
-def _tone_mapped(nits: np.ndarray) -> np.ndarray:
-    """The curve of ITU-R BT.2390 on the largest of R, G and B, so that hues stay: white is 1."""
+def _tone_mapped(nits: np.ndarray, peak: float = PEAK_NITS) -> np.ndarray:
+    """The curve of ITU-R BT.2390 on the largest of R, G and B, so that hues stay: `peak` becomes 1, white."""
     largest = nits if nits.ndim == 2 else nits.max(-1, keepdims=True)
-    top = _pq_of(np.array(PEAK_NITS, np.float32))
+    top = _pq_of(np.array(peak, np.float32))
     white = _pq_of(np.array(WHITE_NITS, np.float32)) / top
     knee = KNEE * white - 0.5
     level = np.minimum(_pq_of(largest) / top, 1)

@@ -144,6 +144,37 @@ def heif_boxes(file: IO[bytes]) -> Boxes:
     return found
 
 
+def with_one_ipma(file: IO[bytes]) -> io.BytesIO | None:
+    """An AVIF whose lists of which item has which properties are several, with one; None: any other file.
+
+    The standard has one list of each version and flags. Early encoders wrote one for each item, which is two
+    where there is alpha, and libavif refuses such a file. No other byte changes its place.
+    """
+    file.seek(0)
+    data = file.read()
+    try:
+        iprp = dict(_boxes(dict(_boxes(data))[b"meta"][4:]))[b"iprp"]
+        parts = list(_boxes(iprp))
+    except (KeyError, ValueError):
+        return None
+    lists: dict[bytes, tuple[int, bytes]] = {}
+    for kind, content in ((part[:4], part[4:]) for name, part in parts if name == b"ipma"):
+        count, entries = lists.get(kind, (0, b""))
+        lists[kind] = count + int.from_bytes(content[:4], "big"), entries + content[4:]
+    boxes = [_box(name, part) for name, part in parts if name != b"ipma"]
+    for kind, (count, entries) in lists.items():
+        boxes.append(_box(b"ipma", kind + count.to_bytes(4, "big") + entries))
+    several, one = _box(b"iprp", iprp), _box(b"iprp", b"".join(boxes))
+    spare = len(several) - len(one)
+    if not spare or several not in data:
+        return None
+    return io.BytesIO(data.replace(several, one + _box(b"free", bytes(spare - 8)), 1))
+
+
+def _box(name: bytes, content: bytes) -> bytes:
+    return (8 + len(content)).to_bytes(4, "big") + name + content
+
+
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     place = 0
     while place + 8 <= len(data):

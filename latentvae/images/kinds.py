@@ -26,6 +26,8 @@ OPTIONAL = {
     "HEIC": ("pillow_heif", (".heic", ".heif", ".hif")),
     "JPEG XL": ("pillow_jxl", (".jxl",)),
     "raw": ("rawpy", RAW_SUFFIXES),
+    "OpenEXR": ("OpenImageIO", (".exr",)),
+    "Radiance HDR": ("OpenImageIO", (".hdr", ".pic")),
 }
 MODULES = {suffix: module for module, suffixes in OPTIONAL.values() for suffix in suffixes}
 SIDECARS = (".txt", ".json", ".jsonl", ".csv")  # captions, labels: read, or none of a folder of images
@@ -36,6 +38,8 @@ ABOUT = {
     "JPEG XL": "a JPEG XL image",
     "AVIF": "an AVIF image, which this build of Pillow does not read",
     "raw": "a camera's raw file",
+    "OpenEXR": "an OpenEXR image",
+    "Radiance HDR": "a Radiance HDR image",
 }
 # first bytes, where, and what it is; `recognise` knows those that take more than a look
 SIGNATURES: tuple[tuple[bytes, int, str], ...] = (
@@ -45,8 +49,8 @@ SIGNATURES: tuple[tuple[bytes, int, str], ...] = (
     *((b"\0MRM", 0, "raw"), (b"HEAPCCDR", 6, "raw"), (b"CR\2", 8, "raw"), (b"ftypcrx ", 4, "raw")),
     (b"8BPS", 0, "a Photoshop document"),
     (b"gimp xcf", 0, "a GIMP document"),
-    (b"v/1\x01", 0, "an OpenEXR image"),
-    (b"#?R", 0, "a Radiance HDR image"),
+    (b"v/1\x01", 0, "OpenEXR"),
+    (b"#?R", 0, "Radiance HDR"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", 0, "a JPEG 2000 image"),
     (b"\xff\x4f\xff\x51", 0, "a JPEG 2000 image"),
     (b"II\xbc\1", 0, "a JPEG XR image"),

@@ -21,10 +21,11 @@ import torch
 from PIL import Image, ImageFile, _imaging
 
 from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
-from latentvae.base.files import check_local, collect_too_long, is_too_long, may_be_file
-from latentvae.images import headers, kinds, tiffs
+from latentvae.base.files import check_local
+from latentvae.images import headers, kinds, light, tiffs
 from latentvae.images.given import ORIENTATION_TAG, Given, file_bytes
 from latentvae.images.kinds import SUFFIXES
+from latentvae.images.listing import files_below
 from latentvae.images.pixels import UNUSABLE, Colour, Picture, check_size, picture_of, picture_of_array
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class ImageBytes:
 
 
 Source = Path | ImageBytes
+NAMELESS = ImageBytes(b"", "an image")
 
 
 def find_images(
@@ -101,15 +103,7 @@ def find_images(
 def _find_in(path: Path, left_out: Counter[str], outside: Path | None) -> list[Path]:
     accepted = " ".join(SUFFIXES)
     if path.is_dir():
-        own = Counter[str]()
-        found = list_files(path, left_out=own, outside=outside)
-        if not found:
-            what = f"; {kinds.describe(own)}" if own else ""
-            raise ImageError(
-                f"no image in the folder {path}: put files there that end in one of {accepted}{what}"
-            )
-        left_out.update(own)
-        return found
+        return files_below(path, left_out, outside)
     if not path.exists():
         check_local(path, ImageError)
         raise ImageError(f"{path} does not exist: name an image file ({accepted}) or a folder of them")
@@ -120,55 +114,6 @@ def _find_in(path: Path, left_out: Counter[str], outside: Path | None) -> list[P
             raise kinds.unreadable(path, head)
         raise ImageError(f"{path} ends in '{path.suffix}', but an image was wanted: use one of {accepted}")
     return [path]
-
-
-def list_files(
-    root: Path, also: tuple[str, ...] = (), left_out: Counter[str] | None = None, outside: Path | None = None
-) -> list[Path]:
-    """Sort the image files below root; hidden ones and loops are left out.
-
-    Args:
-        also: suffixes of others that are listed too.
-        left_out: where to count the rest by suffix.
-        outside: a folder that is not entered.
-    """
-    return sorted(_walk(root, also, left_out, outside), key=lambda file: file.as_posix())
-
-
-def _walk(
-    root: Path, also: tuple[str, ...], left_out: Counter[str] | None, outside: Path | None
-) -> Iterator[Path]:
-    """Yield files below root, following links to folders unless that would visit one twice."""
-
-    too_long = list[Path]()
-    top = root.resolve()
-    visited = {top} if outside is None else {top, outside.resolve()}
-    for folder, names, files in os.walk(root, onerror=collect_too_long(too_long), followlinks=True):
-        names[:] = [name for name in sorted(names) if _follow(Path(folder, name), top, visited)]
-        for file in files:
-            path = Path(folder, file)
-            if file.startswith(".") or not may_be_file(path):
-                continue
-            suffix = path.suffix.lower()
-            if suffix in also or kinds.is_image_name(suffix):
-                yield path
-            elif left_out is not None:
-                kinds.count(left_out, suffix)
-    yield from too_long
-
-
-def _follow(folder: Path, top: Path, visited: set[Path]) -> bool:
-    if folder.name.startswith("."):
-        return False
-    if is_too_long(folder):  # no link, then
-        return True
-    real = folder.resolve()  # where a link leads
-    # A link into the tree would list its images under two names, one to above the tree would list the disk.
-    loops = folder.is_symlink() and (real.is_relative_to(top) or top.is_relative_to(real))
-    if loops or real in visited:
-        return False
-    visited.add(real)
-    return True
 
 
 def load_image(
@@ -280,6 +225,8 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
     try:
         if kind == "raw" or (is_tiff and tiffs.is_raw(file)):
             return tiffs.develop(file, path, max_pixels)
+        if kind in light.ENDINGS:
+            return light.read_light(file, path, str(kind), max_pixels)
         if kind == "JPEG XL":  # whose decoder asks nobody before it decodes
             size = headers.jxl_size(file)
             if size is None:
@@ -385,6 +332,8 @@ def _identify(file: IO[bytes], path: Source, kind: str | None, head: bytes) -> I
                 return opener(file, str(path) if isinstance(path, Path) else "")
         except Exception as error:  # the next one may know it
             problem = problem or error
+    if kind == "AVIF" and (mended := headers.with_one_ipma(file)) is not None:
+        return _identify(mended, path, kind, head)
     if problem is not None:
         raise problem
     raise kinds.unreadable(path, head)
@@ -466,21 +415,23 @@ def _count_frames(image: ImageFile.ImageFile) -> int:
         return 1
 
 
-def read_size(path: Path) -> tuple[int, int] | None:
-    """Upright width and height from an image file's header; None where it has no usable one.
+def read_size(source: Path | IO[bytes]) -> tuple[int, int] | None:
+    """Upright width and height from the header of an image file, by path or open; None: no usable one.
 
     Batches are planned by it. What loading the file gives decides all else, so that a header may be wrong.
     """
     try:
-        with path.open("rb") as file, _quiet():
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file, _quiet():
             head = file.read(HEAD)
             kind = kinds.recognise(head)
             if kind == "JPEG XL":
                 return headers.jxl_size(file)
+            if kind in light.ENDINGS:
+                return light.light_size(file, str(kind))
             if kind == "raw" or (tiffs.is_tiff(head) and tiffs.is_raw(file)):
                 return None
-            image = _identify(file, path, kind, head)
-            turned = 5 <= _orientation(image, path)[0] <= 8
+            image = _identify(file, NAMELESS, kind, head)
+            turned = 5 <= _orientation(image, NAMELESS)[0] <= 8
             width, height = image.size
             if image.format == "AVIF" and (clean := headers.heif_boxes(file).clean):
                 width, height = clean[2] - clean[0], clean[3] - clean[1]

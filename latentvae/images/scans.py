@@ -130,17 +130,36 @@ def save(image: torch.Tensor, path: Path, window: Window | None) -> None:
 def measure_window(images: Iterable[np.ndarray], percentiles: tuple[float, float]) -> Window:
     """The window between two percentiles of all samples, those of each image weighing the same.
 
+    Of each image some quantiles are kept, of one size however large it is.
+
     Raises:
         ImageError: no image, or both percentiles are the same number.
     """
-    # 1,001 quantiles of each: as good as its samples for what is asked, and of one size
-    shares = np.linspace(0, 1, 1001)
-    found = [np.quantile(samples, shares) for samples in images]
+    found = [np.quantile(samples, _SHARES) for samples in images]
     if not found:
         raise ImageError("no image can be read, so data.percentiles has nothing to measure: set data.range")
-    low, high = (float(each) for each in np.percentile(np.concatenate(found), percentiles))
+    low, high = (_percentile(found, each) for each in percentiles)
     if low >= high:
         raise ImageError(
             f"data.percentiles={list(percentiles)} are both {low:g}: the images are flat; set data.range"
         )
     return Window(low, high)
+
+
+# a thousandth apart, and closer at both ends, where windows begin and end
+_TAIL = np.geomspace(1e-6, 1e-3, 46)[:-1]
+_SHARES = np.concatenate([[0], _TAIL, np.linspace(0, 1, 1001)[1:-1], 1 - _TAIL[::-1], [1]])
+
+
+def _percentile(quantiles: list[np.ndarray], percent: float) -> float:
+    """The smallest number that so many per cent of all images' samples do not exceed."""
+
+    def share(sample: float) -> float:
+        return float(np.mean([np.interp(sample, each, _SHARES) for each in quantiles]))
+
+    low, high = (float(end) for end in (min(q[0] for q in quantiles), max(q[-1] for q in quantiles)))
+    if percent == 100 or share(low) >= percent / 100:
+        return high if percent == 100 else low
+    while low < (middle := (low + high) / 2) < high:  # until no number lies between them
+        low, high = (middle, high) if share(middle) < percent / 100 else (low, middle)
+    return high

@@ -1,6 +1,7 @@
 """Files and folders are written whole or not at all, and never over what is somebody else's."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -143,6 +144,13 @@ def test_what_is_somebody_elses_is_refused(tmp_path: Path) -> None:
     check_folder(folder, "prior", "b", only=["b"])
     with pytest.raises(LatentVAEError, match="holds an earlier prior"):
         check_folder(folder, "prior", "b", overwrite=False)
+
+
+def test_threads_make_one_folder_at_once(tmp_path: Path) -> None:
+    """As pictures that are decoded side by side do: none finds the other's trial gone."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: make_folder(tmp_path / "a"), range(2000)))
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")

@@ -168,7 +168,7 @@ def test_an_opener_that_the_user_registered_is_taken(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_not_read_is_called_what_it_is(monkeypatch, head, words):
-    without(monkeypatch, "rawpy")
+    without(monkeypatch, "rawpy", "OpenImageIO")
     with pytest.raises(ImageError, match=rf"^a is .*{words}") as caught:
         load_image(head + bytes(64), name="a")
     assert "no image" not in str(caught.value)
@@ -188,14 +188,14 @@ def mixed(folder):
 
 
 def test_what_a_folder_leaves_out_is_counted_by_type(tmp_path, monkeypatch, caplog):
-    without(monkeypatch, "pillow_heif", "pillow_jxl")
+    without(monkeypatch, "pillow_heif", "pillow_jxl", "OpenImageIO")
     monkeypatch.delitem(Image.EXTENSION, ".jxl", raising=False)
     left_out = Counter()
     found = find_images(mixed(tmp_path / "all"), left_out)
     assert [path.name for path in found] == ["f.jpg", "g.mpo"]
     assert left_out == {".heic": 2, ".jxl": 1, ".exr": 1, ".psd": 1, "": 1}
-    heif, jxl = kinds.remedy("pillow_heif"), kinds.remedy("pillow_jxl")
-    said = f"left out: 2 .heic ({heif}), 1 without a suffix, 1 .exr, 1 .jxl ({jxl}), 1 .psd"
+    heif, jxl, hdr = (kinds.remedy(module) for module in ("pillow_heif", "pillow_jxl", "OpenImageIO"))
+    said = f"left out: 2 .heic ({heif}), 1 without a suffix, 1 .exr ({hdr}), 1 .jxl ({jxl}), 1 .psd"
     assert kinds.describe(left_out) == said
     assert kinds.wants_extra(left_out)
     with caplog.at_level(logging.WARNING):
@@ -330,6 +330,43 @@ def test_the_clean_aperture_of_an_avif_is_what_is_shown():
     picture = levels(whole)
     assert picture.shape == (16, 64, 3)
     assert np.abs(picture[2:] - GREEN).max() <= 6  # the lower half
+
+
+def test_an_avif_with_a_list_of_properties_for_each_item_is_read(tmp_path) -> None:
+    """Alpha as early encoders wrote it: libavif refuses two such lists of one version."""
+    image, stream = two_colours((48, 32)).convert("RGBA"), io.BytesIO()
+    image.putalpha(Image.linear_gradient("L").resize((48, 32)))
+    image.save(stream, "AVIF", quality=95, subsampling="4:4:4")
+    one = stream.getvalue()
+    at = one.index(b"ipma") + 4
+    length = int.from_bytes(one[at - 8 : at - 4], "big") - 8
+    flags, entries = one[at : at + 4], one[at + 8 : at + length]
+    first = 3 + entries[2]  # item, count, numbers
+    lists = b"".join(
+        (12 + 4 + len(part)).to_bytes(4, "big") + b"ipma" + flags + (1).to_bytes(4, "big") + part
+        for part in (entries[:first], entries[first:])
+    )
+    two = one[: at - 8] + lists + one[at + length :]
+    grown = len(two) - len(one)
+    for name in (b"meta", b"iprp"):  # whose sizes stand before their names
+        place = two.index(name) - 4
+        size = int.from_bytes(two[place : place + 4], "big") + grown
+        two = two[:place] + size.to_bytes(4, "big") + two[place + 4 :]
+    place = two.index(b"iloc") + 12 + 6  # where the data of both items lie
+    for start in (place, place + 14):
+        where = int.from_bytes(two[start : start + 4], "big") + grown
+        two = two[:start] + where.to_bytes(4, "big") + two[start + 4 :]
+    with pytest.raises(Image.UnidentifiedImageError):
+        Image.open(io.BytesIO(two))
+    for name, data in (("one", one), ("two", two)):
+        (tmp_path / f"{name}.avif").write_bytes(data)
+    pictures = [load_image_with_info(tmp_path / f"{name}.avif") for name in ("one", "two")]
+    assert torch.equal(pictures[0][0], pictures[1][0])
+    assert pictures[1][1].notes == ["transparent pixels composited on white"]
+    assert read_size(tmp_path / "two.avif") == (48, 32)
+    (tmp_path / "cut.avif").write_bytes(two[:-60])
+    with pytest.raises(ImageError, match="AVIF"):
+        load_image(tmp_path / "cut.avif")
 
 
 def test_a_gain_map_is_not_applied_and_said_so(tmp_path):

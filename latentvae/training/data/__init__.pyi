@@ -1,8 +1,6 @@
 from . import batches as batches
 from . import crops as crops
-from . import datasets as datasets
 from . import listing as listing
 from . import memory as memory
 from . import sources as sources
-from . import tars as tars
 from . import teacher_cache as teacher_cache

@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from latentvae.base.addresses import is_below
 from latentvae.base.errors import ConfigError, ImageError, LatentVAEError
+from latentvae.images.listing import Listing, scan
 from latentvae.images.resizing import resize_short_side
+from latentvae.images.sources import ImageSource, open_source, root
 from latentvae.images.tensors import as_floats, to_uint8
 from latentvae.training.config import DataConfig
 from latentvae.training.data import sources
-from latentvae.training.data.listing import LISTED, ROUNDS, Listing, scan, shuffled
+from latentvae.training.data.listing import LISTED, ROUNDS, shuffled
 from latentvae.training.data.memory import Decoded, ImageMemory, decode_all, fits_in_memory
-from latentvae.training.data.sources import ImageSource
 from latentvae.training.data.teacher_cache import TeacherCache, TeacherCrop
 
 logger = logging.getLogger(__name__)
@@ -170,7 +172,7 @@ def split_sources(
         raise ConfigError(
             "data.train is not set: which images? Add `--set data.train=FOLDER`, or set it in the config."
         )
-    train = sources.with_range(sources.open_source(config.train, config.column, scan), config, "data.train")
+    train = sources.with_range(open_source(config.train, config.column, scan), config, "data.train")
     if config.val is None:
         if len(train) < 2:
             raise ConfigError(
@@ -178,11 +180,11 @@ def split_sources(
             )
         return sources.hold_out(train, config.val_images)
     # one range for both: measured, it is that of the training images
-    val = sources.with_range(sources.open_source(config.val, config.column, scan), config, "data.val")
+    val = sources.with_range(open_source(config.val, config.column, scan), config, "data.val")
     held_out = sources.Selection(val, sources.evenly(len(val), config.val_images))
-    one, other = sources.root(config.train), sources.root(config.val)
+    one, other = root(config.train), root(config.val)
     # one within the other may hold the same files; elsewhere nothing needs to be compared
-    if not (one.is_relative_to(other) or other.is_relative_to(one)):
+    if not (is_below(one, other) or is_below(other, one)):
         return train, held_out
     rest = sources.without(train, held_out)
     if not len(rest):
