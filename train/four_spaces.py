@@ -113,7 +113,10 @@ def students(arguments: argparse.Namespace) -> list[Student]:
         run, name = arguments.output / f"{space}-small", f"{space}-small"
         settings = [f"data.train={arguments.photos}", f"output={run}", f"model.teacher={teacher}"]
         settings += [f"loss.perceptual_weights={arguments.lpips}"] if arguments.lpips else []
-        settings += [f"model.init={name}"] if arguments.from_bundled and name in bundled() else []
+        if arguments.from_bundled and name in bundled():
+            # what makes it a teacher's layers stays; a rate for weights that are nearly right
+            settings += [f"model.init={name}", "distil.transplant=false", "optim.lr=1e-4"]
+            settings += ['model.freeze=["*norm*", "*conv_shortcut*"]']
         settings += on_a_gpu(len(arguments.spaces) if arguments.together else 1) if usable_gpu() else []
         settings += ["train.validate_every=1000000", "train.save_every=500", "train.tracker=none"]
         settings += own(space, arguments.set)

@@ -1,4 +1,6 @@
 from . import adversary as adversary
+from . import alignment as alignment
+from . import augmenting as augmenting
 from . import batch_size as batch_size
 from . import checkpoint as checkpoint
 from . import checks as checks
@@ -6,6 +8,7 @@ from . import config as config
 from . import data as data
 from . import distillation as distillation
 from . import draws as draws
+from . import grafts as grafts
 from . import loop as loop
 from . import losses as losses
 from . import machine as machine
@@ -16,5 +19,7 @@ from . import progress as progress
 from . import recipes as recipes
 from . import record as record
 from . import setup as setup
+from . import stages as stages
 from . import step as step
+from . import transplant as transplant
 from . import validation as validation

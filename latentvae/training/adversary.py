@@ -1,15 +1,24 @@
 """The adversarial half of training: PatchGAN, its optimizer, and the weight of g_loss."""
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from torch.optim import AdamW
 
+from latentvae.base.errors import ConfigError, ModelError
+from latentvae.base.files import whole_file
+from latentvae.models.loading import check_keys
 from latentvae.training.config import AdversarialConfig, Config
-from latentvae.training.losses import d_loss, g_loss
+from latentvae.training.losses import d_loss, g_loss, lecam_loss
 
 GROUPS = 8  # of GroupNorm; they must divide the width
+WEIGHTS = "discriminator.safetensors"  # in checkpoints, and in the folder `discriminator` of a run
+LECAM_DECAY = 0.99  # of the authors' code
 
 
 class PatchGAN(nn.Module):
@@ -85,13 +94,21 @@ class Adversary:
         # betas of LDM: little momentum, as the opponent moves
         self.optimizer = AdamW(discriminator.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=0.0)
         self.model: nn.Module = discriminator
+        # of LeCam: averages of real and fake logits over the steps so far, and how many those are
+        self.averages = next(discriminator.parameters()).new_zeros(3)
 
     @classmethod
     def build(cls, config: Config, channels: int, device: torch.device) -> "Adversary | None":
-        """A fresh discriminator of the run's precision, or None where the run has no adversarial loss."""
+        """A discriminator of the run's precision, fresh or from adversarial.init; None without its loss.
+
+        Raises:
+            ConfigError: weights to begin with that are damaged or of another shape.
+        """
         if config.adversarial.disc_weight == 0:
             return None
         discriminator = PatchGAN(channels, config.adversarial.width, config.adversarial.layers)
+        if config.adversarial.init is not None:
+            load_weights(discriminator, find_weights(config.adversarial.init))
         discriminator.to(device, config.train.dtype).to(memory_format=config.train.memory_format)
         return cls(config.adversarial, discriminator)
 
@@ -117,10 +134,61 @@ class Adversary:
         # (2B, 1, h, w): real and fake in one pass, as no norm mixes images
         logits = self.model(torch.cat([images, reconstructions.detach().to(images.dtype)]))
         real, fake = logits.to(images.dtype).chunk(2)
-        loss = d_loss(real, fake)
-        accelerator.backward(loss * share)
+        loss, more = d_loss(real, fake), {}
+        total = loss
+        if self.config.lecam_weight:
+            average_real, average_fake, steps = self.averages.clone()
+            more["lecam_loss"] = lecam_loss(real, fake, average_real, average_fake) * (steps > 0)
+            total = loss + self.config.lecam_weight * more["lecam_loss"]
+        accelerator.backward(total * share)
         return {
+            **more,
             "d_loss": loss.detach(),
             "logits_real": real.detach().mean(),
             "logits_fake": fake.detach().mean(),
         }
+
+    def remember(self, logits: torch.Tensor) -> None:
+        """Move LeCam's averages towards a step's mean logits (2,), real and fake, of all processes."""
+        steps = self.averages[2]
+        weight = torch.clamp(1 / (steps + 1), min=1 - LECAM_DECAY)  # a plain mean at first, not from zero
+        self.averages[:2].lerp_(logits.to(self.averages), weight)
+        steps += 1
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, for another run's adversarial.init."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.discriminator.state_dict().items()}
+        with whole_file(folder / WEIGHTS) as partial:
+            save_file(tensors, partial)
+
+
+def find_weights(place: str) -> Path:
+    """The file of weights that adversarial.init names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(place)
+    places = [path, path / WEIGHTS, path / "discriminator" / WEIGHTS]
+    found = next((each for each in places if each.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"adversarial.init={place}: no {WEIGHTS} there. Give the folder of a run that had a "
+            "discriminator, the folder `discriminator` in it, or one of its checkpoints."
+        )
+    return found
+
+
+def load_weights(discriminator: PatchGAN, path: Path) -> None:
+    """Load what `Adversary.save` or a checkpoint wrote.
+
+    Raises:
+        ConfigError: another shape, or a damaged file.
+    """
+    try:
+        tensors = load_file(path)
+        check_keys(tensors, discriminator.state_dict(), path, "Set adversarial.width and adversarial.layers.")
+    except (SafetensorError, OSError, ModelError) as error:
+        raise ConfigError(f"adversarial.init: {path} cannot be used: {error}") from error
+    discriminator.load_state_dict(tensors)

@@ -47,6 +47,10 @@ def find_batch_size(config: Config) -> BatchFit:
     Raises:
         LatentVAEError: whatever would stop the run itself.
     """
+    if config.stages:
+        raise ConfigError(
+            "--find-batch-size measures one stage: give its settings by --set, and --set 'stages=[]'"
+        )
     check_values(config)  # before the trial changes what is checked
     with tempfile.TemporaryDirectory() as folder:
         trial = config.model_copy(deep=True)

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from latentvae.base.errors import ConfigError, LatentVAEError
 from latentvae.base.files import file_sha256, partial_path, put_in_place
 from latentvae.models.loading import check_keys
-from latentvae.training.adversary import Adversary
+from latentvae.training.adversary import WEIGHTS, Adversary
+from latentvae.training.alignment import Alignment
 from latentvae.training.config import Config
 from latentvae.training.optim import EMA, build_optimizer
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+PROJECTION = "projection.safetensors"  # of latents to a vision model's features, likewise
+LECAM = "lecam.safetensors"  # averages of logits, of runs that have them
 # fields of TrainingState in state.json; one that an older checkpoint lacks counts from 0
 COUNTERS = ("step", "skipped_images", "skipped_steps", "bad_steps", "realigned")
 # a manifest that lists less is not of a checkpoint
@@ -40,6 +43,7 @@ class TrainingState:
     ema: EMA
     optimizer: Optimizer
     adversary: Adversary | None = None
+    alignment: Alignment | None = None
     step: int = 0  # optimizer steps done, bad ones included
     skipped_images: int = 0
     skipped_steps: int = 0  # whose loss or gradient was not finite
@@ -48,14 +52,20 @@ class TrainingState:
 
     @classmethod
     def build(
-        cls, config: Config, vae: AutoencoderKL, start: Path | None, device: torch.device
+        cls,
+        config: Config,
+        vae: AutoencoderKL,
+        start: Path | None,
+        device: torch.device,
+        alignment: Alignment | None = None,
     ) -> "TrainingState":
         """What training changes: fresh, or as the checkpoint `start` has it."""
         state = cls(
             vae=vae,
             ema=EMA(vae, config.train.ema_decay),
-            optimizer=build_optimizer(vae, config.optim),
+            optimizer=build_optimizer(vae, config.optim, config.distil),
             adversary=Adversary.build(config, vae.config["in_channels"], device),
+            alignment=alignment,
         )
         if start is not None:
             restore(state, start)
@@ -64,7 +74,14 @@ class TrainingState:
     @property
     def networks(self) -> list[nn.Module]:
         """What steps change, the same in every process."""
-        return [self.vae, *([self.adversary.discriminator] if self.adversary is not None else [])]
+        others: list[nn.Module] = [self.adversary.discriminator] if self.adversary is not None else []
+        others += [self.alignment.projection] if self.alignment is not None else []
+        return [self.vae, *others]
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Of these networks, in their order."""
+        return [self.optimizer, *(each.optimizer for each in (self.adversary, self.alignment) if each)]
 
     def count_step(self, finite: bool) -> None:
         """Count a step that was done, or one that was skipped."""
@@ -125,9 +142,14 @@ def restore(state: TrainingState, checkpoint: Path) -> None:
     _load_module(state.vae, checkpoint / "model.safetensors")
     _load_module(state.ema.model, checkpoint / "ema.safetensors")
     _load_optimizer(state.optimizer, checkpoint / "optimizer.safetensors")
-    if state.adversary is not None and (checkpoint / "discriminator.safetensors").is_file():
-        _load_module(state.adversary.discriminator, checkpoint / "discriminator.safetensors")
+    if state.adversary is not None and (checkpoint / WEIGHTS).is_file():
+        _load_module(state.adversary.discriminator, checkpoint / WEIGHTS)
         _load_optimizer(state.adversary.optimizer, checkpoint / "disc_optimizer.safetensors")
+        if (checkpoint / LECAM).is_file():
+            state.adversary.averages.copy_(load_file(checkpoint / LECAM)["averages"])
+    if state.alignment is not None and (checkpoint / PROJECTION).is_file():
+        _load_module(state.alignment.projection, checkpoint / PROJECTION)
+        _load_optimizer(state.alignment.optimizer, checkpoint / "align_optimizer.safetensors")
     for counter in COUNTERS:
         setattr(state, counter, saved.get(counter, 0))
 
@@ -206,8 +228,13 @@ def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> 
     save_file(_slots(state.optimizer), folder / "optimizer.safetensors")
     if state.adversary is not None:
         discriminator = state.adversary.discriminator.state_dict()
-        save_file(_contiguous(discriminator), folder / "discriminator.safetensors")
+        save_file(_contiguous(discriminator), folder / WEIGHTS)
         save_file(_slots(state.adversary.optimizer), folder / "disc_optimizer.safetensors")
+        if state.adversary.config.lecam_weight:
+            save_file({"averages": state.adversary.averages}, folder / LECAM)
+    if state.alignment is not None:
+        save_file(_contiguous(state.alignment.projection.state_dict()), folder / PROJECTION)
+        save_file(_slots(state.alignment.optimizer), folder / "align_optimizer.safetensors")
     state.vae.save_config(folder)  # config.json, so that the folder alone can be exported
     scalars = {
         **{counter: getattr(state, counter) for counter in COUNTERS},

@@ -14,13 +14,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from latentvae.base.errors import ConfigError, ModelError
 from latentvae.base.files import check_folder, check_local
+from latentvae.images.sources import parts
 from latentvae.measure.lpips import smallest_side
 from latentvae.models.loading import SIDECAR
 from latentvae.models.presets import nearest, preset_config
 from latentvae.training import checkpoint
-from latentvae.training.adversary import GROUPS, smallest_input
+from latentvae.training.adversary import GROUPS, find_weights, smallest_input
 from latentvae.training.config import Config, DataConfig, DistilConfig, ModelConfig, OptimConfig
-from latentvae.training.data.sources import parts
 
 
 def check_start(config: Config) -> None:
@@ -35,6 +35,8 @@ def check_start(config: Config) -> None:
     _check_apart(Path(config.output), config.data)
     for setting, source in (("init", config.model.init), ("teacher", config.model.teacher)):
         check_exported(setting, source)
+    if config.adversarial.init is not None:
+        find_weights(config.adversarial.init)
 
 
 def find_start(config: Config, resume: str | None) -> Path | None:
@@ -47,7 +49,7 @@ def find_start(config: Config, resume: str | None) -> Path | None:
     """
     folder = Path(config.output)
     start = _starting_point(folder, resume)
-    _check_writable(folder)
+    check_writable(folder)
     if start is not None:
         _check_same_space(config.model, start)
     return start
@@ -62,8 +64,10 @@ def check_values(config: Config) -> None:
     Raises:
         ConfigError: names both settings, and values that would do.
     """
-    for place in (config.output, config.data.train or "", config.data.val or ""):
-        check_local(place, ConfigError)
+    if config.stages:
+        _check_stages(config)
+        return
+    check_local(config.output, ConfigError)
     _check_sizes(config.data)
     _check_range(config.data)
     _check_model(config.model)
@@ -77,12 +81,34 @@ def check_values(config: Config) -> None:
             f"loss.free_bits={config.loss.free_bits} counts a channel's nats over one forward pass, and "
             f"train.accumulation={config.train.accumulation} has several in a step; use one larger batch"
         )
+    _check_align(config)
     scales = config.regularise.equivariance
     if scales.min_scale > scales.max_scale:
         raise ConfigError(
             f"regularise.equivariance.min_scale={scales.min_scale} is above "
             f"max_scale={scales.max_scale}; both are in 32nds of the full size"
         )
+
+
+def _check_stages(config: Config) -> None:
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"stages: {', '.join(names)}; give each a name of its own")
+    for number, stage in enumerate(config.stages):
+        own: list[str] = [name for name in ("output", "stages") if name in stage.overrides]
+        # a stage's length is its own, and it begins with what the one before has learned
+        train, model = (stage.overrides.get(name) or {} for name in ("train", "model"))
+        own += ["train.max_steps"] if "max_steps" in train else []
+        own += [f"model.{name}" for name in ("init", "overrides") if number and name in model]
+        if own:
+            raise ConfigError(f"stages, {stage.name}: {own[0]} is the run's; leave it out there")
+        each = config.stage(number)
+        if each.train.precision != config.train.precision:
+            raise ConfigError(f"stages, {stage.name}: train.precision is the same in all; set it for the run")
+        try:
+            check_values(each)
+        except ConfigError as error:
+            raise ConfigError(f"stages, {stage.name}: {error}") from error
 
 
 def _check_sizes(data: DataConfig) -> None:
@@ -172,7 +198,12 @@ def _check_distil(config: Config) -> None:
             f"distil.turn_step={config.distil.turn_step} turns the target to the original, which "
             "distil.target=original begins with; leave one out"
         )
-    if config.distil.learn != "both" and config.model.init is None:
+    if config.distil.transplant and config.model.init is not None:
+        raise ConfigError(
+            f"distil.transplant begins as the teacher, and model.init={config.model.init} as another model; "
+            "leave one out"
+        )
+    if config.distil.learn != "both" and config.model.init is None and not config.distil.transplant:
         raise ConfigError(
             f"distil.learn={config.distil.learn} leaves the other half as it is; name the model in model.init"
         )
@@ -202,9 +233,30 @@ def _check_distil(config: Config) -> None:
         )
 
 
+def _check_align(config: Config) -> None:
+    if not config.regularise.align.weight:
+        return
+    if config.model.mode != "full":
+        raise ConfigError(
+            f"regularise.align moves the latents, and model.mode={config.model.mode} says what they are; "
+            "leave one out"
+        )
+    if config.train.accumulation > 1:
+        raise ConfigError(
+            f"regularise.align.weight={config.regularise.align.weight} is of the gradients of one forward "
+            f"pass, and train.accumulation={config.train.accumulation} has several in a step; use one larger "
+            "batch"
+        )
+
+
 def _check_adversary(config: Config) -> None:
     adversarial, last = config.adversarial, config.train.max_steps
     if not adversarial.disc_weight:
+        if adversarial.init is not None:
+            raise ConfigError(
+                f"adversarial.init={adversarial.init} names a discriminator, and adversarial.disc_weight=0 "
+                "has none; set it, e.g. to 0.5, or leave adversarial.init out"
+            )
         return
     if config.data.crop < (least := smallest_input(adversarial.layers)):
         raise ConfigError(
@@ -253,7 +305,8 @@ def _check_tracker(name: str) -> None:
 def _check_apart(folder: Path, data: DataConfig) -> None:
     """Pictures that a run writes among its images would be some of them when it is resumed."""
     for setting, spec in (("data.train", data.train), ("data.val", data.val)):
-        places = [] if spec is None else [part.resolve() for part in parts(spec)]
+        named = [] if spec is None else parts(spec)
+        places = [part.resolve() for part in named if isinstance(part, Path)]
         for place in (place for place in places if folder.resolve().is_relative_to(place)):
             raise ConfigError(
                 f"output={folder} lies in {place}, the folder of {setting}: the pictures of a run would be "
@@ -274,8 +327,14 @@ def _starting_point(folder: Path, resume: str | None) -> Path | None:
     return start
 
 
-def _check_writable(folder: Path) -> None:
-    """Look at the nearest folder that exists, so that nothing is made for a run that is refused later."""
+def check_writable(folder: Path) -> None:
+    """Refuse an output that cannot be written to, or where something else is exported already.
+
+    The nearest folder that exists is looked at, so that nothing is made for a run that is refused later.
+
+    Raises:
+        ConfigError: says to choose another.
+    """
     try:
         place = next(path for path in (folder, *folder.parents) if path.exists())
         usable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)

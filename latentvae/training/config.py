@@ -1,5 +1,6 @@
 """What a training run is told, section by section. Every default carries its reason."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
+AugmentName = Literal["colour", "translation", "cutout"]
 
 
 class Section(BaseModel):
@@ -77,11 +79,17 @@ class LossConfig(Section):
 class DistilConfig(Section):
     """How a student learns a teacher's latent space; only with model.mode=distil."""
 
-    # both, or one half alone (the other is given by model.init): each is a problem of its own, and the
-    # encoder's passes cost a quarter of the decoder's. A linear start maps both ends of the latents even so
+    # both, or one half alone (the other is given by model.init, or by transplant): each is a problem of its
+    # own, and the encoder's passes cost a quarter of the decoder's. A linear start maps both ends even so
     learn: Literal["both", "encoder", "decoder"] = "both"
     # with model.init: map its latents to the teacher's by least squares first; saves thousands of crops
     linear_start: bool = True
+    # begin as the teacher, an AutoencoderTiny: its convolutions are placed in the student's resnets, and only
+    # the outermost levels are learned from nothing; with model.preset f8c4-deep or f8c16-deep
+    transplant: bool = False
+    # of what was transplanted: share of optim.lr, and the first steps, in which it waits for what is new
+    transplanted_lr: float = Field(0.1, ge=0, le=1)
+    hold_steps: int = Field(200, ge=0)
     # teacher: its picture of its own latents, a function of what the decoder is shown: nothing to guess
     target: Literal["teacher", "original"] = "teacher"
     # folder where the teacher's latents and pictures of whole training images are kept, made once (3.5 bytes
@@ -102,6 +110,13 @@ class AdversarialConfig(Section):
     lr: float = Field(2e-4, gt=0)  # below the VAE's, or it wins
     width: int = Field(64, ge=8)  # LDM's
     layers: int = Field(3, ge=1, le=5)  # patches of 70 px
+    # begin as the discriminator of another run: its folder, the folder `discriminator` in it, or a checkpoint
+    init: str | None = None
+    # ties logits to the other side's moving average (LeCam, Tseng et al. 2021): for few images; MAGVIT: 0.001
+    lecam_weight: float = Field(0.0, ge=0)
+    # what real and fake images go through before they are judged (DiffAugment, Zhao et al. 2020), so that a
+    # discriminator does not learn few images by heart: any of colour, translation, cutout
+    augment: list[AugmentName] = []
 
 
 class EquivarianceConfig(Section):
@@ -119,6 +134,17 @@ class MaskConfig(Section):
     max_share: float = Field(0.5, gt=0, le=1)  # of the pixels of one image
 
 
+class AlignConfig(Section):
+    """Latents that resemble a vision foundation model's features: easier to diffuse (VA-VAE)."""
+
+    weight: float = Field(0.0, ge=0)  # of the pull of the other losses on the latents; VA-VAE: 0.1; 0 is off
+    model: str = (
+        "facebook/dinov2-small"  # of transformers: folder or hub id; a small one is a tenth of a large
+    )
+    cosine_margin: float = Field(0.5, ge=0, le=2)  # VA-VAE's: what is nearer than that is near enough
+    distance_margin: float = Field(0.25, ge=0, le=2)  # VA-VAE's
+
+
 class RegulariseConfig(Section):
     """Regularisers of the latent space, all off by default: each costs some PSNR."""
 
@@ -127,6 +153,7 @@ class RegulariseConfig(Section):
     )  # std in latent units, for decoders that must bear diffusion's errors
     equivariance: EquivarianceConfig = EquivarianceConfig()
     mask: MaskConfig = MaskConfig()
+    align: AlignConfig = AlignConfig()
 
 
 class OptimConfig(Section):
@@ -187,6 +214,14 @@ class TrainConfig(Section):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
+class StageConfig(Section):
+    """One part of a run in stages: it begins with the averaged weights of the part before."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")  # of its folder, stages/01-NAME, and on the card
+    steps: int = Field(ge=1)  # train.max_steps
+    overrides: dict[str, Any] = {}  # sections as in the file, over those that all stages share
+
+
 class Config(Section):
     """A whole training run."""
 
@@ -200,3 +235,31 @@ class Config(Section):
     regularise: RegulariseConfig = RegulariseConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    stages: list[StageConfig] = []  # one after the other, each with the settings above and its own over them
+
+    def stage(self, number: int) -> "Config":
+        """The settings of one stage, from 0, as a run of its own."""
+        stage, tree = self.stages[number], self.model_dump(exclude={"stages"})
+        # other crops in each, unless a stage says which
+        tree["seed"] += number
+        _merge(tree, stage.overrides)
+        tree["train"]["max_steps"] = stage.steps
+        tree["output"] = self.stage_folder(number)
+        if number:
+            tree["model"] |= {"init": f"{self.stage_folder(number - 1)}/vae", "overrides": {}}
+            if tree["model"]["teacher"] is not None:
+                tree["distil"]["linear_start"] = False  # its latents are the teacher's already
+        return Config.model_validate(tree)
+
+    def stage_folder(self, number: int) -> str:
+        """Where a stage, from 0, writes."""
+        return str(Path(self.output) / "stages" / f"{number + 1:02d}-{self.stages[number].name}")
+
+
+def _merge(tree: dict[str, Any], over: dict[str, Any]) -> None:
+    """Put settings over others, section by section, in place."""
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = value

@@ -3,6 +3,7 @@
 No process has a random state of its own, so the number of processes and resumes change nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from latentvae.images.tensors import as_floats
 from latentvae.models.loading import spatial_compression_ratio
-from latentvae.training.config import EquivarianceConfig, MaskConfig
+from latentvae.training.augmenting import DRAWS, Augmentation
+from latentvae.training.config import AugmentName, EquivarianceConfig, MaskConfig
 from latentvae.training.data.batches import CropBatch
 from latentvae.training.data.teacher_cache import TeacherCrop
 from latentvae.training.distillation import original_share
@@ -26,6 +28,7 @@ class Stream(IntEnum):
     LATENT_NOISE = 1
     MASK = 2
     EQUIVARIANCE = 3
+    AUGMENT = 4
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Inputs:
 
     target: torch.Tensor  # images to compare with, (B, C, H, W)
     arguments: tuple[Any, ...]  # of TrainableVAE.forward
+    augmentation: Augmentation  # of what a discriminator sees
+    images: torch.Tensor  # as they are, (B, C, H, W): nothing hidden or transformed
 
 
 def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
@@ -63,7 +68,8 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     # once the target is the original alone, the teacher need not draw
     with_pictures = original_share(run.config.distil, run.state.step) < 1
     arguments = (seen, noise(Stream.POSTERIOR), latent_noise, transform, given, with_pictures)
-    return Inputs(target, arguments)
+    augmentation = draw_augmentation(run.config.adversarial.augment, seed, batch.positions)
+    return Inputs(target, arguments, augmentation, images)
 
 
 def draw_transform(
@@ -87,6 +93,13 @@ def draw_transform(
     scale = torch.randint(config.min_scale, config.max_scale + 1, (), generator=random).item() / 32
     turns = int(torch.randint(0, 4, (), generator=random).item())
     return Transform(max(least, round(side * scale)), turns)
+
+
+def draw_augmentation(kinds: Sequence[AugmentName], seed: int, positions: torch.Tensor) -> Augmentation:
+    """What images, by their global sample index in `positions` (B,), go through before they are judged."""
+    wanted = positions.tolist() if kinds else []
+    draws = [torch.rand(DRAWS, generator=generator(seed, Stream.AUGMENT, position)) for position in wanted]
+    return Augmentation(kinds, torch.stack(draws) if draws else torch.empty(0, DRAWS))
 
 
 def mask(images: torch.Tensor, config: MaskConfig, seed: int, positions: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from latentvae.training.processes import check_agreement
 from latentvae.training.record import draw_curves
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
+from latentvae.training.validation import Lineage
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +46,27 @@ class TrainingInterrupted(Exception):
         self.checkpoint = checkpoint
 
 
-def train(config: Config, resume: str | None = None) -> Path:
+def train(
+    config: Config, resume: str | None = None, lineage: Lineage | None = None, clock: "Clock | None" = None
+) -> Path:
     """Train, validate, save and export; return the folder of the exported VAE.
 
     Args:
         config: of the whole run.
         resume: None to start, "latest" or a checkpoint folder to continue, "auto" to do whichever fits.
+        lineage: of a stage: what it is a part of. clock: likewise, of the whole run.
 
     Raises:
         LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
         TrainingInterrupted: a signal to stop came, or train.max_minutes are over; the state is saved.
     """
+    if config.stages:
+        from latentvae.training.stages import train_stages  # which calls this function for each of them
+
+        return train_stages(config, resume)
     # 1. Set up; the clock counts this too, as a machine that is lent is.
-    clock = Clock(config.train.max_minutes)
-    run = set_up(config, resume)
+    clock = clock or Clock(config.train.max_minutes)
+    run = set_up(config, resume, lineage)
     with status(run), stop_on_signal(run.stop), advice_on_memory(run), advice_on_compiling():
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
         run.batches.while_waiting = StopWhileWaiting(run, clock)
@@ -66,12 +74,31 @@ def train(config: Config, resume: str | None = None) -> Path:
         # 3. Export the averaged weights: all measure, one writes.
         run.validation.export(run.state, run.folder, run.record.seconds)
         if run.is_main:
+            if run.state.adversary is not None:
+                run.state.adversary.save(run.folder / "discriminator")
             draw_curves(run.record.path, run.folder / "curves.png")
             logger.info(progress.summary(progress.read_points(run.record.path)))
+            if lineage is not None:
+                lineage.finish(run.folder, run.validation.words(run.state, run.record.seconds))
     # 4. End together: the others wait here while one exports.
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    if lineage is not None and not lineage.is_last:
+        end_stage(run, clock)
+    else:
+        run.accelerator.end_training()
     return run.folder / "vae"
+
+
+def end_stage(run: Run, clock: "Clock") -> None:
+    """Close what belongs to a stage; the processes stay together for the next.
+
+    Raises:
+        TrainingInterrupted: a signal came while it ended, which the next stage would not know of.
+    """
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+    if stop_requested(run, clock):
+        raise TrainingInterrupted(checkpoint.listing(run.checkpoints)[-1], clock.reason(run.stop))
 
 
 class Clock:
@@ -188,6 +215,8 @@ def advice_on_memory(run: Run) -> Iterator[None]:
 def loop(run: Run, batches: BatchLoader, clock: Clock) -> None:
     """Optimizer steps until the last one, with records, validation and checkpoints at their intervals."""
     config, state = run.config.train, run.state
+    if state.step and validate_if_due(run):  # whatever ended the run may have come between saving and this
+        return
     incoming, first = iter(batches), state.step + 1
     with tqdm(
         total=config.max_steps, initial=state.step, unit="step", disable=not run.is_main, smoothing=0.05
@@ -221,16 +250,22 @@ def loop(run: Run, batches: BatchLoader, clock: Clock) -> None:
             if stop and not last:  # not validated first: launchers give seconds to stop, the others end now
                 raise TrainingInterrupted(saved, clock.reason(run.stop))
 
-            # 2d. Validation comes after saving: what fails here costs no step.
-            due = state.step % config.validate_every == 0
-            if due or last:
-                validate(run)
-
-            # 2e. Enough? All processes end together, with the state saved.
-            if config.patience is not None and due and not last and ends_early(run, config.patience):
-                if state.step % config.save_every:
-                    save_checkpoint(run)
+            # 2d. Validation comes after saving: what fails here costs no step. Enough? All end together.
+            if validate_if_due(run):
                 break
+
+
+def validate_if_due(run: Run) -> bool:
+    """Validate at the intervals and at the end, unless that is done; whether the run is to end early."""
+    config, step = run.config.train, run.state.step
+    due, last = step % config.validate_every == 0, step == config.max_steps
+    if (due or last) and not known_to_all(run, run.is_main and run.record.has_validation(step)):
+        validate(run)
+    if config.patience is None or not due or last or not ends_early(run, config.patience):
+        return False
+    if step % config.save_every:
+        save_checkpoint(run)
+    return True
 
 
 class StoppedWaitingError(LatentVAEError):
@@ -325,5 +360,10 @@ def ends_early(run: Run, patience: int) -> bool:
     if stop:
         reason = f"Validations without a better figure: {patience} (train.patience)."
         tqdm.write(f"{reason} Ending at step {run.state.step}.", file=sys.stderr)
-    flag = torch.tensor(int(stop), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flag, "sum"))
+    return known_to_all(run, stop)
+
+
+def known_to_all(run: Run, flag: bool) -> bool:
+    """What one process has found out and the others have not."""
+    found = torch.tensor(int(flag), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(found, "sum"))

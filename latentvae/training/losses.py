@@ -147,6 +147,20 @@ def d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor
     return 0.5 * (torch.relu(1 - logits_real).mean() + torch.relu(1 + logits_fake).mean())
 
 
+def lecam_loss(
+    logits_real: torch.Tensor,
+    logits_fake: torch.Tensor,
+    average_real: torch.Tensor,
+    average_fake: torch.Tensor,
+) -> torch.Tensor:
+    """How far logits are beyond the other side's average, squared: a scalar (Tseng et al. 2021, LeCam).
+
+    As in the authors' code: only real logits above the average of fake ones cost, and fake ones below.
+    """
+    real, fake = torch.relu(logits_real - average_fake), torch.relu(average_real - logits_fake)
+    return real.square().mean() + fake.square().mean()
+
+
 # Of squared differences of log-variances in a distillation: where deviations are far below the spread of the
 # latents the Wasserstein distance no longer sees them, and the KL of the student would be left to chance.
 LOGVAR_WEIGHT = 1e-3

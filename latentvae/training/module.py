@@ -14,9 +14,11 @@ from latentvae.models.latents import Posterior
 from latentvae.models.loading import cast, load, spatial_compression_ratio, window_of
 from latentvae.models.presets import build, nearest
 from latentvae.models.spaces import Autoencoder, latent_shape
+from latentvae.training.alignment import Alignment, Balance
 from latentvae.training.config import Config
 from latentvae.training.data.teacher_cache import TeacherCrop
 from latentvae.training.distillation import Teacher, frozen_half
+from latentvae.training.transplant import stays_fixed
 
 # of one compiled block: sizes of batches and pictures, with and without gradients, in training or not
 VERSIONS = 8
@@ -46,6 +48,9 @@ def models(config: Config, device: torch.device) -> tuple[AutoencoderKL, Teacher
     patterns = ["encoder.*", "quant_conv.*"] if model.mode == "decoder_only" else []
     patterns += frozen_half(config.distil) if teacher is not None else []
     freeze(vae, [*patterns, *model.freeze])
+    if config.distil.transplant:
+        for name, parameter in vae.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not stays_fixed(name))
     if config.train.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     return vae.train(), teacher
@@ -147,6 +152,8 @@ class TrainingOutputs(NamedTuple):
     reconstructions: torch.Tensor | None  # (B, C, H, W), of the transformed size where there is a transform
     teacher_moments: torch.Tensor | None = None
     teacher_pictures: torch.Tensor | None = None  # of the latents that were decoded, as reconstructions
+    aligned: torch.Tensor | None = None  # latents (B, c, h, w) to compare with features, where they are to be
+    projected: torch.Tensor | None = None  # the same as wide as features, (B, D, h, w)
 
 
 def _changed(
@@ -169,17 +176,23 @@ class TrainableVAE(nn.Module):
     Args:
         vae: trained in place.
         teacher: frozen; its latents are decoded instead of the student's, which only learns to match them.
+        alignment: to a vision model; its projection is trained too.
     """
 
-    def __init__(self, vae: AutoencoderKL, teacher: Teacher | None = None) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, teacher: Teacher | None = None, alignment: Alignment | None = None
+    ) -> None:
         super().__init__()
         self.vae = vae
+        self.alignment = alignment  # no module: of it the projection alone learns
+        self.projection = None if alignment is None else alignment.projection
         self.teacher = teacher  # no module: its weights are neither synchronised nor optimised
 
     @classmethod
     def build(cls, config: Config, device: torch.device) -> "TrainableVAE":
         """With the networks that a configuration names; raises what `models` does."""
-        return cls(*models(config, device))
+        vae, teacher = models(config, device)
+        return cls(vae, teacher, Alignment.build(config, vae.config["latent_channels"], device))
 
     def forward(
         self,
@@ -203,8 +216,12 @@ class TrainableVAE(nn.Module):
         if self.teacher is not None:
             return self._distil(self.teacher, images, noise, latent_noise, transform, given, with_pictures)
         moments = self.vae.encode(images).latent_dist.parameters  # (B, 2c, h, w)
-        latents = _changed(Posterior(moments).at(noise), latent_noise, transform)  # (B, c, h, w)
-        return TrainingOutputs(moments, self.vae.decode(latents).sample)
+        latents, aligned, projected = Posterior(moments).at(noise), None, None  # (B, c, h, w)
+        if self.alignment is not None and self.projection is not None:
+            latents, aligned = Balance.apply(latents, self.alignment.config.weight)
+            projected = self.projection(aligned)
+        decoded = self.vae.decode(_changed(latents, latent_noise, transform)).sample
+        return TrainingOutputs(moments, decoded, aligned=aligned, projected=projected)
 
     def _distil(
         self,

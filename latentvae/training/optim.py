@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from latentvae.training.config import OptimConfig
+from latentvae.training.config import DistilConfig, OptimConfig
+from latentvae.training.transplant import is_transplanted
 
 # Quintic Newton-Schulz coefficients of Jordan et al. 2024 (Muon): steepest at zero.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -22,31 +23,44 @@ MUON_RMS = 0.2
 ADAM_EPS = 1e-8
 
 
-def build_optimizer(vae: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(vae: nn.Module, config: OptimConfig, distil: DistilConfig | None = None) -> Optimizer:
     """The configured optimizer over the trainable parameters of `vae`.
+
+    Where a teacher's layers were transplanted, those learn at a rate of their own, and later.
 
     Kernels decay, biases and norms do not. Muon leaves the first and last convolutions and the 1x1 ones
     around the latents to AdamW: their rows or columns are pixels and latents, whose scales mean something.
     """
     named = [(name, p) for name, p in vae.named_parameters() if p.requires_grad]
+    groups = []
+    if distil is not None and distil.transplant:
+        moved = [(name, p) for name, p in named if is_transplanted(name)]
+        named = [(name, p) for name, p in named if not is_transplanted(name)]
+        rate = {"share": distil.transplanted_lr, "from_step": distil.hold_steps}
+        groups = [{**group, **rate} for group in _groups(moved, config)]
+    groups = _groups(named, config) + groups
+    return MuonAdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+
+
+def _groups(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters by how they are updated; the order is that of the slots in checkpoints."""
     edges = ("encoder.conv_in.", "encoder.conv_out.", "decoder.conv_in.", "decoder.conv_out.", "quant_conv.")
     hidden = [p for name, p in named if p.ndim == 4 and not any(edge in name for edge in edges)]
     taken = {id(p) for p in hidden}
     kernels = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]
     vectors = [p for _, p in named if p.ndim < 2]
-    # the order is that of the slots in checkpoints
-    groups = [
+    return [
         {"params": hidden, "weight_decay": config.weight_decay, "muon": config.name == "muon"},
         {"params": kernels, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return MuonAdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
 
 
 def set_learning_rate(optimizer: Optimizer, config: OptimConfig, step: int, max_steps: int) -> None:
     """Give every group the rate of an optimizer step. It follows from the step, so it is not saved."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * learning_rate(config, step, max_steps)
+        share = group.get("share", 1.0) if step >= group.get("from_step", 0) else 0.0
+        group["lr"] = config.lr * learning_rate(config, step, max_steps) * share
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:

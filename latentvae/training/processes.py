@@ -121,12 +121,12 @@ def hardware(device: torch.device) -> str:
 
 def realign(state: TrainingState, accelerator: Accelerator) -> None:
     """Give every process the first one's weights, averages and what its optimizers have accumulated."""
-    networks, optimizers = [*state.networks, state.ema.model], [state.optimizer]
-    if state.adversary is not None:
-        optimizers.append(state.adversary.optimizer)
+    networks, optimizers = [*state.networks, state.ema.model], state.optimizers
     tensors = [tensor for network in networks for tensor in network.state_dict().values()]
     for optimizer in optimizers:
         tensors += [tensor for slot in optimizer.state.values() for tensor in slot.values()]
+    if state.adversary is not None:
+        tensors.append(state.adversary.averages)
     for tensor in tensors:
         # collectives take what lies in one piece, on the process's device
         sent = tensor.detach().to(accelerator.device, memory_format=torch.contiguous_format).contiguous()

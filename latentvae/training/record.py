@@ -116,6 +116,10 @@ class Record:
                 shown = shown if self.tracker.name in ("aim", "clearml") else shown[None]
                 self.tracker.log_images({"validation": shown}, step=step, **layout)
 
+    def has_validation(self, step: int) -> bool:
+        """Whether a step's validation has been written; asked of the main process."""
+        return any(line["step"] == step and "val_psnr" in line for line in read_records(self.path))
+
     def skipped(self, names: list[str]) -> None:
         """Warn of each unusable training image once."""
         for name in names:

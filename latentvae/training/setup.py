@@ -8,9 +8,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from diffusers import AutoencoderKL
 from torch import nn
 
+from latentvae.base.errors import ConfigError
 from latentvae.images.scans import Window
+from latentvae.images.sources import FolderSource, ImageSource, open_source
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.loading import set_window, spatial_compression_ratio
 from latentvae.models.spaces import latent_shape
@@ -20,7 +23,7 @@ from latentvae.training.config import Config
 from latentvae.training.data.batches import BatchLoader, training_batches
 from latentvae.training.data.crops import CropSequence, split_sources, validation_images
 from latentvae.training.data.listing import scan_together
-from latentvae.training.data.sources import FolderSource, Selection, evenly, measured_range, open_source
+from latentvae.training.data.sources import Selection, evenly, measured_range
 from latentvae.training.data.teacher_cache import TeacherCache, provenance
 from latentvae.training.distillation import Teacher, start_linearly
 from latentvae.training.losses import VAELoss
@@ -29,9 +32,11 @@ from latentvae.training.module import TrainableVAE
 from latentvae.training.processes import agree_on_start
 from latentvae.training.progress import split_line
 from latentvae.training.record import Record
-from latentvae.training.validation import Validation
+from latentvae.training.transplant import transplant
+from latentvae.training.validation import Lineage, Validation
 
 LINEAR_START_IMAGES = 48  # some 50,000 latent pixels, for a map of a few hundred numbers
+TRANSPLANT_IMAGES, TRANSPLANT_SIDE = 8, 128  # the sizes of maps, and fits of a thousand numbers an output
 
 logger = get_logger(__name__)  # Accelerate's: the main process speaks for all
 
@@ -74,8 +79,8 @@ class Run:
         return self.accelerator.is_main_process
 
 
-def set_up(config: Config, resume: str | None) -> Run:
-    """Check, build and restore one process's part of a run.
+def set_up(config: Config, resume: str | None, lineage: Lineage | None = None) -> Run:
+    """Check, build and restore one process's part of a run, or of one of its stages.
 
     Raises:
         LatentVAEError: bad data, missing weights, an output that is taken, or models that do not fit.
@@ -97,14 +102,11 @@ def set_up(config: Config, resume: str | None) -> Run:
     loss.to(memory_format=config.train.memory_format)
     module = TrainableVAE.build(config, device)
 
-    if module.teacher is not None and config.model.init and config.distil.linear_start and start is None:
-        some = Selection(train_images, evenly(len(train_images), LINEAR_START_IMAGES))
-        images = validation_images(some, config.data, module.vae.config["in_channels"])
-        r2 = start_linearly(module.vae, module.teacher, images)
-        logger.info("latents of %s begin at an R2 of %.3f of the teacher's", config.model.init, r2)
+    if module.teacher is not None and start is None:
+        start_from_teacher(config, module.vae, module.teacher, train_images)
 
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
-    state = TrainingState.build(config, module.vae, start, device)
+    state = TrainingState.build(config, module.vae, start, device, module.alignment)
     if config.data.range is not None:
         set_window(state.ema.model, Window(*config.data.range))  # what is measured and exported
 
@@ -115,7 +117,7 @@ def set_up(config: Config, resume: str | None) -> Run:
     if module.teacher is not None and config.distil.cache is not None:
         sequence.cache = keep_teacher(config, module.teacher, sequence, accelerator)
     batches = training_batches(config, sequence, state.step, rank, world)
-    validation = Validation(config, train_images, val_images, channels, module.teacher, rank, world)
+    validation = Validation(config, train_images, val_images, channels, module.teacher, rank, world, lineage)
     record = Record(folder, accelerator, state.step, config.model_dump(mode="json"))
 
     # 7. Wrap what processes share; from here on gradients are averaged in its backward.
@@ -131,6 +133,29 @@ def set_up(config: Config, resume: str | None) -> Run:
     run = Run(config, accelerator, folder, state, model, loss, sequence, batches, validation, record)
     announce(run, start, len(val_images))
     return run
+
+
+def start_from_teacher(
+    config: Config, vae: AutoencoderKL, teacher: Teacher, train_images: ImageSource
+) -> None:
+    """Give a student, before its first step, what can be had of its teacher without learning."""
+    channels = vae.config["in_channels"]
+    if config.distil.transplant:
+        some = Selection(train_images, evenly(len(train_images), TRANSPLANT_IMAGES))
+        data = config.data.model_copy(update={"val_size": TRANSPLANT_SIDE})
+        crops = [crop for _, crop in validation_images(some, data, channels)]
+        whole = [crop for crop in crops if crop.shape[-2:] == (TRANSPLANT_SIDE, TRANSPLANT_SIDE)]
+        if not whole:
+            raise ConfigError(
+                f"distil.transplant measures maps of {TRANSPLANT_SIDE} x {TRANSPLANT_SIDE} pixels, and none "
+                f"of {len(crops)} training images is as large; give larger images"
+            )
+        r2 = transplant(vae, teacher, torch.stack(whole))
+        logger.info("once its first level has learned, the encoder begins at an R2 of %.3f", r2)
+    elif config.model.init and config.distil.linear_start:
+        some = Selection(train_images, evenly(len(train_images), LINEAR_START_IMAGES))
+        r2 = start_linearly(vae, teacher, validation_images(some, config.data, channels))
+        logger.info("latents of %s begin at an R2 of %.3f of the teacher's", config.model.init, r2)
 
 
 def with_measured_range(config: Config) -> Config:
@@ -181,12 +206,12 @@ def settle_buckets(config: Config, state: TrainingState, model: nn.Module, accel
     adversary = state.adversary
     for _ in range(2):
         outputs = model(images, noise)
-        given = (outputs.reconstructions, outputs.moments)
+        given = (outputs.reconstructions, outputs.moments, outputs.projected)
         maps = [each for each in given if each is not None and each.requires_grad]
         accelerator.backward(torch.stack([each.sum() for each in maps]).sum())
         if adversary is not None and adversary.ramp(state.step - 1) > 0:  # it has had its first pass
             accelerator.backward(adversary.model(images).sum())
-    for optimizer in (state.optimizer, *([adversary.optimizer] if adversary else [])):
+    for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
 
 

@@ -45,18 +45,25 @@ def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
         )
         finite = finite & torch.isfinite(terms["d_grad_norm"])
     # all processes agree, and count every unusable image, by one reduction and one wait for the device
-    skipped = finite.new_tensor(sum(len(batch.skipped) for batch in batches), dtype=torch.float32)
-    agreed, skipped_by_all = run.accelerator.reduce(torch.stack([finite.float(), skipped]), "sum").tolist()
+    skipped = terms["total"].new_tensor(sum(len(batch.skipped) for batch in batches))
+    logits = [terms[name] for name in ("logits_real", "logits_fake") if name in terms]
+    found = run.accelerator.reduce(torch.stack([finite.to(skipped), skipped, *logits]), "sum")
+    agreed, skipped_by_all = found[:2].tolist()
     state.skipped_images += int(skipped_by_all)
     state.count_step(agreed == run.accelerator.num_processes)
 
     # 4. Update both networks and the average, or nothing at all.
     optimizers = [state.optimizer, *([adversary.optimizer] if adversary is not None else [])]
+    scheduled = [state.optimizer, *([state.alignment.optimizer] if state.alignment is not None else [])]
+    optimizers += scheduled[1:]
     if state.bad_steps == 0:
         # the step has been counted: its own number, from 0, is one less
-        set_learning_rate(state.optimizer, run.config.optim, state.step - 1, run.config.train.max_steps)
+        for optimizer in scheduled:
+            set_learning_rate(optimizer, run.config.optim, state.step - 1, run.config.train.max_steps)
         for optimizer in optimizers:
             optimizer.step()
+        if adversary is not None:
+            adversary.remember(found[2:] / run.accelerator.num_processes)
         state.ema.update(state.vae, state.step)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -71,7 +78,7 @@ def plain_pass(run: Run, inputs: list[Inputs]) -> Terms:
             outputs = run.model(*each.arguments)  # through the wrapper, or processes would drift apart
             with run.accelerator.autocast():
                 nll, terms = run.loss.reconstruction(target_of(run, each, outputs), outputs.reconstructions)
-                rest, more = latent_terms(run, outputs, each.target[0].numel())
+                rest, more = latent_terms(run, outputs, each.target[0].numel(), each.images)
             run.accelerator.backward((nll + rest) / len(inputs))
         add(sums, {**terms, **more, "total": nll + rest}, 1 / len(inputs))
     return sums
@@ -84,8 +91,14 @@ def synchronised_last(
     return nullcontext() if number == count - 1 else run.accelerator.no_sync(model or run.model)
 
 
-def latent_terms(run: Run, outputs: TrainingOutputs, elements: int) -> tuple[torch.Tensor, Terms]:
-    """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them."""
+def latent_terms(
+    run: Run, outputs: TrainingOutputs, elements: int, images: torch.Tensor
+) -> tuple[torch.Tensor, Terms]:
+    """The weighted sum of the terms on the latents (KL, or agreement with a teacher), and each of them.
+
+    That with a vision model's features counts in full here: its weight is applied to its gradient, where that
+    meets the decoder's.
+    """
     if outputs.moments is None:  # only a decoder learns
         return next(run.state.vae.parameters()).new_zeros(()), {}
     posterior = Posterior(outputs.moments)
@@ -93,7 +106,11 @@ def latent_terms(run: Run, outputs: TrainingOutputs, elements: int) -> tuple[tor
         teacher, factor = Posterior(outputs.teacher_moments), run.state.vae.config["scaling_factor"]
         return run.loss.distillation(posterior, teacher, factor, run.config.distil.l1_weight)
     average = partial(run.accelerator.reduce, reduction="mean")
-    return run.loss.kl(posterior, elements, run.state.step, average)
+    kl, terms = run.loss.kl(posterior, elements, run.state.step, average)
+    if run.state.alignment is None or outputs.aligned is None or outputs.projected is None:
+        return kl, terms
+    align, more = run.state.alignment.loss(outputs.aligned, outputs.projected, images)
+    return kl + align, {**terms, **more}
 
 
 def target_of(run: Run, each: Inputs, outputs: TrainingOutputs) -> torch.Tensor:
@@ -135,7 +152,7 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
     for number, (each, judgement) in enumerate(zip(inputs, judgements, strict=True)):
         with synchronised_last(run, number, len(inputs)):
             outputs = judgement.outputs if keep else run.model(*each.arguments)
-            rest, more = latent_terms(run, outputs, each.target[0].numel())
+            rest, more = latent_terms(run, outputs, each.target[0].numel(), each.images)
             at_reconstructions = (judgement.nll_gradient + weight * judgement.g_gradient) * share
             roots = [(outputs.reconstructions, at_reconstructions), (rest * share, None)]
             roots = roots[: 1 + rest.requires_grad]  # a frozen encoder's KL has no gradient
@@ -143,7 +160,8 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
         with synchronised_last(run, number, len(inputs), adversary.model), run.accelerator.autocast():
             target = target_of(run, each, outputs)
             fakes: Any = outputs.reconstructions  # there are some: settings refuse an encoder alone here
-            more |= adversary.backward(run.accelerator, target, fakes, share)
+            seen = each.augmentation(target), each.augmentation(fakes.detach())
+            more |= adversary.backward(run.accelerator, *seen, share)
         add(
             sums, {**more, "total": judgement.terms["nll"] + rest + weight * judgement.terms["g_loss"]}, share
         )
@@ -174,7 +192,7 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
         reconstructions = outputs.reconstructions.detach().requires_grad_()
         nll, terms = run.loss.reconstruction(target_of(run, each, outputs), reconstructions)
         (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
-        g_loss = adversary.generator_loss(reconstructions)
+        g_loss = adversary.generator_loss(each.augmentation(reconstructions))
         (g_gradient,) = torch.autograd.grad(g_loss, reconstructions)
     # (C, c_last, kh, kw): the kernel's gradient from what enters and leaves it, without a second backward
     entering = seen[0].to(nll_gradient.dtype)  # (B, c_last, H, W)

@@ -1,7 +1,9 @@
 """Looking at the averaged model while it trains, and exporting it at the end."""
 
+import json
 import logging
 import platform
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from latentvae.base.errors import ImageError, LatentVAEError
+from latentvae.base.files import whole_file
 from latentvae.images.drawing import grid
 from latentvae.images.saving import save_picture
+from latentvae.images.sources import ImageSource
 from latentvae.measure.diagnosis import wants_upcast
 from latentvae.measure.evaluate import Evaluator
 from latentvae.measure.lpips import LPIPS, load_lpips
@@ -24,7 +28,7 @@ from latentvae.models.latents import LatentStatistics, compute_latent_statistics
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.config import Config, DataConfig
 from latentvae.training.data.crops import centre_crops, validation_images
-from latentvae.training.data.sources import ImageSource, Selection, evenly
+from latentvae.training.data.sources import Selection, evenly
 from latentvae.training.distillation import Teacher
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,33 @@ GRID_IMAGES = 6  # a picture that fits a screen
 BATCH = 8
 TEACHER_ALONE = "teacher_teacher"  # of WAYS
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a stage is a part of.
+
+    Args:
+        run: the whole run, with its stages.
+        number: of the stage, from 0.
+        earlier: what the stages before did, in words.
+    """
+
+    run: Config
+    number: int
+    earlier: tuple[str, ...]
+
+    MARK = "done.json"  # in a stage's folder once it is over
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run ends with it."""
+        return self.number == len(self.run.stages) - 1
+
+    def finish(self, folder: Path, words: str) -> None:
+        """Mark the stage as over, with what it did in words."""
+        with whole_file(folder / self.MARK) as partial:
+            partial.write_text(json.dumps({"training": words}), encoding="utf-8")
 
 
 class Validation:
@@ -46,6 +77,7 @@ class Validation:
         channels: of the model.
         teacher: whose latent space the model is to speak.
         rank, world: this process and how many there are; each reads and measures a share of the images.
+        lineage: of a stage; None of a run that is not in stages.
 
     Raises:
         ImageError: no process can read any validation image.
@@ -60,8 +92,10 @@ class Validation:
         teacher: Teacher | None = None,
         rank: int = 0,
         world: int = 1,
+        lineage: Lineage | None = None,
     ) -> None:
         self.config = config
+        self.lineage = lineage
         self.teacher = teacher
         self.teacher_alone: dict[str, float] = {}  # figures of its own pictures, once they are measured
         self.train = train
@@ -145,22 +179,19 @@ class Validation:
         summary, _ = self.measure(vae)
         if not self.is_main:
             return folder / "vae"
-        # a parent's or teacher's factors stay, so that its latents still fit
-        statistics = None
-        if self.config.model.init is None and self.config.model.teacher is None:
+        # a parent's or teacher's factors stay, so that its latents still fit; a stage's is the whole run's
+        origin = self.config if self.lineage is None else self.lineage.run
+        statistics, model = None, self.config.model
+        if origin.model.init is None and model.teacher is None and model.mode != "decoder_only":
             statistics = training_statistics(vae, self.train, self.config.data)
-        device = (
-            torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
+        earlier = () if self.lineage is None else self.lineage.earlier
         provenance = Provenance(
-            name=f"latentvae {_name(self.config)}",
-            base_model=self.config.model.init,
+            name=f"latentvae {_name(origin)}",
+            base_model=origin.model.init,
             trained_on=f"{len(self.train)} images of {Path(self.config.data.train or '').name!r}",
-            training=f"{state.step} steps in {seconds / 60:.0f} minutes on {device} ({platform.machine()}).",
+            training=f"{'; '.join([*earlier, self.words(state, seconds)])}.",
             metrics=summary.as_dict(),
-            config=self.config.model_dump(mode="json"),
+            config=origin.model_dump(mode="json"),
             intensity_range=self.config.data.range,
         )
         place, upcast = folder / "vae", wants_upcast(vae)
@@ -173,6 +204,16 @@ class Validation:
             overwrite=True,
             force_upcast=upcast,
         )
+
+    def words(self, state: TrainingState, seconds: float) -> str:
+        """What was done, for the card."""
+        device = (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        stage = "" if self.lineage is None else f"{self.lineage.run.stages[self.lineage.number].name}: "
+        return f"{stage}{state.step} steps in {seconds / 60:.0f} minutes on {device} ({platform.machine()})"
 
 
 def training_statistics(vae: AutoencoderKL, source: ImageSource, config: DataConfig) -> LatentStatistics:

@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from latentvae.base.errors import ConfigError, ModelError
+from latentvae.images.sources import open_source
 from latentvae.images.tensors import from_uint8
 from latentvae.measure.spaces import compare_spaces
 from latentvae.models.exporting import export
@@ -22,7 +23,6 @@ from latentvae.models.presets import build, find_space
 from latentvae.models.spaces import decode_scaled, encode_scaled, load_autoencoder, space_of
 from latentvae.training import validation
 from latentvae.training.config import DistilConfig
-from latentvae.training.data.sources import open_source
 from latentvae.training.data.teacher_cache import MANIFEST, TeacherCache, provenance
 from latentvae.training.distillation import Teacher, linear_start, original_share
 from latentvae.training.loop import train

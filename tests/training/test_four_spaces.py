@@ -20,7 +20,7 @@ from latentvae.training.recipes import load_config
 ROOT = Path(__file__).parents[2]
 TINY = [
     "model.preset=tiny",
-    "model.init=",
+    "distil.transplant=false",
     "sd3:model.overrides={latent_channels: 16}",
     "flux:model.overrides={latent_channels: 16}",
     "data.crop=32",

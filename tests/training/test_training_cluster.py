@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import ROOT, assert_same, command, finish, last_step, launch, write_photos
+from training_runs import ROOT, assert_same, command, finish, launch, write_photos
 
 from latentvae.training.checkpoint import listing
 
@@ -27,6 +28,15 @@ def running(loop: subprocess.Popen[str]) -> int | None:
         ["ps", "-o", "pid=", "--ppid", str(loop.pid)], capture_output=True, text=True, check=False
     )
     return int(found.stdout.split()[0]) if found.stdout.split() else None
+
+
+def wait_while(loop: subprocess.Popen[str], waits: Callable[[], bool]) -> None:
+    """Until something has come about, while the loop goes on."""
+    deadline = time.monotonic() + 240
+    while waits():
+        assert loop.poll() is None, loop.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 LAUNCHER = """
@@ -49,21 +59,21 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
 
     def start(output: Path, save_every: int) -> subprocess.Popen[str]:
         settings = ("train.precision=fp32", "train.batch_size=2", f"train.save_every={save_every}")
-        line = command(photos, output, 1, *settings, "train.max_steps=14", resume="auto")
+        line = command(photos, output, 1, *settings, "train.max_steps=40", resume="auto")
         line[1] = str(tmp_path / "launcher.py")
         return launch(line)
 
-    output = tmp_path / "killed"
+    output, saved = tmp_path / "killed", tmp_path / "killed" / "checkpoints"
     loop, moments, killed = start(output, 1), random.Random(0), {None}
     try:
         for number in range(10):
-            deadline = time.monotonic() + 240
-            before = last_step(output)
-            while (run := running(loop)) in killed or (number and last_step(output) < min(11, before + 1)):
-                assert loop.poll() is None, loop.communicate()[0][-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(moments.uniform(0, 0.5))
+            # until the last one is dead, which may be saving until then
+            wait_while(loop, lambda: running(loop) in killed)
+            # until it has saved: a step is recorded before that, and would be lost with the run
+            before = listing(saved)
+            wait_while(loop, lambda number=number, before=before: number and listing(saved) == before)
+            run = running(loop)
+            time.sleep(moments.uniform(0, 0.03))  # within a step, on a fast machine too
             os.kill(run, signal.SIGKILL)
             killed.add(run)
         printed, _ = loop.communicate(timeout=600)
@@ -72,8 +82,8 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
             os.killpg(loop.pid, signal.SIGKILL)
     assert loop.returncode == 0, printed[-3000:]
     assert printed.count("continuing from") >= 9
-    finish(start(tmp_path / "straight", 14))
-    assert_same(tmp_path / "straight", output, 14)
+    finish(start(tmp_path / "straight", 40))
+    assert_same(tmp_path / "straight", output, 40)
 
 
 APART = """

@@ -37,10 +37,11 @@ def test_the_recipes_are_the_files_that_people_edit():
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_needs_nothing_but_a_data_folder(name):
     config = load_config(name, ["data.train=photos"])
-    preset = {"digits": "tiny", "scan": "f8c4-small"}.get(name, name.removesuffix("-gpu"))
-    if config.model.mode == "distil":  # named by the space, of the shape of what it starts from
-        assert (config.model.space, config.model.init) == (name.removesuffix("-small"), config.model.preset)
-        preset = {4: "f8c4-small", 16: "f8c16-small"}[SPACES[config.model.space].latent_channels]
+    others = {"digits": "tiny", "scan": "f8c4-small", "f8c4-small-stages": "f8c4-small"}
+    preset = others.get(name, name.removesuffix("-gpu"))
+    if config.model.mode == "distil":  # named by the space, of a shape that its teacher's layers fit
+        assert (config.model.space, config.distil.transplant) == (name.removesuffix("-small"), True)
+        preset = f"f8c{SPACES[config.model.space].latent_channels}-deep"
     assert config.model.preset == preset
     assert config.output == f"runs/{name}"
     assert config.data.train == "photos"

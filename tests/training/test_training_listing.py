@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from latentvae.base.errors import ConfigError
-from latentvae.images.reading import SUFFIXES, list_files
+from latentvae.images.kinds import SUFFIXES
+from latentvae.images.listing import ARCHIVES, FileTable, list_files, scan
+from latentvae.images.sources import open_source
 from latentvae.training.data import crops, listing
 from latentvae.training.data.crops import EpochOrder
-from latentvae.training.data.listing import ARCHIVES, FileTable, scan, scan_together, shuffled
-from latentvae.training.data.sources import Rest, hold_out, open_source
+from latentvae.training.data.listing import scan_together, shuffled
+from latentvae.training.data.sources import Rest, hold_out
 
 
 @pytest.fixture

@@ -301,6 +301,22 @@ def test_a_finished_run_can_be_lengthened_and_exported_again(straight, tmp_path)
     assert [record["step"] for record in records(tmp_path / "resumed")] == [*range(1, 7), 6, 7, 7]
 
 
+@pytest.mark.parametrize("straight", ["fp32"], indirect=True)
+@pytest.mark.parametrize("step", [6, STEPS])
+def test_a_validation_that_a_kill_prevented_is_made_up_for(straight, tmp_path, step):
+    """It comes after saving, so a run that is ended in between goes on from a step not measured."""
+    config = straight.model_copy(update={"output": str(tmp_path / "killed")})
+    shutil.copytree(straight.output, config.output)
+    if step < STEPS:
+        shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"step-{STEPS:08d}")
+    place = tmp_path / "killed" / "metrics.jsonl"
+    lines = [(json.loads(line), line) for line in place.read_text(encoding="utf-8").splitlines()]
+    kept = [line for record, line in lines if record["step"] < step or "total" in record]
+    place.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    train(config, resume="latest")
+    assert records(tmp_path / "killed") == records(Path(straight.output))
+
+
 def test_a_resume_uses_the_learning_rate_of_the_new_configuration(straight, tmp_path):
     """That is what the message after a gradient that is not finite says to do."""
     config = resumable(straight, tmp_path / "resumed")
@@ -488,7 +504,7 @@ class Elsewhere:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_request_to_stop_is_heeded_while_images_are_waited_for(photos, tmp_path, monkeypatch, processes):
     run = set_up(configure(photos, tmp_path / "run"), None)
-    monkeypatch.setattr(loop, "set_up", lambda config, resume: run)
+    monkeypatch.setattr(loop, "set_up", lambda *_: run)
     run.batches = Elsewhere(run.batches)
     take, taken = loop.take, []
 

@@ -20,16 +20,17 @@ from pyarrow import parquet
 
 import latentvae
 from latentvae.base.errors import ConfigError, ImageError, SourceError
+from latentvae.images import tars as shards
 from latentvae.images.reading import load_image
+from latentvae.images.sources import ImageSource, expand_braces, open_source, root
+from latentvae.images.tables import image_column
+from latentvae.images.tars import TarSource
 from latentvae.images.tensors import to_uint8
 from latentvae.training import validation
 from latentvae.training.config import Config, DataConfig
-from latentvae.training.data import tars as shards
 from latentvae.training.data.batches import CropBatch, training_batches
 from latentvae.training.data.crops import CropSequence, split_sources, validation_images
-from latentvae.training.data.datasets import image_column
-from latentvae.training.data.sources import ImageSource, hold_out, open_source, root
-from latentvae.training.data.tars import TarSource, expand_braces
+from latentvae.training.data.sources import hold_out
 
 COUNT, SIDE = 12, 32
 KINDS = ("folder", "tars", "braces", "saved", "split", "parquet", "parquets")
@@ -294,7 +295,7 @@ def test_a_run_that_fails_ends_though_its_workers_ignore_signals(tmp_path, kinds
         from latentvae.training.config import Config
         from latentvae.training.data.batches import training_batches
         from latentvae.training.data.crops import CropSequence
-        from latentvae.training.data.sources import open_source
+        from latentvae.images.sources import open_source
         config = Config(data={{"crop": {SIDE}}}, train={{"batch_size": 3, "max_steps": 200}})
         sequence = CropSequence(open_source({str(shard)!r}), config.data, 3, 0)
         batches = iter(training_batches(config, sequence, 0, 0, 1))
@@ -342,7 +343,7 @@ def test_listing_a_shard_reads_headers_only(tmp_path, monkeypatch):
             return super().read(size)
 
     monkeypatch.setattr(tarfile, "bltn_open", Counted)
-    assert len(shards.list_members(shard)) == 4
+    assert len(shards.list_members(shard).images) == 4
     assert 4 * 512 <= sum(read) < 10_000
 
 
@@ -372,13 +373,13 @@ def test_webdataset_samples_of_several_images_are_told_and_can_be_chosen_from(tm
     shard = write_tar(tmp_path / "a.tar", members)
     with caplog.at_level(logging.WARNING):
         assert len(open_source(shard)) == 6
-        assert "0.jpg and 0.mask.png belong to one sample; both are trained on" in caplog.text
+        assert "0.jpg and 0.mask.png belong to one sample; both are taken" in caplog.text
         caplog.clear()
         source = open_source(shard, "mask.png")
     assert [source.name(index)[-10:] for index in range(3)] == [f"{number}.mask.png" for number in range(3)]
     assert not caplog.records
     with pytest.raises(
-        ImageError, match=r"no image in .*a\.tar: members with the extension 'exr' \(data\.column\)"
+        ImageError, match=r"no image in .*a\.tar: members with the extension 'exr' \(data\.column of training"
     ):
         open_source(shard, "exr")
 
@@ -449,8 +450,8 @@ def test_the_image_column_is_found_by_type_or_named():
     for features, wanted, message in (
         ({"x": number, "y": data}, None, r"d has no image column: x \(int64\), y \(binary\)\. Name"),
         ({"a": image, "b": image}, None, r"d has several image columns: a \(image\), b \(image\)\. Name"),
-        ({"a": image}, "c", r"data\.column='c' is not there in d, which has a \(image\)"),
-        ({"x": number}, "x", r"data\.column='x' is of the type int64 in d"),
+        ({"a": image}, "c", r"the column 'c' is not there in d, which has a \(image\)"),
+        ({"x": number}, "x", r"the column 'x' is of the type int64 in d"),
     ):
         with pytest.raises(ConfigError, match=message):
             image_column(features, wanted, "d")

@@ -142,7 +142,7 @@ def test_g_loss_reaches_the_vae_only_and_d_loss_the_discriminator_only(photos: P
 def test_kl_reaches_the_encoder_only(photos: Path) -> None:
     run, batches = start(photos)
     inputs = draw_inputs(run, batches[0])
-    rest, _ = latent_terms(run, run.model(*inputs.arguments), inputs.target[0].numel())
+    rest, _ = latent_terms(run, run.model(*inputs.arguments), inputs.target[0].numel(), inputs.images)
     rest.backward()
     reached = {name.split(".")[0] for name, p in run.state.vae.named_parameters() if p.grad is not None}
     assert reached == {"encoder", "quant_conv"}
@@ -151,7 +151,7 @@ def test_kl_reaches_the_encoder_only(photos: Path) -> None:
 def test_free_bits_spare_cheap_channels(photos: Path) -> None:
     run, batches = start(photos, "loss.free_bits=1000")
     inputs = draw_inputs(run, batches[0])
-    rest, terms = latent_terms(run, run.model(*inputs.arguments), inputs.target[0].numel())
+    rest, terms = latent_terms(run, run.model(*inputs.arguments), inputs.target[0].numel(), inputs.images)
     assert rest.item() == 0
     assert terms["kl_loss"].item() > 0
 

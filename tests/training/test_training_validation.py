@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from latentvae.base.errors import ImageError
+from latentvae.images.sources import open_source
 from latentvae.models.presets import build
 from latentvae.training import machine, validation
 from latentvae.training.config import Config
-from latentvae.training.data.sources import open_source
 from latentvae.training.distillation import Teacher
 from latentvae.training.validation import BATCH, Validation
 
