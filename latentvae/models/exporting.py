@@ -20,6 +20,7 @@ from latentvae.models.latents import LatentStatistics, reconstruct
 from latentvae.models.loading import SIDECAR, spatial_compression_ratio
 
 SHARD_SIZE = re.compile(r"[1-9]\d*[KMG]B")
+FOR_PIPELINES = {"sample_size", "force_upcast"}  # of a config: say nothing of weights or latents
 MIN_SAMPLE_SIZE = 256  # diffusers derives its tile size from sample_size; smaller ones make tiny tiles
 
 
@@ -69,6 +70,29 @@ def with_statistics(vae: AutoencoderKL, statistics: LatentStatistics) -> Autoenc
     # latents_mean/std stay None: SDXL would apply them on top of scaling_factor
     folded.register_to_config(shift_factor=shift, scaling_factor=scaling, latents_mean=None, latents_std=None)
     return folded
+
+
+def join_halves(vae: AutoencoderKL, other: AutoencoderKL) -> AutoencoderKL:
+    """A copy of `vae` with the decoder of `other`: two halves of one latent space that learned apart.
+
+    Raises:
+        ModelError: the two are of different shapes, or of spaces with different factors.
+    """
+    differing = [
+        f"{key} ({vae.config[key]} and {value})"
+        for key, value in other.config.items()
+        if not key.startswith("_") and key not in FOR_PIPELINES and vae.config.get(key) != value
+    ]
+    if differing:
+        raise ModelError(
+            f"the decoder does not fit the encoder: they differ in {', '.join(differing)}. Take two runs of "
+            "one preset and one space."
+        )
+    joined = copy.deepcopy(vae)
+    joined.decoder.load_state_dict(other.decoder.state_dict())
+    if joined.post_quant_conv is not None:
+        joined.post_quant_conv.load_state_dict(other.post_quant_conv.state_dict())
+    return joined
 
 
 def export(

@@ -64,6 +64,11 @@ class Posterior:
         """`kl_map` summed over C, h, w: (B,). Never in half precision: fp16 overflows at 4x64x64 latents."""
         return self.kl_map().flatten(1).sum(1)
 
+    def known_kl(self) -> torch.Tensor | None:
+        """`kl`, or None where all deviations are one number, as of a student whose teacher has none."""
+        constant = self.logvar.numel() > 1 and bool(self.logvar.min() == self.logvar.max())
+        return None if constant else self.kl()
+
 
 class Reconstruction(NamedTuple):
     """What `reconstruct` returns: reconstructions (B, C, H, W) in [-1, 1], and the posterior behind them."""
@@ -264,8 +269,12 @@ def seeded_noise(shape: tuple[int, ...], seed: int, key: str, number: int) -> to
         key: tells apart what would otherwise get the same noise, such as images.
         number: of the draw: more draws do not change the first ones.
     """
+    return torch.randn(shape, generator=seeded_generator(seed, key, number))
+
+
+def seeded_generator(seed: int, key: str, number: int) -> torch.Generator:
+    """What draws the noise of `seeded_noise`, on the CPU."""
     # keys may be names of files that are not UTF-8
     digest = hashlib.sha256(f"{seed} {number} {key}".encode(errors="surrogateescape")).digest()
     # 63 bits: torch takes a seed as a signed 64-bit number
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 import latentvae
 from latentvae.base.errors import LatentVAEError, ModelError
+from latentvae.cli.main import main
 from latentvae.images.reading import load_image
 from latentvae.models import exporting as export_module
 from latentvae.models.card import Provenance
-from latentvae.models.exporting import SIDECAR, export, fold_latent_mean, prepare_export
+from latentvae.models.exporting import SIDECAR, export, fold_latent_mean, join_halves, prepare_export
 from latentvae.models.latents import compute_latent_statistics, encode, reconstruct, scale
 from latentvae.models.licences import LICENCES, check_licence
 from latentvae.models.loading import WEIGHTS_NAME
@@ -66,6 +67,34 @@ def exported(tmp_path_factory: pytest.TempPathFactory, photos: list[torch.Tensor
 def stock(exported: Path) -> AutoencoderKL:
     """The export as diffusers loads it."""
     return AutoencoderKL.from_pretrained(str(exported)).eval()
+
+
+def test_halves_that_learned_apart_are_joined_and_the_two_left_alone(tmp_path):
+    folders = tmp_path / "encoder", tmp_path / "decoder"
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        export(latentvae.build("tiny"), folder)
+    first, second = (latentvae.load(folder) for folder in folders)
+    before = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    joined = join_halves(first, second)
+    with torch.no_grad():
+        moments = [vae.encode(picture()).latent_dist.parameters for vae in (joined, first)]
+        assert torch.equal(*moments)
+        latents = torch.randn(1, 4, 5, 7)
+        assert torch.equal(joined.decode(latents).sample, second.decode(latents).sample)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in first.state_dict().items())
+
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(folders[0]), "--decoder", str(folders[1]), "-o", str(tmp_path / "out")])
+    assert not end.value.code
+    written = latentvae.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, written[key]) for key, tensor in joined.state_dict().items())
+
+
+@pytest.mark.parametrize("other", [{"block_out_channels": (16, 16, 32, 64)}, {"scaling_factor": 0.5}])
+def test_halves_of_two_shapes_or_spaces_are_not_joined(tiny_vae, other):
+    with pytest.raises(ModelError, match=next(iter(other))):
+        join_halves(tiny_vae, latentvae.build("tiny", **other))
 
 
 # --- folding the mean ------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def test_the_factors_of_a_file_without_config_are_those_of_the_checkpoint_it_is_
 def test_ldms_names_of_a_preset_are_those_of_the_rules(preset):
     with torch.device("meta"):
         config = PRESETS[preset]
-        vae = latentvae.build(preset)
+        vae = latentvae.build(preset, use_quant_conv=True, use_post_quant_conv=True)
         rules = LDM(
             config["block_out_channels"],
             config["layers_per_block"],
