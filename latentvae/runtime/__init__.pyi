@@ -1,10 +1,15 @@
+from . import choosing as choosing
 from . import devices as devices
 from . import forwards as forwards
+from . import graphs as graphs
 from . import kernels as kernels
+from . import measurements as measurements
 from . import memory as memory
 from . import offloading as offloading
 from . import optimize as optimize
 from . import patches as patches
 from . import plain as plain
+from . import processes as processes
 from . import seamless as seamless
+from . import side_by_side as side_by_side
 from . import tiling as tiling

@@ -1,5 +1,6 @@
 """A model on a device, both by the names that people give, and what to do where it does not fit."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,8 +40,11 @@ def usable_device(device: str | None) -> torch.device:
     Raises:
         LatentVAEError: it is not there.
     """
+    device = device or best_device()
+    # each process of a machine gets a GPU of its own: torchrun and accelerate launch set LOCAL_RANK
+    named = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
     try:
-        place = torch.device(device or best_device())
+        place = torch.device(named)
         torch.empty(1, device=place)  # a name that torch knows may be of a GPU that is not there
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
         raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error

@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from latentvae.runtime.kernels import groupnorm, winograd
+from latentvae.runtime.kernels import blocks, choices, groupnorm, winograd
 from latentvae.runtime.patches import underlying
 from latentvae.runtime.plain import is_3x3, is_changed, is_nearest, is_plain, is_simple, takes_ours
 
@@ -145,13 +145,22 @@ def conv(
     if is_changed(self) or not is_3x3(self):  # then nobody passes arguments of ours
         return underlying(self, "optimize")(x)
     scheme = winograd.UPSAMPLING if upsample else winograd.CONVOLUTION
+
+    def directly() -> torch.Tensor:
+        given = x if before is None else groupnorm.apply(x, before, silu=True)
+        return _sum(folding_conv(self, given, upsample), plus)
+
     # blocks write into plain buffers, where autograd cannot follow
     recorded = plus is not None and plus.requires_grad and torch.is_grad_enabled()
-    if winograd.suits_convolution(self, x, scheme) and not recorded:
-        return winograd.convolve(x, self, scheme, before, plus)
-    if before is not None:
-        x = groupnorm.apply(x, before, silu=True)
-    return _sum(folding_conv(self, x, upsample), plus)
+    if recorded or not blocks.suits_blocks(self, x):
+        return directly()
+    return choices.run(
+        f"{'upsample + conv' if upsample else 'conv'} {self.in_channels} to {self.out_channels}",
+        winograd.pixels(x, scheme),
+        lambda: winograd.convolve(x, self, scheme, before, plus),
+        directly,
+        rule=winograd.is_likely_faster(self, x, scheme),
+    )
 
 
 # --- memory format

@@ -6,7 +6,7 @@ about a hundredth of its time: so it cannot go stale, however weights were chang
 """
 
 import logging
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL
@@ -18,18 +18,20 @@ from torch import nn
 from latentvae.base.errors import ModelError
 from latentvae.models.loading import cast
 from latentvae.runtime import forwards
+from latentvae.runtime.choosing import use_fastest
+from latentvae.runtime.graphs.backend import check_openvino, use_openvino
 from latentvae.runtime.patches import (
     check_autoencoder,
     name_patches,
     on_restore,
     patch,
-    patched,
     restore,
 )
 from latentvae.runtime.plain import change, is_3x3, is_nearest, is_simple
 
 logger = logging.getLogger(__name__)
 
+Backend = Literal["torch", "openvino", "fastest"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -43,11 +45,12 @@ def optimize(
     channels_last: bool = True,
     compile: bool = False,
     dtype: torch.dtype | None = None,
+    backend: Backend = "torch",
 ) -> AutoencoderKL:
     """Make encode and decode faster, with the same results to rounding; `restore` undoes it.
 
-    Class, config, state dict, `save_pretrained`, offloading hooks and gradients stay as they were. Called
-    again, the new choice replaces the old one. Blocks of an unknown kind stay stock; the log names them.
+    The same object is returned: class, config, state dict, `save_pretrained`, offloading hooks and gradients
+    stay as they were. Blocks of an unknown kind stay stock; the log names them.
 
     Args:
         upsample: nearest x2 upsampling and its convolution as one transposed convolution.
@@ -55,20 +58,22 @@ def optimize(
             torch's own channels_last norm loses three digits there. Without gradients.
         residual: resnets without steps that do nothing, and their sums in place (without gradients).
         winograd: wide 3x3 convolutions with a quarter of the products, on a CPU in float32 and float64,
-            without gradients. Wants channels_last. Keeps buffers of about 60 MB from call to call.
+            without gradients. Wants channels_last. Keeps buffers of 60 MB.
         channels_last: weights and maps in that memory format; what comes out is contiguous.
         compile: `torch.compile` both halves for sizes that vary, or warn where that cannot work.
-        dtype: convert the weights first. What rounding takes, `restore` does not bring back.
-
-    Returns:
-        The same object.
+        dtype: convert the weights first, which `restore` does not undo.
+        backend: "openvino": graphs of OpenVINO (extra `openvino`) compute, on a CPU, in float32 or bfloat16;
+            compiled with the first call, and again when weights have changed. What a graph cannot give
+            (gradients, hooks, exact tiling's tiles) torch computes. It keeps its memory until `restore`.
+            "fastest": on a CPU, torch with the faster kernel for each layer, or OpenVINO, as is measured with
+            a first call of each size, and kept. Last bits, but for files' of ours, depend on the machine.
 
     Raises:
-        ModelError: not an AutoencoderKL, or a dtype that no VAE computes in.
+        ModelError: not an AutoencoderKL, a dtype that no VAE computes in, a backend that cannot compute it.
+        LatentVAEError: the backend's package is not installed.
     """
     check_autoencoder(vae)
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype} came; wanted one of {', '.join(map(str, DTYPES))}.")
+    _check(vae, compile, dtype, backend)
     restore(vae, "optimize")  # the new choice replaces the old one, not only what both name
     if dtype is not None:
         cast(vae, dtype)
@@ -84,9 +89,22 @@ def optimize(
         simplify_resnets(vae)
     if compile:
         compile_halves(vae)
+    if backend != "torch":
+        for half in halves(vae):
+            (use_openvino if backend == "openvino" else use_fastest)(half)
     name_patches(vae)
-    logger.debug("optimized %d modules", len(patched(vae, "optimize")))
     return vae
+
+
+def _check(vae: AutoencoderKL, compile: bool, dtype: torch.dtype | None, backend: Backend) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype} came; wanted one of {', '.join(map(str, DTYPES))}.")
+    if backend not in get_args(Backend):
+        raise ModelError(f"backend {backend!r} came; wanted one of {', '.join(get_args(Backend))}.")
+    if compile and backend != "torch":
+        raise ModelError(f"compile=True came with backend={backend!r}: both compile. Choose one of them.")
+    if backend == "openvino":
+        check_openvino(vae.device, dtype or vae.dtype)
 
 
 def halves(vae: AutoencoderKL) -> list[Any]:

@@ -224,7 +224,13 @@ def restore(vae: AutoencoderKL, feature: str | None = None) -> AutoencoderKL:
         ModelError: not an AutoencoderKL.
     """
     check_autoencoder(vae)
-    for module in vae.modules():
+    undo(vae, feature)
+    return vae
+
+
+def undo(model: torch.nn.Module, feature: str | None = None) -> None:
+    """What `restore` does, to a part of a VAE too."""
+    for module in model.modules():
         ours = patches_of(module)
         if ours is None:
             continue
@@ -233,7 +239,6 @@ def restore(vae: AutoencoderKL, feature: str | None = None) -> AutoencoderKL:
         ours.functions = [pair for pair in ours.functions if feature not in (None, pair[0])]
         if not ours.functions and not ours.undo:
             _unpatch(module, ours)
-    return vae
 
 
 def _unpatch(module: torch.nn.Module, ours: Patches) -> None:

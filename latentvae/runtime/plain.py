@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -25,8 +26,8 @@ logger = logging.getLogger(__name__)
 _FORWARDS: dict[type, Any] = {
     kind: kind.forward
     for kind in (
-        *(nn.Conv2d, nn.GroupNorm, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU, nn.Dropout),
-        *(ResnetBlock2D, Upsample2D, Downsample2D),
+        *(nn.Conv2d, nn.Linear, nn.GroupNorm, nn.SiLU, nn.GELU, nn.Mish, nn.ReLU, nn.Dropout),
+        *(ResnetBlock2D, Upsample2D, Downsample2D, Attention),
         *(DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D, Encoder, Decoder),
     )
 }

@@ -223,7 +223,7 @@ def test_a_mapped_store_gives_the_same_bits_and_leaves_no_file(
 
     monkeypatch.setattr(layers.Conv, "read", looking)
     for place in ("cpu", tmp_path):
-        enable_exact_tiling(vae, TILE, store=place)
+        enable_exact_tiling(vae, TILE, scratch=place)
         for result, wanted in zip(both(vae, *arguments), expected, strict=True):
             assert torch.equal(result, wanted)
     assert sum(size > 0 for size in sizes) > 10  # so many maps were in files
@@ -238,7 +238,7 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
         from test_tiling import *
         vae = make()
-        enable_exact_tiling(vae, TILE, store={str(tmp_path)!r})
+        enable_exact_tiling(vae, TILE, scratch={str(tmp_path)!r})
         made = []
         real = maps._map_file
         maps._map_file = lambda *a: (made.append(a), real(*a))[1]
@@ -617,13 +617,13 @@ def test_a_store_folder_that_cannot_be_used_is_refused_before_anything_runs(
 ) -> None:
     vae = make()
     with pytest.raises(LatentVAEError, match="nowhere does not exist"):
-        enable_exact_tiling(vae, TILE, store=tmp_path / "nowhere")
+        enable_exact_tiling(vae, TILE, scratch=tmp_path / "nowhere")
     with monkeypatch.context() as patches:
         patches.setattr(maps.tempfile, "TemporaryFile", raise_denied)
         with pytest.raises(LatentVAEError, match=r"cannot be written to \(Permission denied\)"):
-            enable_exact_tiling(vae, TILE, store=tmp_path)
+            enable_exact_tiling(vae, TILE, scratch=tmp_path)
     assert not patched(vae)
-    enable_exact_tiling(vae, TILE, store=tmp_path)
+    enable_exact_tiling(vae, TILE, scratch=tmp_path)
     watch = Watch(vae)
     usage = maps.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(maps.shutil, "disk_usage", lambda _: usage)

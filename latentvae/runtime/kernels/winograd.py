@@ -94,11 +94,15 @@ UPSAMPLING = Scheme(
 )
 
 
-def suits_convolution(conv: torch.nn.Conv2d, x: torch.Tensor, scheme: Scheme) -> bool:
-    """Whether `convolve` can stand in for a 3x3 `conv` on x, and is likely faster."""
-    pixels = x.shape[0] * x.shape[2] * x.shape[3] * (scheme.outputs // scheme.step) ** 2
+def is_likely_faster(conv: torch.nn.Conv2d, x: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether `convolve` is likely faster than a 3x3 `conv` of x, if it can stand in: see `suits_blocks`."""
     wide = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
-    return wide and blocks.suits_blocks(conv, x) and pixels >= MIN_PIXELS
+    return wide and pixels(x, scheme) >= MIN_PIXELS
+
+
+def pixels(x: torch.Tensor, scheme: Scheme) -> int:
+    """Of output, in all images."""
+    return x.shape[0] * x.shape[2] * x.shape[3] * (scheme.outputs // scheme.step) ** 2
 
 
 def convolve(

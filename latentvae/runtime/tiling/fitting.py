@@ -1,7 +1,10 @@
 """Exact tiling where an image would not fit into memory, and only there."""
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError
@@ -29,18 +32,32 @@ def tile_to_fit(
     needed, free = memory.ordinary_peak(vae, height, width), memory.free_memory(vae.device)
     if needed <= free and tile_size is None:
         return
-    allowed = memory.SHARE * free
-    # half of what is free is for maps and tile, but a plan that needs more than that may still fit
-    sizes = TILE_SIZES if tile_size is None else (tile_size,)
-    peaks = [_tiled_peak(vae, height, width, size, allowed, scratch is not None) for size in sizes]
-    chosen = next((size for size, peak in zip(sizes, peaks, strict=True) if peak <= free), None)
+    chosen, least = fitting_tile(vae, height, width, free, tile_size, on_disk=scratch is not None)
     if chosen is None:
         raise ImageError(
             f"{path} of {width}x{height} px would take about {needed / 1e9:.1f} GB, or "
-            f"{min(peaks) / 1e9:.1f} GB in tiles, and {free / 1e9:.1f} GB are free: "
-            f"make it smaller{'' if scratch else ', or give --store FOLDER to a verb that has it'}."
+            f"{least / 1e9:.1f} GB in tiles, and {free / 1e9:.1f} GB are free: "
+            f"make it smaller{'' if scratch else ', or give --scratch FOLDER to a verb that has it'}."
         )
-    switch.enable_exact_tiling(vae, chosen, scratch, progress=True, memory=allowed)
+    switch.enable_exact_tiling(vae, chosen, scratch, progress=True, memory=memory.SHARE * free)
+
+
+def fitting_tile(
+    vae: AutoencoderKL, height: int, width: int, free: float, tile_size: int | None, *, on_disk: bool
+) -> tuple[int | None, int]:
+    """The largest side of tiles with which an image fits into `free` bytes, or None; and the least it takes.
+
+    Args:
+        tile_size: the only one to try; None: all of `TILE_SIZES`.
+        on_disk: maps lie in a scratch folder, and do not count.
+    """
+    peaks = []
+    for size in TILE_SIZES if tile_size is None else (tile_size,):
+        # half of what is free is for maps and tile, but a plan that needs more than that may still fit
+        peaks.append(_tiled_peak(vae, height, width, size, memory.SHARE * free, on_disk))
+        if peaks[-1] <= free:  # planning small tiles of a large image takes seconds
+            return size, peaks[-1]
+    return None, min(peaks)
 
 
 def _tiled_peak(
@@ -49,3 +66,67 @@ def _tiled_peak(
     """Bytes above the weights that an image takes in tiles; maps in a scratch folder do not count."""
     steps = planning.plan(vae, height, width, tile_size=tile_size, memory=allowed)
     return max(each.peak_bytes - on_disk * each.store_bytes for each in (steps.encode, steps.decode))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to encode or decode an image, and what it takes.
+
+    Attributes:
+        verb: encode or decode.
+        tile_size: largest side of a tile; None: whole.
+        on_disk: whether maps lie in a scratch folder.
+        peak_bytes: of memory, above the weights and the input.
+        disk_bytes: in the scratch folder.
+        tflop: computed in all.
+        seconds: about, at a rate that was measured.
+    """
+
+    verb: str
+    tile_size: int | None
+    on_disk: bool
+    peak_bytes: int
+    disk_bytes: int
+    tflop: float
+    seconds: float
+
+
+def ways(
+    vae: AutoencoderKL, height: int, width: int, tile_size: int, free: float, rates: dict[str, float]
+) -> list[Way]:
+    """Whole, in tiles with maps in memory, in tiles with maps on disk: of encoding, then of decoding.
+
+    Args:
+        free: bytes; maps and a tile may take `memory.SHARE` of them, as in `tile_to_fit`.
+        rates: FLOP/s by verb, as `measured_rates` gives them.
+    """
+    steps = planning.plan(vae, height, width, tile_size=tile_size, memory=memory.SHARE * free)
+    whole = planning.whole_tflop(vae, height, width)
+    found = []
+    for course in (steps.encode, steps.decode):
+        verb, rate = course.verb, rates[course.verb] / 1e12
+        peak = memory.ordinary_peak(vae, height, width)
+        found.append(Way(verb, None, False, peak, 0, whole[verb], whole[verb] / rate))
+        for on_disk in (False, True) if course.stages else ():
+            stored = course.store_bytes * on_disk
+            taken = (course.peak_bytes - stored, stored, course.tflop, course.tflop / rate)
+            found.append(Way(verb, tile_size, on_disk, *taken))
+    return found
+
+
+@torch.no_grad()
+def measured_rates(vae: AutoencoderKL, side: int = 256) -> dict[str, float]:
+    """FLOP/s of encoding and decoding an image of that side, each timed once after a run to warm up."""
+    image = torch.zeros(1, vae.config["in_channels"], side, side, device=vae.device, dtype=vae.dtype)
+    latents = vae.encode(image).latent_dist.mode()
+    tflop, rates = planning.whole_tflop(vae, side, side), {}
+    for verb, run in (("encode", lambda: vae.encode(image)), ("decode", lambda: vae.decode(latents))):
+        taken = []
+        for _ in range(2):
+            start = time.perf_counter()
+            run()
+            if vae.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        rates[verb] = tflop[verb] * 1e12 / min(taken)
+    return rates

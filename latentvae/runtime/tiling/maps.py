@@ -186,8 +186,9 @@ class Scratch:
         free = shutil.disk_usage(self.place).free
         if free < wanted:
             raise LatentVAEError(
-                f"the store folder {self.place} has {free / 1e9:.2f} GB of free room; {wanted / 1e9:.2f} GB "
-                "are wanted. Free some, name a folder on another disk, or keep it in memory (store=None)."
+                f"the scratch folder {self.place} has {free / 1e9:.2f} GB of free room; "
+                f"{wanted / 1e9:.2f} GB are wanted. Free some, name a folder on another disk, or keep it in "
+                "memory (scratch=None)."
             )
 
 
@@ -198,13 +199,13 @@ def check_scratch_folder(folder: Path) -> None:
         LatentVAEError: with the reason.
     """
     if not folder.is_dir():
-        raise LatentVAEError(f"the store folder {folder} does not exist; wanted a folder. Create it first.")
+        raise LatentVAEError(f"the scratch folder {folder} does not exist; wanted a folder. Create it first.")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = error.strerror or error
         raise LatentVAEError(
-            f"the store folder {folder} cannot be written to ({reason}). Name another folder."
+            f"the scratch folder {folder} cannot be written to ({reason}). Name another folder."
         ) from error
 
 
@@ -219,7 +220,7 @@ def _map_file(folder: Path, size: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise LatentVAEError(
-            f"no file of {size / 1e9:.2f} GB could be made in the store folder {folder} "
+            f"no file of {size / 1e9:.2f} GB could be made in the scratch folder {folder} "
             f"({error.strerror or error}). Free some room, or name another folder."
         ) from error
 

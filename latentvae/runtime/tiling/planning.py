@@ -1,5 +1,6 @@
 """What exact tiling takes before anything runs: tiles, stages, scratch, peak, and the cost of attention."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ class Course:
             return f"{self.verb}: not tiled, peak about {self.peak_bytes / 1e9:.2f} GB above the weights"
         lines = [
             f"{self.verb}: {len(self.stages)} stages, {self.tiles} tiles, {self.tflop:.2f} TFLOP (attention "
-            f"{self.attention_tflop:.2f}), store {self.store_bytes / 1e9:.2f} GB, peak "
+            f"{self.attention_tflop:.2f}), scratch {self.store_bytes / 1e9:.2f} GB, peak "
             f"{self.peak_bytes / 1e9:.2f} GB above the weights",
-            f"  {'stage':48} tiles  side  TFLOP  store GB  tile GB",
+            f"  {'stage':48} tiles  side  TFLOP  maps GB  tile GB",
         ]
         for stage in self.stages:
             lines.append(
@@ -128,13 +129,30 @@ def plan(
         asked.tile_size if tile_size is None else tile_size,
         memory=asked.memory if memory is None else memory,
     )
-    # latents are those of the padded image; the encoder, which pads nothing, gets the image itself
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    latents = (vae.decoder.conv_in.in_channels, -(-height // factor), -(-width // factor))
-    images = (vae.encoder.conv_in.in_channels, height, width)
+    images, latents = _shapes(vae, height, width)
     encoding = _course(vae, "encode", images, max(height, width), settings)
     decoding = _course(vae, "decode", latents, factor * max(latents[1:]), settings)
     return TilingPlan(height, width, encoding, decoding)
+
+
+def whole_tflop(vae: AutoencoderKL, height: int, width: int) -> dict[str, float]:
+    """What `encode` and `decode` compute of an image of so many pixels without tiles."""
+    images, latents = _shapes(vae, height, width)
+    one_tile = Settings(tile_size=4 * max(height, width), memory=math.inf)
+    halves: dict[str, tuple[Any, tuple[int, int, int]]] = {
+        "encode": (vae.encoder, images),
+        "decode": (vae.decoder, latents),
+    }
+    walks = {verb: plan_walk(half, shape, 1, one_tile) for verb, (half, shape) in halves.items()}
+    return {verb: sum(stage.flops for stage in walk.stages) / 1e12 for verb, walk in walks.items()}
+
+
+def _shapes(vae: AutoencoderKL, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """What the encoder gets of an image, and the decoder: latents of the padded image."""
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    latents = (vae.decoder.conv_in.in_channels, -(-height // factor), -(-width // factor))
+    return (vae.encoder.conv_in.in_channels, height, width), latents  # the encoder pads nothing
 
 
 def _course(

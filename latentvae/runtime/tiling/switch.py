@@ -35,7 +35,7 @@ MIN_TILE = 16  # pixels; a read reaches 2 px beyond a tile on each side
 def enable_exact_tiling(
     vae: AutoencoderKL,
     tile_size: int = planning.DEFAULT_TILE,
-    store: str | Path | torch.device | None = None,
+    scratch: str | Path | torch.device | None = None,
     progress: bool = False,
     memory: float = planning.DEFAULT_MEMORY,
 ) -> AutoencoderKL:
@@ -49,7 +49,7 @@ def enable_exact_tiling(
 
     Args:
         tile_size: largest side of a tile in pixels, from 16. Memory beside the maps grows with its square.
-        store: where maps lie between stages. None: the memory of the input's device; "cpu": main memory;
+        scratch: where maps lie between stages. None: the memory of the input's device; "cpu": main memory;
             otherwise a scratch folder for memory-mapped files, which vanish with the process however it ends.
         progress: show a progress bar, in TFLOP, for every image.
         memory: bytes that maps and a tile may take; above, maps are computed again rather than stored,
@@ -65,7 +65,7 @@ def enable_exact_tiling(
     check_autoencoder(vae)
     structure.check_structure(vae)
     width = max(vae.config["block_out_channels"][:2])
-    settings = planning.Settings(_checked(tile_size), _scratch_place(store), progress, memory, width)
+    settings = planning.Settings(_checked(tile_size), _scratch_place(scratch), progress, memory, width)
     for name, forward in (("encoder", _encoder_forward), ("decoder", _decoder_forward)):
         model = getattr(vae, name, None)
         if model is None:  # deleted by who only wants the other

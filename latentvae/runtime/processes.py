@@ -1,0 +1,73 @@
+"""Several processes that do one thing together, as torchrun and accelerate launch number them."""
+
+from datetime import timedelta
+from typing import Any
+
+from torch import distributed
+
+from latentvae.base.errors import LatentVAEError
+from latentvae.base.threads import environment_number
+
+WAIT = timedelta(hours=24)  # for the slowest; a process that has died is noticed at once
+
+
+class Processes:
+    """The processes of one run: each brings what it has to `share`, and waits there for the others."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+        if not 0 <= self.rank < self.world:
+            raise LatentVAEError(
+                f"RANK={self.rank} and WORLD_SIZE={self.world} came: a rank is below the size."
+            )
+        if self.world > 1 and not distributed.is_initialized():
+            try:
+                distributed.init_process_group("gloo", timeout=WAIT)
+            except (RuntimeError, ValueError) as error:
+                raise LatentVAEError(
+                    f"process {self.rank} of {self.world} did not meet the others ({error}): start the "
+                    "processes with torchrun or accelerate launch, or unset WORLD_SIZE."
+                ) from error
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that has the report."""
+        return self.rank == 0
+
+    def share(self, value: Any) -> list[Any]:
+        """What every process brings, by rank, once all have come.
+
+        Raises:
+            LatentVAEError: what `fail` was called with in another process, or one is gone.
+        """
+        if self.world == 1:
+            return [value]
+        brought = self._gather((None, value))
+        if errors := [error for error, _ in brought if error]:
+            raise LatentVAEError(errors[0])
+        return [each for _, each in brought]
+
+    def share_same(self, what: str, value: Any) -> None:
+        """Wait for every process, and make sure that all came with the same.
+
+        Raises:
+            LatentVAEError: they did not.
+        """
+        if any(each != value for each in self.share(value)):
+            raise LatentVAEError(
+                f"the {self.world} processes see different {what}. Give all the same command, the same files "
+                "and the same model, and do not change the folder meanwhile."
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Have the others stop too, when they come to share something."""
+        if self.world > 1:
+            self._gather((f"process {self.rank} stopped: {error or type(error).__name__}", None))
+
+    def _gather(self, value: Any) -> list[Any]:
+        brought: list[Any] = [None] * self.world
+        try:
+            distributed.all_gather_object(brought, value)
+        except RuntimeError as error:  # gloo's, of a connection that was closed
+            raise LatentVAEError(f"another process is gone ({error}); run the same command again.") from error
+        return brought
