@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -36,12 +35,8 @@ def start(
 
 
 def start_two(photos: Path, store: Path, target: Callable[..., None] = run) -> list[ForkServerProcess]:
-    """Start two that share the work, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(photos, store, target, RANK=str(rank), **common) for rank in range(2)]
+    """Start both parts of two, as torchrun numbers them."""
+    return [start(photos, store, target, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
 
 
 def finish(*processes: ForkServerProcess) -> list[int | None]:

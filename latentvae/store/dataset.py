@@ -2,12 +2,12 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,21 +15,25 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from latentvae.base.errors import ImageError, StoreError
-from latentvae.base.files import local
+from latentvae.base.addresses import Address, Place, place, read_part
+from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.images.resizing import Geometry
 from latentvae.images.scans import load
+from latentvae.images.sources import read_origin
 from latentvae.models.latents import Posterior, Scaling, decode
+from latentvae.store import cache as caches
 from latentvae.store import format as layout
 from latentvae.store.format import Entry, Manifest, ShardRecord
 
 SHARDS_KEPT = 1024  # mapped files hold no descriptor, so the limit is the memory of their indexes
 LINES_KEPT = 2_000_000  # of all indexes kept: 8 bytes each, and the keys in the headers, about 60
+FETCHED_KEPT = 64  # mapped shards that a cache of bounded size cannot drop
 
 _TENSOR = re.compile(rb'"tensor":"(moments\.\d+x\d+)"')
 
 Mode = Literal["sample", "mode", "moments"]
 Item = dict[str, Any]
+Answer = TypeVar("Answer")
 CAPTION_KEYS = ("caption", "text")  # NAME.txt beside an image, and what `datasets` calls it
 LABEL_KEY, NO_LABEL = "label", -1
 
@@ -53,7 +57,7 @@ class LatentDataset(Dataset[Item]):
     Items of one store can have several sizes, which cannot be stacked: see `BucketBatchSampler`.
 
     Args:
-        store: the folder that `latentvae encode` wrote.
+        store: the folder that `latentvae encode` wrote, or its address, such as s3://bucket/latents.
         mode: "sample": a new draw of the posterior in every epoch; "mode": its mean; "moments": both halves.
         flip: probability of the mirror image, 0 to 1. Needs a store with flipped latents
             (`latentvae encode --flips`): mirrored latents are not the latents of the mirror image.
@@ -63,15 +67,20 @@ class LatentDataset(Dataset[Item]):
         caption_keys: where an image's caption record may have the text, a string or a list of strings; the
             first one that is there counts.
         label_key: where it may have the label, an integer.
+        cache: of a store at an address: where shards are kept that were fetched, whole, when one of their
+            images was first read; shared by all that name it. None: $LATENTVAE_CACHE, or below ~/.cache.
+        cache_bytes: what is kept there; beyond it shards go that were used longest ago. Reading at random
+            from a store that is larger fetches a shard for nearly every image: see `LatentStream`.
 
     Raises:
         StoreError: no store, a damaged or empty one, one of a later version; flips that were not stored; an
             option that is out of range.
+        SourceError: an address that cannot be read.
     """
 
     def __init__(
         self,
-        store: str | Path,
+        store: str | Place,
         *,
         mode: Mode = "sample",
         flip: float = 0.0,
@@ -80,8 +89,10 @@ class LatentDataset(Dataset[Item]):
         scaled: bool = True,
         caption_keys: Sequence[str] = CAPTION_KEYS,
         label_key: str = LABEL_KEY,
+        cache: str | Path | None = None,
+        cache_bytes: int = caches.BYTES,
     ) -> None:
-        self.reader = StoreReader(store)
+        self.reader = StoreReader(store, cache, cache_bytes)
         _check(mode, flip, seed, self.reader)
         self.mode, self.flip, self.scaled = mode, flip, scaled
         self.caption_keys, self.label_key = tuple(caption_keys), label_key
@@ -185,8 +196,9 @@ def original_image(entry: Entry, manifest: Manifest, largest: int | None = None)
     if largest is not None and entry.encoded_width * entry.encoded_height > largest:
         return None
     try:
-        image, _ = load(local(entry.source), manifest.preprocessing.channels, manifest.window)
-    except ImageError:  # gone, or no image any more
+        data = read_origin(entry.source)
+        image, _ = load(data, manifest.preprocessing.channels, manifest.window)
+    except (LatentVAEError, OSError):  # gone, or no image any more
         return None
     return Geometry(entry.resized, entry.cropped).apply(image)
 
@@ -208,14 +220,20 @@ class StoreReader:
     stays open, so readers may be pickled and forked.
 
     Args:
-        store: the folder.
+        store: the folder, or its address.
+        cache, cache_bytes: of an address, as `LatentDataset` has them.
 
     Raises:
         StoreError: no store, a damaged one, one of a later version, or one without images.
+        SourceError: an address that cannot be read.
     """
 
-    def __init__(self, store: str | Path) -> None:
-        self.store = Path(store).absolute()  # files are opened again and again, wherever the process then is
+    def __init__(
+        self, store: str | Place, cache: str | Path | None = None, cache_bytes: int = caches.BYTES
+    ) -> None:
+        # absolute: files are opened again and again, wherever the process then is
+        self.store = named if isinstance(named := place(store), Address) else named.absolute()
+        self.cache = caches.Cache(Path(cache) if cache else caches.default_folder(), cache_bytes)
         self.manifest = layout.read_manifest(store)
         if not self.manifest.count:
             raise StoreError(
@@ -227,12 +245,16 @@ class StoreReader:
             )
         # a number for each shard: nothing here grows with the images
         self._ends = list(accumulate(shard.count for shard in self.manifest.shards))
+        self._firsts = {
+            shard.name: end - shard.count for shard, end in zip(self.manifest.shards, self._ends, strict=True)
+        }
         self._remember()
 
     def _remember(self) -> None:
         """Start with no shard kept; what is mapped cannot be pickled for a worker."""
         longest = max(shard.count for shard in self.manifest.shards)
-        kept = max(1, min(SHARDS_KEPT, LINES_KEPT // longest))
+        most = FETCHED_KEPT if isinstance(self.store, Address) else SHARDS_KEPT
+        kept = max(1, min(most, LINES_KEPT // longest))
         self._line_starts = lru_cache(kept)(self._scan)
         self._tensors = lru_cache(kept)(self._map)
 
@@ -251,7 +273,11 @@ class StoreReader:
         position = range(len(self))[index]  # negative ones count from the end, as in a list
         number = bisect_right(self._ends, position)
         shard = self.manifest.shards[number]
-        return shard, position - (self._ends[number] - shard.count)
+        return shard, position - self._firsts[shard.name]
+
+    def first(self, shard: ShardRecord) -> int:
+        """The number of a shard's first image."""
+        return self._firsts[shard.name]
 
     def entry(self, index: int) -> Entry:
         """The index line of an image.
@@ -262,9 +288,7 @@ class StoreReader:
         shard, line = self.locate(index)
         with self._using(shard):
             start, end = (int(each) for each in self._line_starts(shard)[line : line + 2])
-            with layout.index_path(self.store, shard.name).open("rb") as file:
-                file.seek(start)
-                text = file.read(end - start)
+            text = self._index(shard, lambda path: read_part(path, start, end - start))
         # offsets of an index that was replaced meanwhile cut lines in two
         if not text.startswith(b"{") or text.find(b"\n") != len(text) - 1:
             raise self._unusable(shard, "its index has changed since the store was opened")
@@ -302,21 +326,38 @@ class StoreReader:
         names = [name for name in stored if name.startswith("moments.")]
         if len(names) == 1:  # the rule, with --size and --crop
             return names * shard.count
-        with self._using(shard), layout.index_path(self.store, shard.name).open("rb") as file:
-            found = [_tensor_of(line) for line in file]
+        with self._using(shard):
+            found = self._index(shard, _tensors_of)
         if len(found) != shard.count:
             raise self._unusable(shard, f"its index has {len(found)} lines instead of {shard.count}")
         return found
 
     def _scan(self, shard: ShardRecord) -> np.ndarray:
-        starts = layout.line_starts(layout.index_path(self.store, shard.name))
+        starts = self._index(shard, layout.line_starts)
         if len(starts) != shard.count + 1:
             raise self._unusable(shard, f"its index has {len(starts) - 1} lines instead of {shard.count}")
         return starts
 
     def _map(self, shard: ShardRecord) -> Any:
         with self._using(shard):
-            return safe_open(layout.tensors_path(self.store, shard.name), framework="pt")
+            return self._file(
+                f"{shard.name}.safetensors", shard.sha256, lambda path: safe_open(path, framework="pt")
+            )
+
+    def fetch(self, shard: ShardRecord) -> None:
+        """Bring a shard of an address here, before it is needed."""
+        if isinstance(self.store, Address):
+            self.cache.fetch(self.store / f"{shard.name}.safetensors", shard.sha256)
+            self.cache.fetch(self.store / f"{shard.name}.jsonl", shard.index_sha256)
+
+    def _index(self, shard: ShardRecord, use: Callable[[Path], Answer]) -> Answer:
+        return self._file(f"{shard.name}.jsonl", shard.index_sha256, use)
+
+    def _file(self, name: str, sha256: str, use: Callable[[Path], Answer]) -> Answer:
+        """Do something with a file of the store, on this machine."""
+        if isinstance(self.store, Address):
+            return self.cache.use(self.store / name, sha256, use)
+        return use(self.store / name)
 
     @contextmanager
     def _using(self, shard: ShardRecord) -> Iterator[None]:
@@ -330,6 +371,11 @@ class StoreReader:
             f"the shard {shard.name} of {self.store} cannot be used: {reason}. Run `latentvae verify` to see "
             "what is damaged, and `latentvae encode` with the images to repair it; then open the store again."
         )
+
+
+def _tensors_of(index: Path) -> list[str]:
+    with index.open("rb") as file:
+        return [_tensor_of(line) for line in file]
 
 
 def _tensor_of(line: bytes) -> str:

@@ -1,14 +1,15 @@
 """Encoding folders of images to a store, as far as that is not done yet.
 
 `encode_folder` is the whole story: images are found, the store is taken hold of, shards are planned and
-compared with what is there (`planning`), encoded (`pipeline`) and put in place (`journal`). Several processes
-do it together: each the shards whose number, modulo the count of processes, is its own.
+compared with what is there (`planning`), encoded (`pipeline`) and put in place (`journal`). Several parts
+make one store (`parts`), together or one after the other: each does the shards of its own, and who ends last,
+or `finish_store`, writes the list of them.
 """
 
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -19,24 +20,31 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from latentvae.base.errors import ImageError, NoMemoryError
+from latentvae.base.errors import ImageError, StoreError
+from latentvae.base.files import partial_path
+from latentvae.base.repeatable import same_bits
 from latentvae.images import captions
 from latentvae.images.reading import PathLike
+from latentvae.images.sources import Spec
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.store import format as layout
-from latentvae.store import planning, statistics
-from latentvae.store.format import DtypeName, Entry, Failure, Manifest, Row
-from latentvae.store.journal import Journal, joined, locked
+from latentvae.store import parts, planning, statistics
+from latentvae.store.format import DtypeName, Entry, Failure, Manifest, Row, StoredShard
+from latentvae.store.journal import Claim, Hold, Journal, alive, locked, moment
+from latentvae.store.parts import WHOLE, Part
+from latentvae.store.pending import Pending, begun, failure_of
 from latentvae.store.pipeline import Batch, Computer, Loader, feed
-from latentvae.store.planning import Loss, Plan, PlannedShard, Source
-from latentvae.store.processes import Processes
+from latentvae.store.planning import Loss, Plan, PlannedShard, ShardWork, Source
+from latentvae.store.settings import preprocessing, settle
 
-NOT_FINITE = "{} gives moments that are NaN or infinite: encode in a precision of wider range (fp32, bf16)"
 UNWRITTEN = 2  # shards whose moments may be in memory besides the one that is being encoded
 
-Room = Callable[[Path, int, int], AbstractContextManager[object] | None]
+Room = Callable[[str, int, int], AbstractContextManager[object] | None]
+Moments = tuple[ShardWork, list[Row], list[Failure]]
+# takes the store's settings, the images by key and the shards; gives each one's images in any order
+Engine = Callable[[Manifest, dict[str, Source], list[ShardWork]], Iterator[Moments]]
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,20 @@ class Workload:
     Attributes:
         threads: batches the model works on at once, on a CPU; None: as many as torch has threads.
         workers: threads that load images; None: as many as there are cores, up to 16.
-        room: called with path, height and width of an image above 1024 x 1024 pixels. Gives the context in
+        room: called with name, height and width of an image above 1024 x 1024 pixels. Gives the context in
             which to encode it while nothing else is, or None where there is room enough; that, or entering
             the context, may raise ImageError.
         progress: show a bar.
+        part: of several; None: as torchrun, accelerate or a Slurm array says, else the whole.
+        engine: encodes shards elsewhere, such as `cluster.Ray`; None: this process.
     """
 
     threads: int | None = None
     workers: int | None = None
     room: Room | None = None
     progress: bool = False
+    part: Part | None = None
+    engine: Engine | None = None
 
 
 @dataclass
@@ -74,6 +86,9 @@ class EncodeReport:
         unclaimed: caption files beside the images that belong to none of them.
         seconds: of examining, encoding and writing.
         waiting: share of the model's time in which it had nothing to do.
+        part: which this was, "0/1" of a run in one.
+        missing: parts that have shards to do still, each with its count; empty once `store.json` is written.
+        others: processes that are still at it, the last of which will write `store.json`.
     """
 
     images: int = 0
@@ -87,6 +102,9 @@ class EncodeReport:
     unclaimed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     waiting: float = 0.0
+    part: str = str(WHOLE)
+    missing: dict[str, int] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
@@ -100,7 +118,7 @@ class EncodeReport:
 
 def encode_folder(
     vae: AutoencoderKL,
-    sources: PathLike | Sequence[PathLike],
+    sources: Spec | Sequence[Spec],
     store: PathLike,
     *,
     dtype: DtypeName = "bf16",
@@ -108,6 +126,7 @@ def encode_folder(
     crop: bool = False,
     no_upscale: bool = False,
     flips: bool = False,
+    column: str | None = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
     prune: bool = False,
@@ -118,17 +137,16 @@ def encode_folder(
 ) -> EncodeReport:
     """Encode images to a folder of latents, or bring one up to date; a killed run goes on where it was.
 
-    Processes of `torchrun` and `accelerate launch` share the shards. The bytes depend on the images, the
-    model and the options down to `shard_size`, but not on processes, threads or interruptions.
+    Of several parts (`Workload.part`) each does its shards. The bytes depend on the images, the model and the
+    options down to `shard_size`, but not on parts, threads or interruptions.
 
     Args:
         vae: the model, in eval mode.
-        sources: image files and folders.
-        store: the folder; new, empty, or a store of the same model and options.
-        dtype: of the stored moments.
+        sources: files, folders, shards, tables, lists, patterns: see `latentvae.images.sources.open_source`.
+        store: the folder; new, empty, or a store of the same model and options. dtype: of the moments in it.
         size: None: images as they are. Pixels: scale and crop them to aspect ratios of about size x size.
         crop, no_upscale: with a size: to squares of it; or leave smaller images as large as they are.
-        flips: store mirror images too.
+        flips: store mirror images too. column: where images are, of tables, lists and shards; None: found.
         batch_size, shard_size: images (in a batch of up to 512 x 512 each). None: as the store; 8 and 1024.
         prune: take images out whose files are gone. retry_failed: try those again that could not be encoded.
         rehash: read all files again: one that was replaced by another of the same size and time is noticed.
@@ -136,195 +154,295 @@ def encode_folder(
 
     Raises:
         StoreError: another store, or one in use; a damaged shard with images that cannot be encoded again,
-            without `prune`; a full disk; a process that is gone.
+            without `prune`; a full disk; other images than a part that is at it has.
         ImageError: no image.
     """
-    processes, folder, journal = Processes(), Path(store), Journal(Path(store))
-    policy, weights = planning.preprocessing(vae, size, crop, no_upscale), weights_sha256 or weight_hash(vae)
+    folder, journal, work = Path(store), Journal(Path(store)), workload or Workload()
+    part = work.part or parts.of_environment()
+    policy, weights = preprocessing(vae, size, crop, no_upscale), weights_sha256 or weight_hash(vae)
     wanted = (dtype, policy, flips, batch_size, shard_size)
-
-    def settings() -> Manifest:  # once the store is held: another run may have made it till then
-        return planning.settle(vae, folder, journal.settings(), *wanted, weights_sha256=weights)
-
-    try:
-        left_out = Counter[str]()
-        # 1. the images: where there are none, nothing is made
-        files = planning.find_sources(sources, folder, left_out)
-        with ExitStack() as held:
-            # 2. the store: locked, and what a killed run left completed
-            _begin(journal, settings, processes, held)
-            worker = Worker(vae, journal, settings(), files, workload or Workload(), processes)
-            return replace(_run(worker, prune, retry_failed, rehash, held), left_out=dict(left_out))
-    except BaseException as error:  # Ctrl-C too: the others would wait for this process
-        processes.fail(error)
-        raise
+    left_out = Counter[str]()
+    # 1. the images: where there are none, nothing is made
+    files = planning.find_sources(sources, folder, left_out, column)
+    with locked(folder, part) as hold:
+        # 2. the store, once it is held: another run may have made it till then
+        with moment(folder):
+            journal.recover()
+            settings = settle(vae, folder, journal.settings(), *wanted, weights_sha256=weights)
+            _begin(journal, settings, hold, Claim.of(list(files), prune, part))
+        with same_bits():
+            report = _run(
+                Worker(vae, journal, settings, files, work, part), hold, prune, retry_failed, rehash
+            )
+    return replace(report, left_out=dict(left_out))
 
 
-def _begin(journal: Journal, settings: Callable[[], Manifest], processes: Processes, held: ExitStack) -> None:
-    """Take hold of the store: the first process locks it and writes down what the run is about."""
-    if processes.is_main:
-        held.enter_context(locked(journal.store))
+def finish_store(
+    sources: Spec | Sequence[Spec], store: PathLike, *, column: str | None = None
+) -> EncodeReport:
+    """Write `store.json` once all parts are done; it is done already where the last of them saw to it.
+
+    Args:
+        sources, column: as the parts had them.
+
+    Raises:
+        StoreError: parts are missing, which are named; or a process is still at it.
+    """
+    folder, journal, left_out = Path(store), Journal(Path(store)), Counter[str]()
+    files = planning.find_sources(sources, folder, left_out, column)
+    if (settings := journal.settings()) is None:
+        raise StoreError(f"no part of {store} has been encoded: run the parts first, --part 0/N and so on.")
+    with moment(folder):
+        if others := alive(folder):
+            raise StoreError(
+                f"{store} is still being written by {', '.join(others)}: wait until that is done."
+            )
+        journal.recover()
+        claim, keys = journal.claimed(), list(files)
+        world, prune = (claim.world, claim.prune) if claim else (1, False)
+        plan = planning.plan_shards(journal.found(), keys, settings.shard_size, prune)
+        generation = journal.generation(plan.keys)
+        plan = planning.plan_shards(journal.found(generation), keys, settings.shard_size, prune)
+        report = replace(_report(plan, {}), missing=_missing(plan, world))
+        if report.missing:
+            raise StoreError(
+                f"{store} is not whole: {describe(report.missing)} Run these, then --finish again."
+            )
+        if claim is not None:
+            _finish(journal, settings, plan, files, report)
+    return replace(report, left_out=dict(left_out))
+
+
+def describe(missing: dict[str, int]) -> str:
+    """Which parts are missing, for people."""
+    total = sum(missing.values())
+    named = ", ".join(f"--part {part} ({count})" for part, count in missing.items())
+    return f"{total} {'shards of it are' if total > 1 else 'shard of it is'} still to be encoded: {named}."
+
+
+def _begin(journal: Journal, settings: Manifest, hold: Hold, claim: Claim) -> None:
+    """Write down what the run is about, and complete what a killed one left."""
+    others = hold.others()
+    if not others:
         for stray in journal.store.glob(".tmp??????"):  # safetensors' own, of a write that was killed
             stray.unlink(missing_ok=True)
-        journal.begin(settings())
-    processes.share("begun", None)  # the others need the lock to be held, and the journal to be there
-    if not processes.is_main:
-        held.enter_context(joined(journal.store, processes.rank))
+    journal.begin(settings, hold.part, others)
+    journal.claim(claim, others)
 
 
-def _run(worker: "Worker", prune: bool, retry_failed: bool, rehash: bool, held: ExitStack) -> EncodeReport:
-    """Plan, examine what is there, encode the rest, and put the reports together.
+def _run(worker: "Worker", hold: Hold, prune: bool, retry_failed: bool, rehash: bool) -> EncodeReport:
+    """Plan, examine what is there, encode the rest, and report; the last part writes `store.json`.
 
     Raises:
         StoreError: images would be lost, and `prune` was not given.
     """
-    start, journal, processes = time.perf_counter(), worker.journal, worker.processes
+    start, journal = time.perf_counter(), worker.journal
     keys, shard_size = list(worker.sources), worker.settings.shard_size
-    # 3. which image belongs into which shard; each process plans for itself, and they must agree
-    plan = planning.plan_shards(journal.store, journal.records(), keys, shard_size, prune)
-    processes.share_same("files", repr(plan))
+    # 3. which image belongs into which shard
+    plan = planning.plan_shards(journal.found(), keys, shard_size, prune)
+    worker.folder = journal.generation(plan.keys)
     # 4. all shards are checked before one is written: a refusal leaves the store as it was
-    found = processes.share("checked", worker.check(plan.shards))
-    losses = [*plan.losses, *(Loss(*loss) for part in found for loss in part)]
+    losses = [*plan.losses, *worker.check(plan.shards)]
     if losses and not prune:
-        if processes.is_main:
-            journal.withdraw()
-        _leave(processes, held)
+        with moment(journal.store):
+            if not hold.others():
+                journal.withdraw()
+            hold.leave()
         raise planning.refusal(journal.store, losses)
-    # 5. what is new, changed or damaged is encoded
-    mine = worker.encode(plan.shards, retry_failed, rehash)
-    # 6. store.json
-    report = _report(journal, plan, processes.share("done", mine))
-    processes.share("reported", None)  # finishing deletes what the reports are made from
-    if processes.is_main:
-        journal.finish(worker.settings, [shard.name for shard in plan.shards])
-        sources = worker.sources.values()
-        report.unclaimed = captions.unclaimed(
-            [each.path for each in sources], [each.root for each in sources]
-        )
+    # 5. what is new, changed or damaged is encoded, and shards are written whose images are others
+    done = worker.encode(plan.shards, retry_failed, rehash)
+    # 6. store.json, where no other part is missing
+    with moment(journal.store):
+        if worker.part == WHOLE:
+            shards = [replace(shard, whole=worker.done[shard.name]) for shard in plan.shards]
+        else:  # what others have written since
+            shards = planning.plan_shards(journal.found(worker.folder), keys, shard_size, prune).shards
+        plan = replace(plan, shards=shards)
+        report = _report(plan, done)
+        report.part, report.others = str(worker.part), hold.others()
+        report.missing = _missing(plan, worker.part.world)
+        if not report.missing and not report.others:
+            _finish(journal, worker.settings, plan, worker.sources, report)
+        hold.leave()
     report.seconds = time.perf_counter() - start
-    _leave(processes, held)
     return report
 
 
-def _leave(processes: Processes, held: ExitStack) -> None:
-    """End together; the first process, whose lock is the last, then finds no other's."""
-    if not processes.is_main:
-        held.close()
-    processes.leave()
+def _missing(plan: Plan, world: int) -> dict[str, int]:
+    """How many shards each part has still to do, by part."""
+    counts = Counter[int]()
+    for shard in plan.shards:
+        files = layout.shard_files(*shard.whole) if shard.whole else []
+        if not files or any(partial_path(path).exists() for path, _ in files):  # a kill left it half in place
+            counts[layout.shard_number(shard.name) % world] += 1
+    return {str(Part(rank, world)): counts[rank] for rank in sorted(counts)}
 
 
-def _report(journal: Journal, plan: Plan, parts: list[dict[str, Any]]) -> EncodeReport:
-    """Put together what all processes did."""
-    records = journal.records()  # what all processes wrote, not this one alone
-    done = [records[shard.name] for shard in plan.shards]
-    failed = [record.name for record in done if record.failed]
+def _finish(
+    journal: Journal, settings: Manifest, plan: Plan, sources: dict[str, Source], report: EncodeReport
+) -> None:
+    journal.finish(settings, [shard.whole for shard in plan.shards if shard.whole])
+    report.unclaimed = planning.unclaimed(sources.values())
+
+
+def _report(plan: Plan, done: dict[str, Any]) -> EncodeReport:
+    """What is in the store, whoever encoded it, and what this part did."""
+    there = [shard.whole for shard in plan.shards if shard.whole]
     unread = [str(loss) for loss in plan.losses if loss.unread]
     return EncodeReport(
-        images=sum(record.count for record in done),
-        encoded=sum(part["encoded"] for part in parts),
-        failures=[failure for name in failed for failure in layout.read_failures(journal.store, name)],
-        vanished=sorted({key for shard in plan.shards for key in shard.vanished}),
+        images=sum(shard.record.count for shard in there),
+        encoded=done.get("encoded", 0),
+        failures=[
+            failure
+            for folder, record in there
+            if record.failed
+            for failure in layout.read_failures(folder, record.name)
+        ],
+        vanished=[key for shard in plan.shards for key in shard.vanished],
         dropped=plan.dropped,
-        repaired=[*plan.damaged, *unread, *(problem for part in parts for problem in part["repaired"])],
-        captions=[note for part in parts for note in part["captions"]],
-        waiting=max(part["waiting"] for part in parts),
+        repaired=[*plan.damaged, *unread, *done.get("repaired", [])],
+        captions=done.get("captions", []),
+        waiting=done.get("waiting", 0.0),
     )
 
 
 @dataclass
 class Worker:
-    """One process's part of a run."""
+    """One part of a run."""
 
     vae: AutoencoderKL
     journal: Journal
     settings: Manifest
     sources: dict[str, Source]
     work: Workload
-    processes: Processes
-    damaged: dict[str, str] = field(default_factory=dict)  # what is wrong, by name of the shard
+    part: Part
+    folder: Path = Path()  # where the shards go that it writes
+    done: dict[str, StoredShard] = field(default_factory=dict)  # its own as they are to be, by name
+    damaged: dict[StoredShard, str] = field(default_factory=dict)  # what is wrong
     failed: bool = False  # a shard could not be written: the run is about to end
 
     def check(self, shards: list[PlannedShard]) -> list[Loss]:
-        """Compare this process's shards with their hashes; what repairing the damaged ones would lose."""
-        losses = []
+        """Compare with their hashes the shards that this part's are made of; what the damaged ones lose."""
+        losses, seen = [], set[StoredShard]()
         for shard in self._own(shards, "checking"):
-            problem = layout.damage(self.journal.store, shard.record) if shard.record else None
-            if problem is None:
+            for holder in shard.holders:
+                if holder not in seen and (problem := layout.damage(*holder)) is not None:
+                    self.damaged[holder] = problem
+                seen.add(holder)
+            damaged = [holder for holder in shard.holders if holder in self.damaged]
+            if not (damaged and shard.vanished):
                 continue
-            self.damaged[shard.name] = problem
-            gone = set(shard.vanished)
-            entries = layout.read_entries(self.journal.store, shard.name)
-            keys = [entry.key for entry in entries if entry.key in gone]
-            if keys:  # their moments stood in this shard alone
-                losses.append(Loss(problem, keys))
+            held = {
+                line.key
+                for holder in shard.holders
+                for line in planning.read_lists(holder) or ()
+                if holder not in self.damaged or isinstance(line, Failure)
+            }
+            if keys := [key for key in shard.vanished if key not in held]:  # their moments stood there alone
+                losses.append(Loss(self.damaged[damaged[0]], keys))
         return losses
 
     def encode(self, shards: list[PlannedShard], retry_failed: bool, rehash: bool) -> dict[str, Any]:
-        """Do this process's shards, which `check` has seen; what it did, as JSON values."""
-        wanted: list[PlannedShard] = []
+        """Do this part's shards, which `check` has seen; what it did."""
+        wanted: list[ShardWork] = []
         for shard in self._own(shards, "examining"):
-            damaged = shard.name in self.damaged
-            finding = planning.inspect_shard(
-                self.journal.store, shard, self.sources, retry_failed, rehash, damaged
-            )
-            if finding.encode:
-                wanted.append(shard)
-            elif finding.lists is not None and shard.record is not None:  # the tensors stay as they are
-                self.journal.write(shard.name, shard.record.sha256, *finding.lists)
+            work = planning.inspect_shard(shard, self.sources, self.damaged, retry_failed, rehash)
+            if not isinstance(work, ShardWork):
+                self.done[shard.name] = work
+            elif work.tensors:
+                entries = [entry for _, some in work.entries for entry in some]
+                self._put(work.name, work.tensors, entries, work.failures)
+            else:
+                wanted.append(work)
         return {
-            "encoded": sum(len(shard.keys) for shard in wanted),
+            "encoded": sum(len(work.keys) for work in wanted),
             "repaired": list(self.damaged.values()),
-            "waiting": self._encode(wanted) if wanted else 0.0,
+            "waiting": self._run(wanted) if wanted else 0.0,
             "captions": [
                 f"{entry.key}: {note}"
                 for shard in self._own(shards, "reading captions")
-                for entry in layout.read_entries(self.journal.store, shard.name, captions.PREFIX)
+                for entry in layout.read_entries(self.done[shard.name].folder, shard.name, captions.PREFIX)
                 for note in entry.notes
                 if note.startswith(captions.PREFIX)
             ],
         }
 
-    @property
-    def _quiet(self) -> bool:
-        return not (self.work.progress and self.processes.is_main)
+    def _put(
+        self,
+        name: str,
+        tensors: dict[str, torch.Tensor] | StoredShard,
+        entries: list[Entry],
+        failures: list[Failure],
+    ) -> None:
+        self.done[name] = self.journal.write(self.folder, name, tensors, entries, failures)
 
     def _own(self, shards: list[PlannedShard], doing: str) -> "tqdm[PlannedShard]":
-        """This process's share, decided by the shards' numbers alone; with a bar where it takes long."""
-        rank, world = self.processes.rank, self.processes.world
-        own = [shard for shard in shards if layout.shard_number(shard.name) % world == rank]
-        return tqdm(own, doing, unit="shard", disable=self._quiet, delay=2, leave=False)
+        """This part's share, decided by the shards' numbers alone; with a bar where it takes long."""
+        own = [shard for shard in shards if self.part.owns(shard.name)]
+        return tqdm(own, doing, unit="shard", disable=not self.work.progress, delay=2, leave=False)
 
-    def _encode(self, shards: list[PlannedShard]) -> float:
-        """Encode shards one after the other, and return the share of time that the model waited."""
+    def compute(self, work: ShardWork) -> Moments:
+        """The moments of what a shard lacks; nothing is written: all that is done on another machine."""
+        found = list[Pending]()
+
+        def keep(pending: Pending) -> None:
+            pending.collect()
+            found.append(pending)
+
+        self._encode([work], keep)
+        return work, found[0].rows, found[0].failures
+
+    def _run(self, shards: list[ShardWork]) -> float:
+        """Encode and write shards, here or elsewhere; the share of time that the model here waited."""
+        if self.work.engine is None:
+            return self._encode(shards, self._write)
+        whole = {work.name: work for work in shards}
+        total = sum(len(work.keys) for work in shards)
+        with tqdm(total=total, desc="encoding", unit="image", disable=not self.work.progress) as bar:
+            for work in (work for work in shards if not work.keys):  # what is kept alone is read here
+                self._write(begun(work))
+            lacking = [replace(work, kept=()) for work in shards if work.keys]
+            for work, rows, failures in self.work.engine(self.settings, self.sources, lacking):
+                pending = begun(whole[work.name])
+                pending.rows += rows
+                pending.failures += failures
+                self._write(pending)
+                bar.update(len(work.keys))
+        return 0.0
+
+    def _encode(self, shards: list[ShardWork], finish: Callable[[Pending], None]) -> float:
+        """Work on shards one after the other, and return the share of time that the model waited."""
         threads = self.work.threads or torch.get_num_threads()
         workers = self.work.workers or min(16, os.cpu_count() or 1)
-        settings, total = self.settings, sum(len(shard.keys) for shard in shards)
+        settings = self.settings
+        total = sum(len(work.keys) + sum(len(lines) for _, lines in work.kept) for work in shards)
         ratio = spatial_compression_ratio(self.vae)
         loader = Loader(self.sources, settings.preprocessing, ratio, settings.batch_size, settings.flips)
         writing = deque[Future[None]]()
         disk = ThreadPoolExecutor(1, "latentvae-write")  # the model need not wait for it
         with (
-            Computer(self.vae, settings.torch_dtype, threads) as computer,
-            tqdm(total=total, desc="encoding", unit="image", disable=self._quiet) as bar,
+            Computer(self.vae, settings.torch_dtype, threads, settings.batch_size) as computer,
+            tqdm(total=total, desc="encoding", unit="image", disable=not self.work.progress) as bar,
             ExitStack() as ending,
         ):
             # after Ctrl-C or an error the shard that is being written is finished, and no other begun
             ending.callback(disk.shutdown, cancel_futures=True)
             current: Pending | None = None
-            failed = 0
+            others = 0  # failed, or kept
 
             def show() -> None:
                 bar.set_postfix({"waiting for data": f"{computer.waiting:.0%}"}, refresh=False)
-                bar.update(computer.encoded + failed - bar.n)
+                bar.update(computer.encoded + others - bar.n)
 
             for batch in feed(loader, shards, workers):
-                current = current or self._begun(batch.shard)
+                if current is None:
+                    current = begun(batch.shard)
+                    others += len(current.rows) + len(current.failures)
                 self._add(batch, current, computer)
-                failed += len(batch.failures)
+                others += len(batch.failures)
                 show()
                 if batch.last:
-                    writing.append(disk.submit(self._write, current))
+                    writing.append(disk.submit(finish, current))
                     current = None
                 # results of what is done are asked for at once, because a full disk shows there
                 while len(writing) > UNWRITTEN or (writing and writing[0].done()):
@@ -335,29 +453,19 @@ class Worker:
             show()
             return waiting
 
-    def _begun(self, shard: PlannedShard) -> "Pending":
-        """A shard with what has no file any more carried over; of a damaged one, `check` saw, no image is."""
-        pending, store, gone = Pending(shard.name), self.journal.store, set(shard.vanished)
-        if gone:
-            failures = layout.read_failures(store, shard.name)
-            pending.failures += [failure for failure in failures if failure.key in gone]
-            if shard.name not in self.damaged:
-                pending.rows += layout.read_rows(store, shard.name, gone)
-        return pending
-
-    def _add(self, batch: Batch, pending: "Pending", computer: Computer) -> None:
+    def _add(self, batch: Batch, pending: Pending, computer: Computer) -> None:
         pending.failures += batch.failures
         if not batch.images:
             return
         one, room = batch.images[0], self.work.room
         try:
-            alone = room(Path(one.entry.source), *one.image.shape[-2:]) if room and batch.is_large else None
+            alone = room(one.entry.source, *one.image.shape[-2:]) if room and batch.is_large else None
             submitted = computer.alone(batch.images, alone) if alone else computer.submit(batch.images)
             pending.computing.append(([each.entry for each in batch.images], submitted))
         except ImageError as error:
-            pending.failures.append(_failure(one.entry, error))
+            pending.failures.append(failure_of(one.entry, error))
 
-    def _write(self, pending: "Pending") -> None:
+    def _write(self, pending: Pending) -> None:
         """Write a shard when its moments are there; none after one that could not be written."""
         if self.failed:
             return
@@ -365,37 +473,7 @@ class Worker:
             pending.collect()
             tensors, entries = layout.assemble(pending.rows)
             tensors |= statistics.summarize(tensors, entries, Scaling.of(self.settings))
-            self.journal.write(pending.name, tensors, entries, pending.failures)
+            self._put(pending.name, tensors, entries, pending.failures)
         except BaseException:
             self.failed = True
             raise
-
-
-@dataclass
-class Pending:
-    """A shard whose moments are still being computed."""
-
-    name: str
-    rows: list[Row] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    computing: list[tuple[list[Entry], Future[list[Row]]]] = field(default_factory=list)
-
-    def collect(self) -> None:
-        """Wait for the moments; images whose moments are not finite have failed."""
-        for entries, future in self.computing:
-            try:
-                rows = future.result()
-            except NoMemoryError as error:  # the others go on; a later run tries these again
-                self.failures += [_failure(entry, error) for entry in entries]
-                continue
-            for row in rows:
-                if row.is_finite:
-                    self.rows.append(row)
-                else:
-                    self.failures.append(_failure(row.entry, ImageError(NOT_FINITE.format(row.entry.source))))
-
-
-def _failure(entry: Entry, error: ImageError) -> Failure:
-    """An image that could not be encoded; without a hash, so that later runs try it, where memory was why."""
-    sha256 = None if isinstance(error, NoMemoryError) else entry.sha256
-    return Failure(entry.key, entry.source, sha256, entry.size_bytes, entry.mtime_ns, str(error))

@@ -9,18 +9,16 @@
     latents-00000.failed.jsonl  those that could not be encoded, if there are such: `Failure`
 
 All of it is format version 1. Shards of earlier versions hold no statistics, nor then has `store.json` any.
-Shards written before keys stood in the metadata have none, nor have those of
-so many images that the header would be too long: they are as good as others (nothing but the repair of a
-damaged index looks there), and their tensors stay byte for byte until they are encoded again for another
-reason.
+Those without keys (older ones, and of images too many for a header) are as good as others: the repair of a
+damaged index alone looks there.
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from latentvae.base.errors import StoreError
-from latentvae.base.files import check_local, file_sha256, fsync, partial_path, staged_file, whole_file
+from latentvae.base.addresses import Address, Place, place
+from latentvae.base.errors import SourceError, StoreError
+from latentvae.base.files import (
+    check_local,
+    file_sha256,
+    fsync,
+    link_or_copy,
+    partial_path,
+    staged_file,
+    whole_file,
+)
 from latentvae.images.resizing import Preprocessing
 from latentvae.images.scans import Window
 from latentvae.images.tensors import Padding
@@ -59,6 +66,13 @@ class ShardRecord(BaseModel):
     index_sha256: str
     failed: int = Field(default=0, ge=0)
     failed_sha256: str | None = None
+
+
+class StoredShard(NamedTuple):
+    """A shard that is there, with the folder of its files."""
+
+    folder: Path
+    record: ShardRecord
 
 
 class Statistics(BaseModel):
@@ -116,19 +130,27 @@ class Manifest(BaseModel):
         return DTYPES[self.dtype]
 
 
-def read_manifest(store: str | Path) -> Manifest:
-    """Read a store's manifest.
+def read_manifest(store: str | Place) -> Manifest:
+    """Read a store's manifest, from a folder or an address.
 
     Raises:
         StoreError: there is none, it is damaged, or of a later version of this format.
+        SourceError: the address cannot be reached.
     """
-    path = Path(store) / MANIFEST
+    folder = place(store)
+    path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        check_local(store, StoreError)
+    except (FileNotFoundError, SourceError) as error:
+        why = ""
+        if isinstance(folder, Address):
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            why = folder.why_missing()
+        else:
+            check_local(folder, StoreError)
         raise StoreError(
-            f"{store} is no complete store: it has no {MANIFEST}. Name a folder that `latentvae encode` "
+            f"{store} is no complete store: it has no {MANIFEST}{why}. Name a folder that `latentvae encode` "
             "wrote, or run that again to its end."
         ) from error
     except (OSError, ValueError) as error:
@@ -144,9 +166,9 @@ def read_manifest(store: str | Path) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        member = ".".join(map(str, first["loc"]))
         raise StoreError(
-            f"{path} is no manifest of a store: {place}: {first['msg']}. Restore it, or delete the folder "
+            f"{path} is no manifest of a store: {member}: {first['msg']}. Restore it, or delete the folder "
             "and encode again."
         ) from error
 
@@ -336,16 +358,15 @@ class Row:
         return all(bool(torch.isfinite(moments).all()) for moments in both)
 
 
-def read_rows(store: Path, name: str, keys: Collection[str]) -> list[Row]:
-    """The images of these keys in a shard."""
+def read_rows(folder: Path, name: str, entries: Iterable[Entry]) -> list[Row]:
+    """Images of a shard by their lines."""
     rows = []
-    with safe_open(tensors_path(store, name), framework="pt") as tensors:
-        stored = tensors.keys()
-        for entry in read_entries(store, name):
-            if entry.key in keys:
-                moments, name = tensors.get_slice(entry.tensor)[entry.offset], flipped_name(entry.tensor)
-                mirrored = tensors.get_slice(name)[entry.offset] if name in stored else None
-                rows.append(Row(entry, moments, mirrored))
+    with safe_open(tensors_path(folder, name), framework="pt") as tensors:
+        stored = set(tensors.keys())
+        for entry in entries:
+            twin = flipped_name(entry.tensor)
+            mirrored = tensors.get_slice(twin)[entry.offset] if twin in stored else None
+            rows.append(Row(entry, tensors.get_slice(entry.tensor)[entry.offset], mirrored))
     return rows
 
 
@@ -394,24 +415,27 @@ def read_keys(store: str | Path, record: ShardRecord) -> set[str] | None:
 
 
 def stage_shard(
-    store: Path,
+    folder: Path,
     name: str,
-    tensors: dict[str, torch.Tensor] | str,
+    tensors: dict[str, torch.Tensor] | StoredShard,
     entries: Sequence[Entry],
     failures: Sequence[Failure],
 ) -> ShardRecord:
     """Write a shard's files, durably, under temporary names.
 
     Args:
-        tensors: or the sha256 of the tensors that are in place and stay.
+        tensors: or the shard whose tensors these are; of another folder they become this one's too.
 
     Raises:
         StoreError: they cannot be written.
     """
-    if isinstance(tensors, str):
-        sha256 = tensors
+    path = tensors_path(folder, name)
+    if isinstance(tensors, StoredShard):
+        sha256 = tensors.record.sha256
+        if tensors.folder != folder:
+            with staged_file(path, StoreError, CANNOT_WRITE) as partial:
+                link_or_copy(tensors_path(tensors.folder, name), partial)
     else:
-        path = tensors_path(store, name)
         with staged_file(path, StoreError, CANNOT_WRITE) as partial:
             save_file(tensors, partial, keys_metadata(entries))
         sha256 = file_sha256(partial_path(path))
@@ -419,23 +443,23 @@ def stage_shard(
         name=name,
         count=len(entries),
         sha256=sha256,
-        index_sha256=_stage_lines(index_path(store, name), entries),
+        index_sha256=_stage_lines(index_path(folder, name), entries),
         failed=len(failures),
-        failed_sha256=_stage_lines(failed_path(store, name), failures) if failures else None,
+        failed_sha256=_stage_lines(failed_path(folder, name), failures) if failures else None,
     )
-    fsync(store)
+    fsync(folder)
     return record
 
 
-def place_shard(store: Path, record: ShardRecord) -> None:
+def place_shard(folder: Path, record: ShardRecord) -> None:
     """Give the staged files of a shard their names, as far as that has not been done; the index last."""
-    for path, sha256 in shard_files(store, record):
+    for path, sha256 in shard_files(folder, record):
         partial = partial_path(path)
         if sha256 is None:
             path.unlink(missing_ok=True)
         elif partial.exists() and file_sha256(partial) == sha256:  # else of a run killed before its record
             partial.replace(path)
-    fsync(store)
+    fsync(folder)
 
 
 def shard_files(store: str | Path, record: ShardRecord) -> list[tuple[Path, str | None]]:
@@ -451,12 +475,10 @@ def shard_files(store: str | Path, record: ShardRecord) -> list[tuple[Path, str 
 def damage(store: str | Path, record: ShardRecord, *, tensors: bool = True) -> str | None:
     """What is wrong with a shard's files by their hashes, or None. Without `tensors`, of its lists only."""
     for path, sha256 in shard_files(store, record)[0 if tensors else 1 :]:
-        if sha256 is None:
-            continue
-        if not path.is_file():
+        if sha256 is not None and not path.is_file():
             return f"{path.name} is missing"
         try:
-            if file_sha256(path) != sha256:
+            if sha256 is not None and file_sha256(path) != sha256:
                 return f"{path.name} does not match its sha256"
         except OSError as error:
             return f"{path.name} cannot be read ({error.strerror or error})"

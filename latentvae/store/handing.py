@@ -453,7 +453,7 @@ def ai_toolkit_bucket(size: Size, resolution: int) -> Size:
     return min(found or [least], key=lambda each: abs(each[0] * each[1] - wanted))
 
 
-def found_caches(paths: Iterable[Path]) -> list[str]:
+def found_caches(paths: Iterable[str | Path]) -> list[str]:
     """What `encode` makes of sd-scripts' caches below folders of images, a line for each kind."""
     counts, samples = Counter[str](), dict[str, Path]()
     walks = chain.from_iterable(os.walk(folder) for folder in paths)  # what it cannot enter, it leaves out

@@ -14,13 +14,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base import threads
-from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
+from latentvae.base.errors import ImageError, NoMemoryError, SourceError, ran_out_of_memory
 from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing, Size, plan_geometry
 from latentvae.images.scans import Window, load
 from latentvae.images.tensors import pad_to_multiple
 from latentvae.store.format import Entry, Failure, Row
-from latentvae.store.planning import PlannedShard, Source
+from latentvae.store.planning import ShardWork, Source
 
 NO_MEMORY = "{name} could not be loaded: the machine's memory was full. Run again with more room."
 MAX_BYTES = 1 << 31  # of an image file, which is read whole to be hashed
@@ -98,14 +98,14 @@ class Loader:
         name, size_bytes, mtime_ns = source.name, 0, 0
         sha256 = ""  # of a file that is too large to be read
         try:
-            state = source.path.stat()
-            size_bytes, mtime_ns = state.st_size, state.st_mtime_ns
+            size, mtime_ns = source.images.state(source.index)
+            size_bytes = size or 0
             if size_bytes > MAX_BYTES:
                 raise ImageError(
                     f"{name} has {size_bytes} bytes, but at most {MAX_BYTES} are read: shrink it"
                 )
-            data = source.path.read_bytes()  # once: what is hashed is what is encoded
-            sha256 = hashlib.sha256(data).hexdigest()
+            data = source.images.read(source.index)  # once: what is hashed is what is encoded
+            size_bytes, sha256 = len(data), hashlib.sha256(data).hexdigest()
             limits = self.preprocessing.range
             window = Window(*limits) if limits else None
             image, info = load(data, self.preprocessing.channels, window, name)
@@ -117,11 +117,13 @@ class Loader:
             padded, padding = pad_to_multiple(image, self.ratio)
             # flipped before it is padded, so that its padding too is on the right and at the bottom
             flipped = pad_to_multiple(image.flip(-1), self.ratio)[0] if self.flips else None
-        except (ImageError, OSError, MemoryError, RuntimeError) as error:
+        except (ImageError, SourceError, OSError, MemoryError, RuntimeError) as error:
             if ran_out_of_memory(error):
                 reason = str(error) if isinstance(error, ImageError) else NO_MEMORY.format(name=name)
             elif isinstance(error, OSError):
                 reason = f"{name} cannot be read: {error.strerror or error}"
+            elif isinstance(error, SourceError):
+                reason = str(error)
             elif isinstance(error, ImageError):
                 return Failure(key, name, sha256, size_bytes, mtime_ns, str(error))
             else:
@@ -146,21 +148,29 @@ class Loader:
         )
         return Loaded(entry, padded, flipped)
 
-    def plan(self, shard: PlannedShard) -> list[PlannedBatch]:
-        """The batches of a shard, by the sizes that headers state."""
+    def plan(self, shard: ShardWork) -> list[PlannedBatch]:
+        """The batches of what is to be encoded of a shard, by the sizes that headers state."""
         sizes = {}
         for key in shard.keys:
-            size = read_size(self.sources[key].path)  # None: loading it will say what is wrong
+            size = self._size(self.sources[key])  # None: loading it will say what is wrong
             sizes[key] = (
                 (0, 0) if size is None else plan_geometry(size, self.preprocessing, self.ratio).size(size)
             )
         return plan_batches(sizes, self.ratio, self.batch_size)
 
+    @staticmethod
+    def _size(source: Source) -> Size | None:
+        try:
+            with source.images.open(source.index) as file:
+                return read_size(file)
+        except (ImageError, SourceError, OSError):
+            return None
+
 
 class Batch(NamedTuple):
     """Images of one shard and one padded size, and those that could not be loaded."""
 
-    shard: PlannedShard
+    shard: ShardWork
     images: list[Loaded]
     failures: list[Failure]
     last: bool  # of its shard
@@ -172,13 +182,13 @@ class Batch(NamedTuple):
 
 
 class _Ahead(NamedTuple):
-    shard: PlannedShard
+    shard: ShardWork
     loading: list[Future[Loaded | Failure]]
     pixels: int  # of all, as planned
     last: bool
 
 
-def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterator[Batch]:
+def feed(loader: Loader, shards: Iterable[ShardWork], workers: int) -> Iterator[Batch]:
     """The images of all shards in batches, shard after shard; the last of each shard says so.
 
     Args:
@@ -202,7 +212,7 @@ def feed(loader: Loader, shards: Iterable[PlannedShard], workers: int) -> Iterat
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begun(loader: Loader, shards: Iterable[PlannedShard], pool: ThreadPoolExecutor) -> Iterator[_Ahead]:
+def _begun(loader: Loader, shards: Iterable[ShardWork], pool: ThreadPoolExecutor) -> Iterator[_Ahead]:
     """Batches whose images are being loaded, from when they are asked for."""
     plans = ((shard, pool.submit(loader.plan, shard)) for shard in shards)
     current = next(plans, None)
@@ -244,10 +254,12 @@ class Computer:
         vae: the model; its forward must be safe to call from several threads, as the stock ones are.
         dtype: of the moments that come out.
         count: batches at once, on a CPU; elsewhere it is one.
+        batch_size: of images up to 512 x 512 pixels. Batches are filled up, so that an image's moments do not
+            depend on the others: kernels are chosen by the size of a batch, and differ in the last bits.
     """
 
-    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, count: int) -> None:
-        self.vae, self.dtype = vae, dtype
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, count: int, batch_size: int) -> None:
+        self.vae, self.dtype, self.batch_size = vae, dtype, batch_size
         # side by side, on a core each: what they compute does not depend on how many there are
         self.count = count if vae.device.type == "cpu" else 1
         self._pool = threads.pool(self.count, "latentvae-encode")
@@ -308,6 +320,8 @@ class Computer:
                 self.encoded += len(images)
 
     def _moments(self, images: list[torch.Tensor]) -> torch.Tensor:
-        batch = torch.stack(images).to(self.vae.device, self.vae.dtype)  # (B, C, H, W)
+        missing = batch_limit(images[0][0].numel(), self.batch_size) - len(images)
+        filled = [*images, *[torch.zeros_like(images[0])] * missing]
+        batch = torch.stack(filled).to(self.vae.device, self.vae.dtype)  # (B, C, H, W)
         moments = self.vae.encode(batch).latent_dist.parameters  # (B, 2C, h, w): means, then log-variances
-        return moments.to(self.dtype).cpu()
+        return moments[: len(images)].to(self.dtype).cpu()

@@ -1,202 +1,124 @@
-"""What a run has to do: which images there are, what their store is like, which shard each belongs into, and
-which shards have to be encoded.
-"""
+"""What a run has to do: which images there are, which shard each belongs into, and what has to be encoded."""
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from diffusers import AutoencoderKL
-
-from latentvae.base.errors import StoreError
-from latentvae.base.files import file_sha256, portable
+from latentvae.base.addresses import Address, Place
+from latentvae.base.errors import ImageError, SourceError, StoreError
+from latentvae.base.files import file_sha256, partial_path
 from latentvae.images import captions
-from latentvae.images.reading import PathLike, find_images
-from latentvae.images.resizing import Preprocessing
-from latentvae.models.loading import window_of
+from latentvae.images.listing import ARCHIVES, Listing, files_below
+from latentvae.images.sources import FolderSource, ImageFiles, ListSource, Spec, open_sources
+from latentvae.images.tars import TarSource
 from latentvae.store import format as layout
-from latentvae.store.format import DTYPES, DtypeName, Entry, Failure, Manifest, ShardRecord
+from latentvae.store.format import Entry, Failure, StoredShard
 
-BATCH_SIZE = 8
-SHARD_SIZE = 1024  # images
-MAX_SIZE = 8192  # pixels
 NAMED = 5  # lost images and shards that a refusal names
 
+Line = Entry | Failure
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)  # there are millions
 class Source:
-    """One image file.
+    """One image file: a number of those that lie together."""
 
-    Attributes:
-        path: as it was found.
-        root: the folder that its key is relative to.
-    """
-
-    path: Path
-    root: Path
+    images: ImageFiles
+    index: int
 
     @property
     def name(self) -> str:
         """What the store calls the file."""
-        return portable(str(self.path))
+        return self.images.origin(self.index)
 
     def caption(self) -> tuple[captions.Caption, list[str]]:
         """What is said about it, and notes on what cannot be read: see `captions.read_caption`."""
-        return captions.read_caption(self.path, self.root)
+        return self.images.caption(self.index)
 
 
 def find_sources(
-    paths: PathLike | Sequence[PathLike], store: Path, left_out: Counter[str] | None = None
+    paths: Spec | Sequence[Spec],
+    store: Path,
+    left_out: Counter[str] | None = None,
+    column: str | None = None,
 ) -> dict[str, Source]:
-    """The images below the paths, by key, sorted; those inside the store are left out.
+    """The images that the paths name, by key, sorted; those inside the store are left out.
 
     A key is the POSIX path below the folder that was named, with its suffix; of a file named itself its name.
+    Of a member SHARD/MEMBER, of a row FILE/NUMBER, shards and files without their suffix.
 
     Args:
-        left_out: where to count the other files of the folders: see `find_images`.
+        left_out: where to count the other files of folders and shards, by suffix.
+        column: with the images, see `open_source`.
 
     Raises:
-        ImageError: no images, or a path that is missing.
+        ImageError: no images, or a path that is missing or damaged.
         StoreError: two images of one key.
     """
-    named = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    counted = Counter[str]() if left_out is None else left_out
     captions.forget()  # what an earlier run in this process read of the folders
+
+    def scan(folder: Path) -> Listing:
+        files = files_below(folder, counted, store, ARCHIVES)
+        archives = [file for file in files if file.suffix.lower() in ARCHIVES]
+        if len(archives) == len(files):
+            return Listing([], archives)
+        # tars beside images are left where they are, as other files are: they may be copies of the same
+        counted.update(file.suffix.lower() for file in archives)
+        packed = set(archives)
+        return Listing([file for file in files if file not in packed], [])
+
+    opened = open_sources([paths] if isinstance(paths, str | Path | Address) else [*paths], column, scan)
+    for images in opened:
+        counted.update(images.left_out if isinstance(images, TarSource) else ())
     found: dict[str, Source] = {}
-    inside = store.resolve()
-    for path in find_images(named, left_out, outside=store):
-        if inside in path.resolve().parents:  # its preview.png is no image of the user's
+    seen = set[str]()
+    for source in _outside(opened, store.resolve()):
+        if len(opened) > 1 and source.name in seen:  # a folder and what is in it may both be named
             continue
-        root = next((one for one in named if one.is_dir() and path.is_relative_to(one)), path.parent)
-        key = portable(path.relative_to(root).as_posix())
-        if key in found and not found[key].path.samefile(path):  # naming one image twice does no harm
-            raise StoreError(
-                f"{found[key].path} and {path} would both have the key {key!r}: name a folder that holds "
-                "both, or encode them to two stores."
-            )
-        found[key] = Source(path, root)
-    return dict(sorted(found.items()))
+        key = source.images.key(source.index)
+        if (other := found.get(key)) is not None:
+            _check_same_image(key, other, source)
+            continue
+        found[key] = source
+        if len(opened) > 1:
+            seen.add(source.name)
+    order = sorted(found)
+    return found if order == list(found) else {key: found[key] for key in order}
 
 
-def preprocessing(
-    vae: AutoencoderKL, size: int | None, crop: bool, no_upscale: bool = False
-) -> Preprocessing:
-    """The policy that `size`, `crop` and `no_upscale` mean for a model.
-
-    What is not enlarged is cropped to multiples of 64 px (of a model of 8 px to a latent).
-
-    Raises:
-        StoreError: a crop without a size, or with `no_upscale`; a size out of range; or a model that takes no
-            images from files.
-    """
-    channels = vae.config["in_channels"]
-    if channels not in (1, 3):
-        raise StoreError(f"this model takes {channels} channels; image files have 1 or 3.")
-    window = window_of(vae)
-    limits = None if window is None else (window.low, window.high)
-    if size is None:
-        if crop:
-            raise StoreError("crop came without a size: give the side of the squares to crop, --size.")
-        if no_upscale:
-            raise StoreError("no_upscale came without a size: without --size nothing is enlarged.")
-        return Preprocessing(channels=channels, range=limits)
-    if crop and no_upscale:
-        raise StoreError("crop came with no_upscale: squares of one size, or images of their own, not both.")
-    least = 2 ** (len(vae.config["block_out_channels"]) - 1)  # the spatial_compression_ratio
-    if not least <= size <= MAX_SIZE:
-        raise StoreError(f"size={size} came; wanted {least} to {MAX_SIZE} pixels.")
-    policy: Literal["centre-crop", "size-no-upscale", "size"]
-    policy = "centre-crop" if crop else "size-no-upscale" if no_upscale else "size"
-    return Preprocessing(policy=policy, size=size, channels=channels, range=limits)
+def _outside(opened: Iterable[ImageFiles], store: Path) -> Iterator[Source]:
+    """All images, but for those in the store: its preview.png is no image of the user's."""
+    outside = lru_cache(maxsize=1)(lambda place: store not in place.parents)  # of a shard many lie in one
+    for images in opened:
+        for index in range(len(images)):
+            if outside(images.place(index)[0]):
+                yield Source(images, index)
 
 
-def settle(
-    vae: AutoencoderKL,
-    store: Path,
-    old: Manifest | None,
-    dtype: DtypeName,
-    policy: Preprocessing,
-    flips: bool,
-    batch_size: int | None,
-    shard_size: int | None,
-    weights_sha256: str,
-) -> Manifest:
-    """What a store is to be like: its manifest without shards.
-
-    Args:
-        old: the manifest of the store as it is; None: a new one.
-        batch_size, shard_size: None: as the store has them.
-
-    Raises:
-        StoreError: the store is made otherwise, a dtype that no store has, or sizes below 1.
-    """
-    batch_size = batch_size or (old.batch_size if old else BATCH_SIZE)
-    shard_size = shard_size or (old.shard_size if old else SHARD_SIZE)
-    names = {value: name for name, value in DTYPES.items()}  # float64 has none
-    if dtype not in DTYPES or vae.dtype not in names:
+def _check_same_image(key: str, one: Source, other: Source) -> None:
+    if one.images.place(one.index) != other.images.place(other.index):  # naming one twice does no harm
         raise StoreError(
-            f"dtype {dtype} and a model in {vae.dtype} came; wanted one of {', '.join(DTYPES)} each."
-        )
-    if min(batch_size, shard_size) < 1:
-        raise StoreError(f"batch_size={batch_size}, shard_size={shard_size} came; wanted 1 or more.")
-    settings = Manifest(
-        weights_sha256=weights_sha256,
-        config=layout.model_config(vae),
-        scaling_factor=vae.config["scaling_factor"],
-        shift_factor=vae.config["shift_factor"],
-        preprocessing=policy,
-        dtype=dtype,
-        precision=names[vae.dtype],
-        flips=flips,
-        batch_size=batch_size,
-        shard_size=shard_size,
-    )
-    if old is not None:
-        _check_same(store, old, settings)
-    return settings
-
-
-def _check_same(store: Path, old: Manifest, new: Manifest) -> None:
-    """Refuse to add to a store what is made otherwise.
-
-    Raises:
-        StoreError: says what differs.
-    """
-    names = [name for name in Manifest.model_fields if name not in ("shards", "statistics")]
-    differing = [name for name in names if getattr(old, name) != getattr(new, name)]
-    if "weights_sha256" in differing or {"config", "scaling_factor", "shift_factor"} & set(differing):
-        raise StoreError(
-            f"{store} was encoded with another VAE (weights {old.weights_sha256[:12]}, scaling_factor "
-            f"{old.scaling_factor:g}; this one has {new.weights_sha256[:12]}, {new.scaling_factor:g}). Name "
-            "that VAE with --model, or another folder."
-        )
-    versions = old.preprocessing.version, new.preprocessing.version
-    if differing == ["preprocessing"] and versions[0] != versions[1]:
-        raise StoreError(
-            f"{store} was made by another version of latentvae, which reads some image files to other pixels "
-            f"(preprocessing {versions[0]}; this is {versions[1]}). It is read and verified as ever; to add "
-            "to it or repair it, encode into another folder."
-        )
-    if differing:
-        was, came = (_listed(differing, manifest) for manifest in (old, new))
-        raise StoreError(
-            f"{store} was encoded with {was}; {came} came. Give the same options, or another folder."
+            f"{one.images.name(one.index)} and {other.images.name(other.index)} would both have the key "
+            f"{key!r}: name a folder that holds both, or encode them to two stores."
         )
 
 
-def _listed(names: Iterable[str], manifest: Manifest) -> str:
-    parts = []
-    for name in names:
-        value = getattr(manifest, name)
-        if isinstance(value, Preprocessing):
-            samples = f", samples {value.range[0]:g} to {value.range[1]:g}" if value.range else ""
-            kind = f"version {value.version}, {value.channels} channels{samples}"
-            value = f"{value.policy} {value.size or ''} ({kind})"
-        parts.append(f"{name} {value}")
-    return ", ".join(parts)
+def unclaimed(sources: Iterable[Source]) -> list[str]:
+    """Caption files beside the images of folders that belong to none of them, sorted."""
+    paths, roots = list[Place](), list[Place]()
+    for images, index in ((each.images, each.index) for each in sources):
+        if isinstance(images, FolderSource) and not isinstance(images, ListSource):
+            paths.append(images.paths[index])
+            roots.append(images.root or paths[-1].parent)
+    return captions.unclaimed(paths, roots)
 
 
 @dataclass(frozen=True)
@@ -204,17 +126,17 @@ class PlannedShard:
     """A shard as it is to be.
 
     Attributes:
-        keys: of its images whose files are there, sorted.
-        vanished: keys of those whose files are gone, sorted; they stay in the shard.
-        record: of the shard as it is, None where it is new or one of its lists is damaged.
-        pruned: whether images are taken out.
+        keys: of its images, sorted.
+        vanished: those of them whose files are gone; they stay in the store.
+        holders: the shards that there are which hold one of these, under any name.
+        whole: the one of them that holds all, no other, under this name; None: there is none.
     """
 
     name: str
     keys: tuple[str, ...]
     vanished: tuple[str, ...] = ()
-    record: ShardRecord | None = None
-    pruned: bool = False
+    holders: tuple[StoredShard, ...] = ()
+    whole: StoredShard | None = None
 
 
 class Loss(NamedTuple):
@@ -239,76 +161,103 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards in the order of their numbers, and the keys that were taken out."""
+    """All shards in the order of their numbers, and the keys that are taken out."""
 
     shards: list[PlannedShard]
     dropped: list[str]
     damaged: list[str]  # what was wrong with lists that had to be given up
     losses: list[Loss]  # images in those that are not among the images that are there
 
+    @property
+    def keys(self) -> Iterator[str]:
+        """Of all images that are to be in the store, sorted."""
+        return (key for shard in self.shards for key in shard.keys)
 
-def plan_shards(
-    store: Path, records: dict[str, ShardRecord], keys: Sequence[str], shard_size: int, prune: bool
-) -> Plan:
-    """Keep the shards that are there, and put new images, sorted, into new ones of `shard_size`.
 
-    What a killed run has finished stays, and what remains is divided as it would have been: all shards of new
-    images but the last are full, and the sorted images go to the free numbers in their order.
+def plan_shards(found: Sequence[StoredShard], keys: Sequence[str], shard_size: int, prune: bool) -> Plan:
+    """Divide all images, sorted, into shards of `shard_size`, whatever shards they are in now.
+
+    So a store that has been brought up to date is what one made anew would be, and killed runs and any number
+    of parts divide alike.
 
     Args:
+        found: the shards that there are; what is in several is taken from the first of them.
         keys: of all images that are there, sorted.
         prune: take images out whose files are gone.
     """
-    present, known = set(keys), set[str]()  # known: in shards that stay
-    planned, dropped, damaged = list[PlannedShard](), list[str](), dict[str, str]()
-    for name, record in records.items():
-        problem = layout.damage(store, record, tensors=False)
-        if problem is not None:  # its images are as good as new ones, as far as they are there
-            damaged[name] = problem
+    present, damaged = set(keys), list[tuple[StoredShard, str]]()
+    holders = dict[str, tuple[int, ...]]()  # by key, which of `found`
+    whole = dict[tuple[str, tuple[str, ...]], StoredShard]()
+    for number, shard in enumerate(found):
+        lines = read_lists(shard)
+        if lines is None:  # its images are as good as new ones, as far as they are there
+            name = shard.record.name
+            damaged.append((shard, layout.damage(*shard, tensors=False) or f"{name} has just changed"))
             continue
-        lines = [*layout.read_entries(store, name), *layout.read_failures(store, name)]
-        members = sorted(line.key for line in lines)
-        known.update(members)
-        gone = tuple(key for key in members if key not in present)
-        there = tuple(key for key in members if key in present)
-        if prune:
-            dropped += gone
-            if not there:  # its number is free for new images
-                continue
-        planned.append(PlannedShard(name, there, () if prune else gone, record, prune and bool(gone)))
-    losses = [
-        loss
-        for name, problem in damaged.items()
-        if (loss := _loss(store, records[name], problem, present, known)) is not None
-    ]
+        members = tuple(sorted(line.key for line in lines))
+        whole.setdefault((shard.record.name, members), shard)
+        alone = (number,)  # one for all of them
+        for key in members:
+            holders[key] = (*holders[key], number) if key in holders else alone
+    losses = [loss for each in damaged if (loss := _loss(*each, present, holders)) is not None]
+    dropped = sorted(holders.keys() - present) if prune else []
     if prune:
         dropped += [key for loss in losses for key in loss.keys]
-    taken = {layout.shard_number(shard.name) for shard in planned}
-    # by number, not by rank or time: interrupted runs and any number of processes divide alike
-    free = (number for number in count() if number not in taken)
-    new = iter([key for key in keys if key not in known])
-    while chunk := tuple(islice(new, shard_size)):
-        planned.append(PlannedShard(layout.shard_name(next(free)), chunk))
-    planned.sort(key=lambda shard: layout.shard_number(shard.name))
-    return Plan(planned, dropped, list(damaged.values()), losses)
+    wanted = iter(keys if prune else sorted(present.union(holders)))
+    planned, numbers = list[PlannedShard](), count()
+    while chunk := tuple(islice(wanted, shard_size)):
+        name = layout.shard_name(next(numbers))
+        gone = tuple(key for key in chunk if key not in present)
+        those = sorted({number for key in chunk for number in holders.get(key, ())})
+        planned.append(
+            PlannedShard(name, chunk, gone, tuple(found[each] for each in those), whole.get((name, chunk)))
+        )
+    return Plan(planned, dropped, [problem for _, problem in damaged], losses)
 
 
-def _loss(store: Path, record: ShardRecord, problem: str, present: set[str], known: set[str]) -> Loss | None:
+def read_lists(shard: StoredShard) -> list[Line] | None:
+    """The lines of a shard's lists as its record has them, also while another part puts them in place.
+
+    None where they are not to be had.
+    """
+    folder, record = shard
+    index = _promised(layout.index_path(folder, record.name), record.index_sha256)
+    failed = b""
+    if index is not None and record.failed_sha256 is not None:
+        found = _promised(layout.failed_path(folder, record.name), record.failed_sha256)
+        index, failed = (None, b"") if found is None else (index, found)
+    if index is None:
+        return None
+    failures = [Failure(**json.loads(line)) for line in failed.splitlines()]
+    return [*map(layout.parse_entry, index.splitlines()), *failures]
+
+
+def _promised(path: Path, sha256: str) -> bytes | None:
+    for place in (path, partial_path(path), path):  # it may get its name just now
+        with suppress(OSError):
+            data = place.read_bytes()
+            if hashlib.sha256(data).hexdigest() == sha256:
+                return data
+    return None
+
+
+def _loss(shard: StoredShard, problem: str, *elsewhere: Collection[str]) -> Loss | None:
     """What giving up a shard with a damaged list would lose, if anything."""
-    held = _held(store, record)
+    held = _held(shard)
     if held is None:
-        return Loss(problem, (), record.count) if record.count else None
-    lost = held.difference(present, known)  # known: a killed repair may have put them elsewhere already
+        return Loss(problem, (), shard.record.count) if shard.record.count else None
+    lost = held.difference(*elsewhere)  # the files that are there; what other shards hold
     return Loss(problem, tuple(sorted(lost))) if lost else None
 
 
-def _held(store: Path, record: ShardRecord) -> set[str] | None:
+def _held(shard: StoredShard) -> set[str] | None:
     """The keys of the images in a shard with a damaged list; None where they are not known."""
+    folder, record = shard
     with suppress(OSError):  # missing or not readable
         # the index first: only the list of failures may be damaged, and older tensors do not have the keys
-        if file_sha256(layout.index_path(store, record.name)) == record.index_sha256:
-            return {entry.key for entry in layout.read_entries(store, record.name)}
-    return layout.read_keys(store, record)
+        if file_sha256(layout.index_path(folder, record.name)) == record.index_sha256:
+            return {entry.key for entry in layout.read_entries(folder, record.name)}
+    return layout.read_keys(folder, record)
 
 
 def refusal(store: Path, losses: Sequence[Loss]) -> StoreError:
@@ -332,67 +281,92 @@ def refusal(store: Path, losses: Sequence[Loss]) -> StoreError:
     )
 
 
-Line = TypeVar("Line", Entry, Failure)
+@dataclass(frozen=True)
+class ShardWork:
+    """A shard that has to be written.
 
+    Attributes:
+        keys: of images to be encoded, sorted.
+        kept: lines of the others as they are now, by the shard that has their moments.
+        tensors: the shard whose tensors stay, since the lists alone are others; None: there is none.
+    """
 
-class Finding(NamedTuple):
-    """What is to be done about a shard: encode it, or write these lists, or (None) nothing."""
+    name: str
+    keys: tuple[str, ...]
+    kept: tuple[tuple[StoredShard, tuple[Line, ...]], ...] = ()
+    tensors: StoredShard | None = None
 
-    encode: bool
-    lists: tuple[list[Entry], list[Failure]] | None = None
+    @property
+    def entries(self) -> Iterator[tuple[StoredShard, list[Entry]]]:
+        """Of the kept lines those of images that have moments, by the shard that has them."""
+        for holder, lines in self.kept:
+            yield holder, [line for line in lines if isinstance(line, Entry)]
+
+    @property
+    def failures(self) -> list[Failure]:
+        """The other kept lines."""
+        return [line for _, lines in self.kept for line in lines if isinstance(line, Failure)]
 
 
 def inspect_shard(
-    store: Path,
     shard: PlannedShard,
     sources: dict[str, Source],
+    damaged: Container[StoredShard],
     retry_failed: bool,
     rehash: bool,
-    damaged: bool,
-) -> Finding:
-    """Compare a planned shard with what is on disk.
+) -> ShardWork | StoredShard:
+    """Compare a planned shard with what is on disk: what is to be done, or the shard that is as it should be.
 
     A file whose size and time are unchanged is not read; one whose content is unchanged is not encoded.
 
     Args:
-        retry_failed: encode a shard again in which images failed.
+        damaged: shards whose moments are not those that were written; of their lines failures alone count.
+        retry_failed: encode images again that failed.
         rehash: read files all the same.
-        damaged: whether the shard's files do not match its hashes.
     """
-    if shard.record is None or damaged:
-        return Finding(True)
-    entries, failures = layout.read_entries(store, shard.name), layout.read_failures(store, shard.name)
-    if shard.pruned or (retry_failed and failures):
-        return Finding(True)
-    new_entries = [_renewed(entry, sources.get(entry.key), rehash) for entry in entries]
-    new_failures = [_renewed(failure, sources.get(failure.key), rehash) for failure in failures]
-    same_entries = [entry for entry in new_entries if entry is not None]
-    same_failures = [failure for failure in new_failures if failure is not None]
-    if len(same_entries) < len(entries) or len(same_failures) < len(failures):
-        return Finding(True)
-    if (same_entries, same_failures) == (entries, failures):
-        return Finding(False)
-    return Finding(False, (same_entries, same_failures))
+    left, kept = set(shard.keys), list[tuple[StoredShard, tuple[Line, ...]]]()
+    for holder in sorted(shard.holders, key=lambda each: each != shard.whole):  # that one first
+        lines = tuple(line for line in read_lists(holder) or () if line.key in left)
+        if holder in damaged:
+            lines = tuple(line for line in lines if isinstance(line, Failure))
+        renewed = list[Line]()
+        for line in lines:
+            source = sources.get(line.key)
+            if source is not None and retry_failed and isinstance(line, Failure):
+                continue
+            if (now := _renewed(line, source, rehash)) is not None:
+                renewed.append(now)
+        left.difference_update(line.key for line in renewed)
+        if renewed:
+            kept.append((holder, tuple(renewed)))
+        if holder == shard.whole and holder not in damaged and not left:
+            return holder if tuple(renewed) == lines else ShardWork(shard.name, (), tuple(kept), holder)
+    return ShardWork(shard.name, tuple(sorted(left)), tuple(kept))
+
+
+def _sha256(source: Source) -> str:
+    with source.images.open(source.index) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
 
 
 def _renewed(line: Line, source: Source | None, rehash: bool) -> Line | None:
     """The line with the file's time and caption as they are now; None where the content is another."""
     if source is None:  # vanished: what is stored stays
         return line
+    images, index = source.images, source.index
     try:
-        state = source.path.stat()
-        same = (state.st_size, state.st_mtime_ns) == (line.size_bytes, line.mtime_ns)
+        size, mtime_ns = images.state(index)
+        same = mtime_ns == line.mtime_ns and size in (line.size_bytes, None)
         if line.sha256 is None:  # could not be read: None here if it can be now
-            source.path.open("rb").close()
+            images.open(index).close()
             return None
-        if (rehash or not same) and (
-            state.st_size != line.size_bytes or file_sha256(source.path) != line.sha256
-        ):
+        resized = size not in (line.size_bytes, None)
+        if (rehash or not same) and (resized or _sha256(source) != line.sha256):
             return None
-    except OSError:  # gone since it was listed, or not readable any more: what is stored stays
+    except (OSError, ImageError, SourceError):  # gone since it was listed: what is stored stays
         return line
     if isinstance(line, Failure):  # which has no caption
-        return replace(line, source=source.name, mtime_ns=state.st_mtime_ns)
+        return replace(line, source=source.name, mtime_ns=mtime_ns)
     caption, caption_notes = source.caption()
     notes = [note for note in line.notes if not note.startswith(captions.PREFIX)] + caption_notes
-    return replace(line, source=source.name, mtime_ns=state.st_mtime_ns, caption=caption, notes=notes)
+    return replace(line, source=source.name, mtime_ns=mtime_ns, caption=caption, notes=notes)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from latentvae.base.errors import StoreError
 from latentvae.models.latents import Posterior, Scaling, seeded_noise
 from latentvae.store import format as layout
-from latentvae.store.format import STATISTICS, Entry, Manifest, ShardRecord, Statistics
+from latentvae.store.format import STATISTICS, Entry, Manifest, ShardRecord, Statistics, StoredShard
 
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 # A bin is what float32 numbers of one sign, one exponent and the same first four bits have in common: 16 bins
@@ -68,19 +68,19 @@ def _histogram(values: np.ndarray) -> np.ndarray:
     return np.bincount(np.where(bits < 0, _BINS - 1 - size, _BINS + size), minlength=2 * _BINS).astype(float)
 
 
-def of_store(store: str | Path, records: Sequence[ShardRecord]) -> Statistics | None:
+def of_store(shards: Sequence[StoredShard]) -> Statistics | None:
     """Add up what the shards hold; None where one of them, of an earlier version, holds none.
 
     Raises:
         StoreError: a shard cannot be read.
     """
     total: Any = 0.0
-    for record in (record for record in records if record.count):
-        part = _read(store, record)
+    for shard in (shard for shard in shards if shard.record.count):
+        part = _read(*shard)
         if part is None:
             return None
         total = total + part
-    return _conclude(total, sum(record.count for record in records))
+    return _conclude(total, sum(shard.record.count for shard in shards))
 
 
 def compute(store: str | Path, manifest: Manifest) -> Statistics | None:

@@ -1,7 +1,12 @@
 """Whether a store is what its manifest says, byte for byte; and a contact sheet, to look at it."""
 
+import hashlib
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -9,10 +14,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from latentvae.base.errors import StoreError
-from latentvae.base.files import file_sha256, local
+from latentvae.base.addresses import WEB, Place, forget, place
+from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.images.drawing import grid
 from latentvae.images.reading import PathLike
+from latentvae.images.sources import Spec, read_origin
 from latentvae.models.latents import Posterior
 from latentvae.store import format as layout
 from latentvae.store.dataset import StoreReader, decoded_images, original_image
@@ -24,43 +30,70 @@ PREVIEW = "preview.png"
 LARGEST = 1024 * 1024  # pixels of an image that is shown
 
 
-def verify(store: PathLike, *, progress: bool = False) -> list[str]:
+def verify(store: Spec, *, progress: bool = False) -> list[str]:
     """Check every shard of a store against its hashes, its index and the manifest; what is wrong, or [].
 
-    Each problem names the file. `latentvae encode` with the store's images mends all of them.
+    Each problem names the file. `latentvae encode` with the store's images mends all of them. Of a store at
+    an address each shard is fetched in its turn.
 
     Raises:
-        StoreError: the folder is no store.
+        StoreError: no store is there.
+        SourceError: an address that cannot be read.
     """
-    folder = Path(store)
+    forget()
+    folder = place(store)
     manifest = layout.read_manifest(folder)
     problems = [f"{FOLDER}: a run was not finished"] if (folder / FOLDER).exists() else []
     seen: dict[str, str] = {}  # index file by key, of all shards: an image is in one
     for record in tqdm(manifest.shards, "verifying", unit="shard", disable=not progress, delay=2):
-        problem = layout.damage(folder, record)
-        problems += [problem] if problem else _check_content(folder, manifest, record, seen)
+        with here(folder, record) as local:
+            problem = layout.damage(local, record)
+            problems += [problem] if problem else _check_content(local, manifest, record, seen)
     names = {record.name for record in manifest.shards}
     # shards of a killed run that no manifest names yet, or what somebody left here
-    strangers = {path.name for path in folder.glob("latents-*") if path.name.split(".")[0] not in names}
+    listed = folder.iterdir() if isinstance(folder, Path) or folder.scheme not in WEB else ()
+    found = {path.name for path in listed if path.name.startswith("latents-")}
+    strangers = {name for name in found if name.split(".")[0] not in names}
     return [*problems, *(f"{name} is in no list of shards" for name in sorted(strangers))]
 
 
-def verify_sources(store: PathLike, *, progress: bool = False) -> list[str]:
+@contextmanager
+def here(store: Place, record: ShardRecord, *, tensors: bool = True) -> Iterator[Path]:
+    """A folder of this machine with a shard's files, as far as they are to be had."""
+    if isinstance(store, Path):
+        yield store
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path, sha256 in layout.shard_files(folder, record)[0 if tensors else 1 :]:
+            file = store / path.name
+            if sha256 is not None and file.exists():
+                file.ask(partial(_get, str(path)))
+        yield Path(folder)
+
+
+def _get(here: str, files: Any, at: str) -> None:
+    files.get_file(at, here)
+
+
+def verify_sources(store: Spec, *, progress: bool = False) -> list[str]:
     """Images of a store whose files are gone or are not those that were encoded: each is read and hashed.
 
     Raises:
-        StoreError: the folder is no store, or an index is damaged.
+        StoreError: no store is there, or an index is damaged.
     """
-    folder, problems = Path(store), list[str]()
+    folder, problems = place(store), list[str]()
     manifest = layout.read_manifest(folder)
     with tqdm(total=manifest.count, desc="reading", unit="image", disable=not progress, delay=2) as bar:
         for record in manifest.shards:
-            for entry in layout.read_entries(folder, record.name):
+            with here(folder, record, tensors=False) as local:
+                entries = layout.read_entries(local, record.name)
+            for entry in entries:
                 try:
-                    if file_sha256(Path(local(entry.source))) != entry.sha256:
+                    if hashlib.sha256(read_origin(entry.source)).hexdigest() != entry.sha256:
                         problems.append(f"{entry.key}: {entry.source} is not the file that was encoded")
-                except OSError as error:
-                    problems.append(f"{entry.key}: {entry.source} cannot be read ({error.strerror})")
+                except (LatentVAEError, OSError) as error:
+                    reason = getattr(error, "strerror", None) or error
+                    problems.append(f"{entry.key}: {entry.source} cannot be read ({reason})")
                 bar.update()
     return problems
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import textured
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
 from stores import write_store
+from torch.utils.data import DataLoader
 
 import latentvae
 from latentvae.base.errors import StoreError
@@ -91,6 +93,19 @@ def test_sd_scripts_reads_what_its_vae_gives(vae: Any, photos: Path, tmp_path: P
         assert found["original_size"].tolist() == list(size)
         assert found["crop_ltrb"].tolist() == [0, 0, *size]
     assert encode_folder(vae, photos, store, dtype="fp32", batch_size=1, flips=True).encoded == 0
+
+
+def test_diffusers_scripts_take_moments_for_their_posteriors(vae: Any, photos: Path, tmp_path: Path) -> None:
+    """Their cache is a list of what `vae.encode` gave for each batch: `latent_dist`."""
+    store = encode(vae, photos, tmp_path / "store")
+    loader = DataLoader(LatentDataset(store, mode="moments"), batch_size=1)
+    for batch in loader:
+        found = DiagonalGaussianDistribution(batch["moments"])
+        with torch.no_grad():
+            wanted = vae.encode(load_image(photos / batch["key"][0])[None]).latent_dist
+        close(found.mean, wanted.mean)
+        close(found.std, wanted.std)
+        close(found.sample(torch.Generator().manual_seed(1)), wanted.sample(torch.Generator().manual_seed(1)))
 
 
 def test_sd_scripts_for_flux_is_scaled_by_its_own_factors(tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from latentvae.images import resizing as geometry
 from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing
 from latentvae.runtime.memory import SHARE
-from latentvae.store import journal, processes
+from latentvae.store import journal
 from latentvae.store.format import (
     Entry,
     Failure,
     Manifest,
     ShardRecord,
+    StoredShard,
     damage,
     index_path,
     line_starts,
@@ -65,7 +66,7 @@ def manifest(**changes: Any) -> Manifest:
 
 
 def write(store: Path, name: str, keys: list[str], failed: list[str] | None = None) -> ShardRecord:
-    store.mkdir(exist_ok=True)
+    store.mkdir(parents=True, exist_ok=True)
     tensors = {"moments.2x4": torch.randn(len(keys), 8, 2, 4)} if keys else {}
     failures = [Failure(key, f"photos/{key}", None, 0, 0, "why") for key in failed or []]
     return write_shard(store, name, tensors, [entry(key, at) for at, key in enumerate(keys)], failures)
@@ -144,49 +145,54 @@ def test_the_config_names_no_path_of_this_machine(tiny_vae: Any) -> None:
 def test_a_journal_completes_what_a_kill_left(tmp_path: Path) -> None:
     """Wherever placing a shard is interrupted, the run after it has either the old or the new one, whole."""
     for renamed in range(4):
-        store = tmp_path / f"{renamed}"
-        old = write(store, "latents-00000", ["a.png"], ["failed.png"])
-        new = stage_shard(store, old.name, {"moments.2x4": torch.ones(1, 8, 2, 4)}, [entry("a.png")], [])
-        book = journal.Journal(store)
-        book.folder.mkdir()
-        write_manifest(store, manifest(shards=[old]))
+        book = journal.Journal(tmp_path / f"{renamed}")
+        folder = book.generation(["a.png"])
+        old = write(folder, "latents-00000", ["a.png"], ["failed.png"])
+        (folder / f"{old.name}.json").write_text(old.model_dump_json())
+        new = stage_shard(folder, old.name, {"moments.2x4": torch.ones(1, 8, 2, 4)}, [entry("a.png")], [])
         if renamed:  # the record is there: forward
-            (book.folder / f"{old.name}.json").write_text(new.model_dump_json())
+            (folder / f"{old.name}.json").write_text(new.model_dump_json())
         if renamed == 2:
-            (store / ".latents-00000.safetensors.partial").rename(store / "latents-00000.safetensors")
+            (folder / ".latents-00000.safetensors.partial").rename(folder / "latents-00000.safetensors")
         if renamed == 3:
-            place_shard(store, new)
+            place_shard(folder, new)
         book.begin(manifest())
-        (record,) = book.records().values()
-        assert record == (new if renamed else old)
-        assert damage(store, record) is None
-        assert len(read_failures(store, old.name)) == record.failed
-        assert not list(store.glob(".*.partial"))
+        (found,) = book.found()
+        assert found == StoredShard(folder, new if renamed else old)
+        assert damage(*found) is None
+        assert len(read_failures(folder, old.name)) == found.record.failed
+        assert not list(folder.glob(".*.partial"))
 
 
-def test_shards_of_new_images_are_full_and_in_order(tmp_path: Path) -> None:
+def test_shards_are_full_and_in_order(tmp_path: Path) -> None:
     keys = [f"{number:02d}" for number in range(10)]
-    whole = plan_shards(tmp_path, {}, keys, 4, False).shards
+    whole = plan_shards([], keys, 4, False).shards
     assert [len(shard.keys) for shard in whole] == [4, 4, 2]
-    for done in (
-        [0],
-        [1],
-        [2],
-        [0, 2],
-        [1, 2],
-    ):  # whatever a killed run had finished, the rest stays the same
-        store = tmp_path / "-".join(map(str, done))
-        records = {whole[at].name: write(store, whole[at].name, list(whole[at].keys)) for at in done}
-        again = plan_shards(store, records, keys, 4, False).shards
+    found = [StoredShard(tmp_path, write(tmp_path, each.name, list(each.keys))) for each in whole]
+    for done in ([0], [2], [0, 2], [0, 1, 2]):  # whatever a killed run had finished, the rest stays the same
+        again = plan_shards([found[at] for at in done], keys, 4, False).shards
         assert [(shard.name, shard.keys) for shard in again] == [(one.name, one.keys) for one in whole]
+        assert [at for at, shard in enumerate(again) if shard.whole == found[at]] == done
+    later = plan_shards(found, ["000", *keys[:5], *keys[6:]], 4, False)  # one is new, one gone
+    assert [shard.keys for shard in later.shards[:2]] == [("00", "000", "01", "02"), ("03", "04", "05", "06")]
+    assert [shard.vanished for shard in later.shards] == [(), ("05",), ()]
+    assert [shard.holders for shard in later.shards] == [
+        (found[0],),
+        (found[0], found[1]),
+        (found[1], found[2]),
+    ]
+    assert [shard.whole for shard in later.shards] == [None] * 3
+    pruned = plan_shards(found, [*keys[:5], *keys[6:]], 4, True)
+    assert pruned.dropped == ["05"]
+    assert [shard.keys for shard in pruned.shards][1:] == [("04", "06", "07", "08"), ("09",)]
 
 
 def test_a_damaged_index_gives_its_images_back(tmp_path: Path) -> None:
     record = write(tmp_path, "latents-00000", ["a", "b"])
     index_path(tmp_path, record.name).write_bytes(b"nonsense\n")
-    plan = plan_shards(tmp_path, {record.name: record}, ["a", "b"], 2, False)
-    assert [(shard.name, shard.keys, shard.record) for shard in plan.shards] == [
-        ("latents-00000", ("a", "b"), None)
+    plan = plan_shards([StoredShard(tmp_path, record)], ["a", "b"], 2, False)
+    assert [(shard.name, shard.keys, shard.holders) for shard in plan.shards] == [
+        ("latents-00000", ("a", "b"), ())
     ]
     assert plan.damaged == ["latents-00000.jsonl does not match its sha256"]
 
@@ -232,21 +238,6 @@ def test_headers_give_upright_sizes(tmp_path: Path) -> None:
     assert read_size(tmp_path / "broken.jpg") is None
 
 
-def test_environments_that_name_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert processes.Processes().is_main
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(StoreError, match="MASTER_ADDR"):
-        processes.Processes()
-    monkeypatch.setenv("RANK", "2")
-    with pytest.raises(StoreError, match="RANK=2"):
-        processes.Processes()
-    monkeypatch.setenv("RANK", "none")
-    with pytest.raises(StoreError, match="RANK='none'"):
-        processes.Processes()
-
-
 @pytest.fixture
 def app(tiny_vae: Any, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
     """The two verbs, with the tiny model."""
@@ -274,7 +265,7 @@ def test_verbs(app: typer.Typer, tmp_path: Path) -> None:
     assert json.loads(result.stdout) | {"store": "", "seconds": 0} == {
         "store": "", "images": 3, "encoded": 0, "failures": [], "vanished": [], "dropped": [],
         "repaired": [], "seconds": 0, "waiting": 0.0, "images_per_second": 0.0,
-        "captions": [], "unclaimed": [], "left_out": {},
+        "captions": [], "unclaimed": [], "left_out": {}, "part": "0/1", "missing": {}, "others": [],
     }  # fmt: skip
     (photos / "3.png").write_bytes(b"broken")
     (photos / os.fsdecode(b"\xff.png")).write_bytes(b"broken")

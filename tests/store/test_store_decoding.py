@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 import latentvae
+from latentvae import runtime
 from latentvae.base.errors import StoreError
 from latentvae.cli.decode import picture_name
 from latentvae.cli.main import main
@@ -24,6 +26,8 @@ from latentvae.images.reading import load_image
 from latentvae.images.tensors import to_uint8
 from latentvae.models.exporting import export
 from latentvae.models.fingerprint import weight_hash
+from latentvae.models.loading import DEFAULT_MODEL
+from latentvae.store import dataset as store_dataset
 from latentvae.store.dataset import LatentDataset
 from latentvae.store.encoding import encode_folder
 from latentvae.store.format import model_config, tensors_path
@@ -157,6 +161,49 @@ def test_decoding_in_tiles_or_in_half_precision_changes_no_more_than_rounding(
     assert 0 < (plain - half).abs().mean() < 0.05
 
 
+def test_small_images_are_decoded_side_by_side(
+    tmp_path: Path, vae: AutoencoderKL, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store_of(vae, tmp_path / "store", [[(5, 4), (6, 3), (5, 4)], [(6, 3)] * 2])
+    asked: list[int] = []
+    names: set[str] = set()
+    side, threads = runtime.side_by_side, torch.get_num_threads
+    run, decoded = side.run, store_dataset.decoded_images
+
+    def counted(jobs: Any, count: int) -> Any:
+        asked.append(count)
+        return run(jobs, count)
+
+    def named(*arguments: Any) -> Any:
+        assert torch.get_num_threads() == 1
+        names.add(threading.current_thread().name)
+        return decoded(*arguments)
+
+    monkeypatch.setattr(side, "run", counted)
+    monkeypatch.setattr(store_dataset, "decoded_images", named)
+    found, reports = {}, {}
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        result = command("decode", folder, tmp_path / str(count), "--model", model, "--json")
+        assert result.code == 0, result.err
+        reports[count] = [file["key"] for file in json.loads(result.out)["files"]]
+        found[count] = pictures(tmp_path / str(count))
+        assert threads() == count
+    assert asked == [2, 3]
+    assert names == {"MainThread", *(f"latentvae-side_{number}" for number in range(3))}
+    assert reports[1] == reports[2] == reports[3]
+    assert found[2] == found[3]
+    for name, picture in found[1].items():
+        one, other = (to_uint8(load_image(data)).int() for data in (picture, found[2][name]))
+        assert (one - other).abs().max() <= 1, name
+    monkeypatch.setattr(store_dataset, "decoded_images", decoded)
+    torch.set_num_threads(2)
+    command("decode", folder, tmp_path / "tiled", "--model", model, "--tile-size", 32)
+    monkeypatch.setattr(side, "SMALL", 1)
+    command("decode", folder, tmp_path / "large", "--model", model)
+    assert asked == [2, 3]  # tiles, and large images, are shared between the cores
+
+
 def test_decoding_refuses_another_model(tmp_path: Path, store: Path, command: Command) -> None:
     torch.manual_seed(1)
     other = export(latentvae.build("tiny"), tmp_path / "other")
@@ -164,6 +211,17 @@ def test_decoding_refuses_another_model(tmp_path: Path, store: Path, command: Co
     assert result.code == 2
     assert "were made with weights" in json.loads(result.out)["error"]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bundled_model_that_made_a_store_is_found_without_being_named(
+    tmp_path: Path, store: Path, command: Command
+) -> None:
+    other = next(name for name in ("sd-small", "f8c4-small") if name != DEFAULT_MODEL)  # of four channels
+    own = store_of(latentvae.load(other), tmp_path / "own", [[(4, 4)]])
+    assert command("decode", own, tmp_path / "out").code == 0
+    assert len(pictures(tmp_path / "out")) == 1
+    result = command("decode", store, tmp_path / "none", "--json")
+    assert "no bundled model has these" in json.loads(result.out)["error"]
 
 
 def test_decoding_says_what_is_no_store(tmp_path: Path, model: Path, command: Command) -> None:

@@ -27,8 +27,9 @@ from latentvae.base.errors import ImageError, StoreError
 from latentvae.images.reading import load_image
 from latentvae.store import format as shard_module
 from latentvae.store.encoding import EncodeReport, Worker, Workload, encode_folder
-from latentvae.store.format import Entry, read_entries, read_manifest, tensors_path
-from latentvae.store.journal import Journal, joined, locked
+from latentvae.store.format import Entry, StoredShard, read_entries, read_manifest, tensors_path
+from latentvae.store.journal import Journal, locked
+from latentvae.store.parts import WHOLE, Part
 from latentvae.store.planning import plan_shards
 from latentvae.store.verification import verify
 
@@ -125,14 +126,14 @@ def _refusing(read: Any, suffix: str) -> Any:
     return reading
 
 
-def test_a_changed_image_has_its_shard_encoded_again(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_changed_image_alone_is_encoded_again(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     encode(tiny_vae, photos, store)
     old = content(store)
     save(photos / "5.png", 40, 24, 77)
     report = encode(tiny_vae, photos, store)
     changed = {name for name, data in content(store).items() if data != old[name]}
-    assert report.encoded == 4
+    assert report.encoded == 1
     assert changed == {"store.json", "latents-00001.jsonl", "latents-00001.safetensors"}
     encode(tiny_vae, photos, tmp_path / "clean")
     assert content(store) == content(tmp_path / "clean")
@@ -148,16 +149,15 @@ def test_a_touched_image_is_not_encoded_again(tiny_vae: Any, photos: Path, tmp_p
     assert content(store) == content(tmp_path / "clean")
 
 
-def test_new_images_go_to_new_shards(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+def test_new_images_go_where_a_new_store_has_them(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     encode(tiny_vae, photos, store)
-    old = content(store)
     for number in range(6):
         save(photos / f"0-{number}.png", seed=50 + number)
     report = encode(tiny_vae, photos, store)
     assert (report.images, report.encoded) == (16, 6)
-    assert [shard.count for shard in read_manifest(store).shards] == [4, 4, 2, 4, 2]
-    assert all(content(store)[name] == data for name, data in old.items() if name != "store.json")
+    encode(tiny_vae, photos, tmp_path / "clean")
+    assert content(store) == content(tmp_path / "clean")
 
 
 def test_vanished_images_stay_until_pruned(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_vanished_images_stay_until_pruned(tiny_vae: Any, photos: Path, tmp_path
     kept = moments(store, "1.png"), moments(store, "1.png", flipped=True)
     (photos / "1.png").unlink()
     assert encode(tiny_vae, photos, store, flips=True).vanished == ["1.png"]
-    save(photos / "2.png", seed=99)  # the shard is encoded again; what has no file any more is carried over
+    save(photos / "2.png", seed=99)  # the shard is written again; what has no file any more is carried over
     report = encode(tiny_vae, photos, store, flips=True)
-    assert (report.vanished, report.images, report.encoded) == (["1.png"], 10, 3)
+    assert (report.vanished, report.images, report.encoded) == (["1.png"], 10, 1)
     assert torch.equal(moments(store, "1.png"), kept[0])
     assert torch.equal(moments(store, "1.png", flipped=True), kept[1])
     report = encode(tiny_vae, photos, store, flips=True, prune=True)
@@ -176,18 +176,16 @@ def test_vanished_images_stay_until_pruned(tiny_vae: Any, photos: Path, tmp_path
     assert verify(store) == []
 
 
-def test_pruning_a_whole_shard_frees_its_number(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+def test_after_pruning_shards_are_those_of_a_new_store(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     encode(tiny_vae, photos, store)
     for number in range(4):
         (photos / f"{number}.png").unlink()
-    assert encode(tiny_vae, photos, store, prune=True).images == 6
-    assert [shard.name for shard in read_manifest(store).shards] == ["latents-00001", "latents-00002"]
-    assert not (store / "latents-00000.safetensors").exists()
-    save(photos / "new.png")
-    encode(tiny_vae, photos, store)
-    assert [shard.count for shard in read_manifest(store).shards] == [1, 4, 2]
-    assert verify(store) == []
+    report = encode(tiny_vae, photos, store, prune=True)
+    assert (report.images, report.encoded) == (6, 0)
+    encode(tiny_vae, photos, tmp_path / "clean")
+    assert content(store) == content(tmp_path / "clean")
+    assert not (store / "latents-00002.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -398,7 +396,7 @@ def test_any_flipped_bit_of_an_index_line_is_repaired_or_refused(tmp_path: Path)
         for at, key in enumerate(keys)
     ]
     tensors = {"moments.2x2": torch.zeros(3, 8, 2, 2)}
-    record = write_shard(tmp_path, "latents-00000", tensors, entries)
+    found = [StoredShard(tmp_path, write_shard(tmp_path, "latents-00000", tensors, entries))]
     index, start = tmp_path / "latents-00000.jsonl", len(entries[0].line())
     good = index.read_bytes()
     for at in range(start, start + len(entries[1].line())):
@@ -406,8 +404,8 @@ def test_any_flipped_bit_of_an_index_line_is_repaired_or_refused(tmp_path: Path)
             data = bytearray(good)
             data[at] ^= 1 << bit
             index.write_bytes(data)
-            assert plan_shards(tmp_path, {record.name: record}, keys, 4, False).losses == []
-            gone = plan_shards(tmp_path, {record.name: record}, ["b.png", keys[0], keys[2]], 4, False).losses
+            assert plan_shards(found, keys, 4, False).losses == []
+            gone = plan_shards(found, ["b.png", keys[0], keys[2]], 4, False).losses
             assert sum(len(loss.keys) + loss.unread for loss in gone) == 1
 
 
@@ -427,8 +425,8 @@ def test_a_full_disk_keeps_what_is_finished(
     monkeypatch.setattr(shard_module, "save_file", save_file)
     with pytest.raises(StoreError, match="No space left"):
         encode(tiny_vae, photos, store)
-    assert (store / "latents-00000.safetensors").exists()
-    assert not list(store.glob("*.partial")) + list(store.glob("latents-00001*"))
+    assert list(store.glob(".run/*/latents-00000.safetensors"))
+    assert not [*store.rglob("*.partial"), *store.rglob("latents-00001*")]
     assert encode(tiny_vae, photos, store).encoded == 6
     encode(tiny_vae, photos, tmp_path / "clean")
     assert content(store) == content(tmp_path / "clean")
@@ -444,15 +442,17 @@ def test_a_second_run_at_once_is_refused(tiny_vae: Any, photos: Path, tmp_path: 
     assert not (store / ".lock").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no shared locks")
-def test_a_run_waits_for_processes_of_a_dead_one(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+def test_parts_are_beside_each_other_and_nothing_else_is(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+    """Not the same part again, no part of another number, and no run in one."""
     store = tmp_path / "store"
     store.mkdir()
-    with joined(store), joined(store):
-        with pytest.raises(StoreError, match=f"first process is gone .*process {os.getpid()} on "):
-            encode(tiny_vae, photos, store)
+    with locked(store, Part(0, 2)), locked(store, Part(1, 2)) as second:
+        assert [name.partition(" as ")[2] for name in second.others()] == ["part 0 of 2"]
+        for part in (Part(0, 2), Part(1, 2), Part(2, 3), WHOLE):
+            with pytest.raises(StoreError, match=rf"process {os.getpid()} on .* as part [01] of 2"):
+                encode(tiny_vae, photos, store, workload=Workload(part=part))
         assert [path.name for path in store.iterdir()] == [".lock-others"]
-    encode(tiny_vae, photos, store)
+    assert encode(tiny_vae, photos, store).missing == {}
     assert not list(store.glob(".*"))
 
 
@@ -467,16 +467,10 @@ def test_a_run_that_starts_as_another_lets_go_is_not_refused(tmp_path: Path) -> 
     other = threading.Thread(target=hold)
     other.start()
     assert held.wait(60)
-    with locked(tmp_path):
-        assert (tmp_path / ".lock").exists()
+    with locked(tmp_path) as mine:
+        assert mine.others() == []
+        assert len(list((tmp_path / ".lock-others").iterdir())) == 1
     other.join()
-
-
-def test_processes_of_one_number_and_host_do_not_refuse_each_other(tmp_path: Path) -> None:
-    """As containers that share a host name and a disk may have them."""
-    with joined(tmp_path, rank=0), joined(tmp_path, rank=1):
-        names = sorted(path.name for path in (tmp_path / ".lock-others").iterdir())
-    assert [name.partition(" as ")[2] for name in names] == ["rank 0", "rank 1"]
 
 
 def test_after_an_interrupt_no_shard_is_begun(
@@ -490,11 +484,11 @@ def test_after_an_interrupt_no_shard_is_begun(
             raise KeyboardInterrupt
         add(worker, batch, pending, computer)
 
-    def slow_write(journal: Journal, name: str, *args: Any) -> Any:
+    def slow_write(journal: Journal, folder: Path, name: str, *args: Any) -> Any:
         assert interrupted.wait(60)
         time.sleep(0.5)
         written.append(name)
-        return write(journal, name, *args)
+        return write(journal, folder, name, *args)
 
     monkeypatch.setattr(Worker, "_add", interrupted_add)
     monkeypatch.setattr(Journal, "write", slow_write)
@@ -528,9 +522,9 @@ def test_a_large_image_is_encoded_alone(
     save(photos / "larger.png", 1040, 104)
     asked = []
 
-    def room(path: Path, height: int, width: int) -> Any:
-        asked.append((path.name, height, width))
-        if path.name == "larger.png":
+    def room(name: str, height: int, width: int) -> Any:
+        asked.append((Path(name).name, height, width))
+        if Path(name).name == "larger.png":
             raise ImageError("no room")
         return nullcontext()
 
@@ -564,35 +558,6 @@ def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "two").count == 12
 
 
-def run_late(photos: Path, store: Path, environment: dict[str, str]) -> None:
-    """A run whose second process is slow to read what the others have finished."""
-    from store_runs import run
-
-    read, finish = Path.read_bytes, Journal.finish
-
-    def slow_read(path: Path) -> bytes:
-        if environment["RANK"] == "1" and path.parent.name == ".run" and path.name != "store.json":
-            time.sleep(1)
-        return read(path)
-
-    def late_finish(journal: Journal, *args: Any) -> Any:
-        time.sleep(0.5)
-        return finish(journal, *args)
-
-    Path.read_bytes, Journal.finish = slow_read, late_finish  # type: ignore[method-assign]
-    run(photos, store, environment)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
-@pytest.mark.slow
-def test_a_slow_process_does_not_miss_the_end(tmp_path: Path) -> None:
-    from store_runs import finish, start_two
-
-    photos = many(tmp_path / "photos", 4)
-    assert finish(*start_two(photos, tmp_path / "store", run_late)) == [0, 0]
-    assert verify(tmp_path / "store") == []
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server")
 @pytest.mark.slow
 def test_two_processes_refuse_to_lose_an_image(tmp_path: Path) -> None:
@@ -603,30 +568,32 @@ def test_two_processes_refuse_to_lose_an_image(tmp_path: Path) -> None:
     (photos / "002.png").unlink()
     flip(store / "latents-00001.safetensors")  # which the second process does
     before = content(store)
-    assert finish(*start_two(photos, store)) == [1, 1]
-    assert content(store) == before
+    assert finish(*start_two(photos, store)) == [0, 1]  # the first has nothing to do, and does not end it
+    assert {name: data for name, data in content(store).items() if name in before} == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server and signals")
 @pytest.mark.slow
-def test_a_process_may_outlive_the_first(tmp_path: Path) -> None:
+def test_a_part_may_outlive_another(tmp_path: Path) -> None:
+    """What is killed costs no other part anything: the killed one runs again, and the last ends the store."""
     from store_runs import finish, start, start_two
 
-    photos, store = many(tmp_path / "photos", 200), tmp_path / "store"
+    photos, store, clean = many(tmp_path / "photos", 200), tmp_path / "store", tmp_path / "clean"
     first, second = start_two(photos, store)
-    _wait((store / "latents-00001.jsonl").exists)
+    _wait(lambda: any(store.glob(".run/*/latents-00001.jsonl")))
     os.kill(second.pid or 0, signal.SIGSTOP)
     first.kill()
     finish(first)
     try:
-        assert finish(start(photos, store)) == [1]
+        assert finish(start(photos, store)) == [1]  # all of it, while a part is at it
     finally:
         os.kill(second.pid or 0, signal.SIGCONT)
-    assert finish(second) == [1]
-    assert finish(start(photos, store)) == [0]
-    assert read_manifest(store).count == 200
+    assert finish(second) == [0]
+    assert not (store / "store.json").exists()
+    assert finish(start(photos, store, RANK="0", WORLD_SIZE="2")) == [0]
+    assert finish(start(photos, clean)) == [0]
+    assert content(store) == content(clean)
     assert verify(store) == []
-    assert not list(store.glob(".*"))
 
 
 def _wait(happened: Callable[[], bool]) -> None:
@@ -671,7 +638,7 @@ def test_killed_runs_end_as_a_clean_one(tmp_path: Path) -> None:
             for process in processes:
                 process.kill()
             finish(*processes)
-            unfinished += (store / ".run").exists() and any(store.glob("latents-*.jsonl"))
+            unfinished += (store / ".run").exists() and any(store.glob(".run/*/latents-*.jsonl"))
         assert finish(start(photos, store)) == [0]
         assert content(store) == content(clean)
         assert verify(store) == []
@@ -716,7 +683,8 @@ def test_an_older_store_is_as_good_and_stays_as_it_is(tiny_vae: Any, photos: Pat
     assert len(latentvae.LatentDataset(older)) == 10
     save(photos / "9.png", seed=9)
     assert encode(tiny_vae, photos, older).encoded == 1
-    assert all(content(older)[name] == data for name, data in before.items() if name != "store.json")
+    changed = {name for name, data in before.items() if content(older)[name] != data}
+    assert changed == {"store.json", "latents-00002.jsonl", "latents-00002.safetensors"}
     assert verify(older) == []
 
 
@@ -812,9 +780,9 @@ def test_a_full_memory_costs_one_image_one_run(
 
 def test_what_is_left_out_is_in_the_report(tiny_vae: Any, photos: Path) -> None:
     before = encode(tiny_vae, photos, photos / "latents")
-    (photos / "scene.exr").write_bytes(b"x")
+    (photos / "scene.xcf").write_bytes(b"x")
     (photos / "layers.PSD").write_bytes(b"x")
     report = encode(tiny_vae, photos, photos / "latents")
     assert report.images == before.images
-    assert report.left_out == {**before.left_out, ".exr": 1, ".psd": 1}
+    assert report.left_out == {**before.left_out, ".xcf": 1, ".psd": 1}
     assert ".safetensors" not in report.left_out  # the store lies among the images

@@ -1,0 +1,63 @@
+"""Files at addresses, without a network: in memory, and some not to be had the first times."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from latentvae.base import addresses
+
+
+class Shaky(MemoryFileSystem):
+    """Files in memory, of which some are not to be had the first times."""
+
+    protocol = "shaky"
+    store: dict[str, Any] = {}  # noqa: RUF012  # fsspec's own way
+    pseudo_dirs = [""]  # noqa: RUF012
+    breaks: dict[str, int] = {}  # noqa: RUF012  # by the end of a name: how often it is refused
+    asked: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def refuse(cls, path: str) -> None:
+        cls.asked.append(path)
+        for end, left in cls.breaks.items():
+            if path.endswith(end) and left:
+                cls.breaks[end] -= 1
+                raise ConnectionResetError("connection reset by peer")
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        self.refuse(path)
+        return bytes(super().cat_file(path, start, end, **kwargs))
+
+    def _open(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self.refuse(path)
+        return super()._open(path, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def shaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Shaky]]:
+    """A file system of its own for each test, whose pauses cost no time."""
+    fsspec.register_implementation("shaky", Shaky, clobber=True)
+    monkeypatch.setattr(addresses, "PAUSE", 0.0)
+    addresses.forget()
+    yield Shaky
+    Shaky.store.clear()
+    Shaky.pseudo_dirs[:] = [""]
+    Shaky.breaks.clear()
+    Shaky.asked.clear()
+
+
+def put(files: dict[str, bytes], at: str) -> str:
+    """Write files to an address."""
+    for name, data in files.items():
+        with fsspec.open(f"{at}/{name}", "wb") as file:
+            file.write(data)
+    return at
+
+
+def upload(folder: Path, at: str) -> str:
+    """Put all files of a folder to an address."""
+    return put({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, at)
