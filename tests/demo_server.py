@@ -36,7 +36,7 @@ def running(model: Path, patch: pytest.MonkeyPatch, host: str = "127.0.0.1", **o
 
     patch.setattr(loaded_models, "bundled", list)
     # as measured it is not the same on every run
-    patch.setattr(loaded_models, "_is_faster", lambda swift, exact: False)
+    patch.setattr(loaded_models, "_is_faster", lambda *_: False)
     patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
     patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
     with server.workplace() as files:

@@ -4,6 +4,7 @@ from . import desk as desk
 from . import fill as fill
 from . import guard as guard
 from . import interpolate as interpolate
+from . import jobs as jobs
 from . import latents_file as latents_file
 from . import loaded_models as loaded_models
 from . import odd as odd

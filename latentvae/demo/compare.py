@@ -119,7 +119,7 @@ class Compare(Tab):
                 view = zoom_panes("lv-compare")
                 gr.HTML('<p class="lv-note">Figures are those of the whole picture.</p>')
                 with gr.Accordion("Figures as JSON", open=False):
-                    rows = gr.JSON(show_label=False)
+                    rows = gr.JSON(label="Figures as JSON", show_label=False)
         inputs, outputs = [photo, model, against, quality, across, down, side], [view, rows]
         live = [tab.select, quality.release, across.release, down.release, side.input]
         events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}

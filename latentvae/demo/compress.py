@@ -44,10 +44,10 @@ class Compress(Tab):
         with self.desk.models.use(model) as chosen:
             read = self.desk.read(photo, chosen.channels)
             images = read.image[None]
-            progress(0.1, "Encoding")
+            progress((0, 2), "Encoding")
             # exact encodes: the file is the same on every machine
             data = codec.compress(chosen.exact, images, quality=int(quality))
-            progress(0.5, "Decoding")
+            progress((1, 2), "Decoding")
             header, payload = codec.unpack(data)
             decoded = codec.decode_payload(chosen.swift, header, payload)
             metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason)
@@ -140,10 +140,10 @@ class Compress(Tab):
                 button = gr.Button("Compress", variant="primary")
             with desk.results() as message:
                 pair = desk.slider("lv-compress-slider", "Original and From the file")
-                shown = gr.HTML()
+                shown = gr.HTML(label="Figures")
                 made = gr.DownloadButton("Download the file (.lvae)", size="md", elem_id="lv-lvae-file")
                 with gr.Accordion("Figures as JSON", open=False):
-                    facts = gr.JSON(show_label=False)
+                    facts = gr.JSON(label="Figures as JSON", show_label=False)
         gr.HTML('<h3 class="lv-part">Open a file</h3>')
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
@@ -152,7 +152,9 @@ class Compress(Tab):
                 )
                 opening = gr.Button("Decode", variant="primary")
             with desk.results() as refusal:
-                about = gr.HTML(f'<p class="lv-note">{INVITATION}</p>', elem_id="lv-opened-about")
+                about = gr.HTML(
+                    f'<p class="lv-note">{INVITATION}</p>', label="About the file", elem_id="lv-opened-about"
+                )
                 with gr.Column(visible=False) as result:
                     picture = desk.picture("Decoded", elem_id="lv-opened")
                     saved = gr.DownloadButton("Download the picture (PNG)", size="md")
@@ -162,13 +164,7 @@ class Compress(Tab):
         events["snippet"] = snippets.compress
         desk.connect(self.run, [photo, model, quality], outputs, "compress", **events)
         opened = [picture, about, saved]
-        # progress beside the invitation: the picture's place is hidden until there is one
-        opening_events: dict[str, Any] = {
-            "button": opening,
-            "message": refusal,
-            "live": [file.upload],
-            "progress_on": about,
-        }
+        opening_events: dict[str, Any] = {"button": opening, "message": refusal, "live": [file.upload]}
         done = desk.connect(self.open, [file, model], opened, "decode", follows=False, **opening_events)
         for each in done:
             each.then(_show, saved, result, api_name="show", api_visibility="undocumented", queue=False)

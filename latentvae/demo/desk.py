@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentvae.demo import views
 from latentvae.demo.guard import Limits, Photo, guarded, read_photo
+from latentvae.demo.jobs import KINDS, stop
 from latentvae.demo.loaded_models import Models
 from latentvae.demo.on_page import Copied, on_page
 from latentvae.images.kinds import FORMATS
@@ -27,6 +28,13 @@ SESSION_SECONDS = 3600  # what a visitor saw last is kept
 COPIES = 64  # of large pictures that are found again
 PHOTO = "lv-photo"  # the class of inputs for one picture
 HEAVY = "heavy"  # the queue of all that computes: one job at a time
+
+
+# beside the cat, by what each is hard for: latentvae/models/assets/README.md has their sources
+_NAMES = ("Face", "Text", "Grass", "Drawing", "Night", "Screen", "Coffee")
+EXAMPLES = {"Cat": SAMPLE_PICTURE} | {
+    name: SAMPLE_PICTURE.with_name(f"{name.lower()}.jpg") for name in _NAMES
+}
 
 
 class Desk:
@@ -87,16 +95,25 @@ class Desk:
     @staticmethod
     @contextmanager
     def results() -> Iterator[list[Any]]:
-        """The wide column, of what comes back (on a phone below the other): its message, and "full size"."""
+        """The wide column, of what comes back (on a phone below the other).
+
+        Yields:
+            Its message, the button "full size", and where progress is shown.
+        """
         with gr.Column(scale=3, min_width=320, elem_classes="lv-results"):
+            with gr.Row(elem_classes="lv-work"):  # seen while something is computed: page.js
+                bar = gr.HTML("", elem_classes="lv-bar")
+                gr.Button("Stop", size="sm", min_width=90, elem_classes="lv-stop").click(
+                    stop, None, None, api_visibility="undocumented", queue=False
+                )
             message = gr.HTML("", visible=False, elem_classes="lv-message")
-            yield [message, gr.Button("Full size", visible=False, size="sm", elem_classes="lv-quiet")]
+            yield [message, gr.Button("Full size", visible=False, size="sm", elem_classes="lv-quiet"), bar]
 
     @staticmethod
     def photo(
-        label: str = "Picture", value: str = str(SAMPLE_PICTURE), offer_example: bool = True
+        label: str = "Picture", value: str = str(SAMPLE_PICTURE), offer_examples: bool = True
     ) -> gr.Image:
-        """An input for one picture: drop, paste, take, or the example. Handlers get its path, unread."""
+        """An input for one picture: drop, paste, take, or an example. Handlers get its path, unread."""
         photo = gr.Image(
             value,
             label=label,
@@ -111,12 +128,14 @@ class Desk:
         # gradio would open the file, and fail on a bad one without a word; `LocalBlocks` has checked its
         # path. (Of this one alone: for a class derived from a component gradio writes a file beside it.)
         photo.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign, assignment, return-value]
-        if offer_example:
-            button = gr.Button("Take the example", size="sm", variant="secondary", elem_classes="lv-quiet")
-            # past the queue: it computes nothing
-            button.click(
-                _take_example, None, photo, api_name="example", api_visibility="undocumented", queue=False
-            )
+        if offer_examples:
+            with gr.Row(elem_classes="lv-examples"):
+                for name, example in EXAMPLES.items():
+                    button = gr.Button(name, icon=example, size="sm", min_width=0, elem_classes="lv-quiet")
+                    # past the queue: it computes nothing
+                    button.click(
+                        partial(_take, example), None, photo, api_visibility="undocumented", queue=False
+                    )
         return photo
 
     @staticmethod
@@ -186,6 +205,7 @@ class Desk:
             interactive=False,
             elem_id=elem_id,
             elem_classes="lv-pair",
+            buttons=["download", "fullscreen"],
         )
 
     @staticmethod
@@ -200,6 +220,7 @@ class Desk:
             interactive=False,
             object_fit="contain",
             elem_classes=["lv-gallery", "lv-shown"],
+            buttons=["download", "fullscreen"],  # not "share", which would send pictures away
         )
 
     def _shrinker(self, inputs: Sequence[Any], whole: bool) -> Callable[[list[Any]], Copied]:
@@ -224,7 +245,6 @@ class Desk:
         button: gr.Button,
         message: Sequence[Any],
         live: Sequence[Any] = (),
-        progress_on: Any = None,
         on_page_run: Callable[..., Any] | None = None,
         whole: bool = False,
         follows: bool = True,
@@ -232,12 +252,13 @@ class Desk:
     ) -> list[Any]:
         """Have a button call a handler, `live` events too, and make it an endpoint; returns its events.
 
-        All of them wait in one queue, in which one job runs at a time. Live events whose inputs are those of
-        the one before change nothing: browsers report a picture as changed when its tab is first drawn, and
-        an upload twice. What goes wrong is said in `message`, and old results go; who calls the endpoint gets
-        an error. Progress is shown on the first output, or `progress_on`. The page calls `on_page_run` where
-        that differs, with copies of large pictures; where `whole`, it says so, and offers the full size.
-        `snippet` gives the lines of "Show Python". What `follows` is made anew for another picture or model.
+        All of them wait in one queue, in which one job runs at a time, and end when their visitor has asked
+        for something else (jobs.py). Live events whose inputs are those of the one before change nothing:
+        browsers report a picture as changed when its tab is first drawn, and an upload twice. What goes wrong
+        is said in `message`, and old results go; who calls the endpoint gets an error. The page calls
+        `on_page_run` where that differs, with copies of large pictures; where `whole`, it says so, and offers
+        the full size. `snippet` gives the lines of "Show Python". What `follows` is made anew for another
+        picture or model.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
         # nobody presses it: an endpoint belongs to some event, and the page's own take and give more
@@ -245,10 +266,10 @@ class Desk:
             guarded(run), list(inputs), list(outputs), api_name=api_name, show_progress="hidden", **common
         )
         follow = _follow_button(api_name, follows)
-        # on one output: a browser on the server's own cores takes a third of them to animate it on seven
-        common["show_progress_on"] = outputs[0] if progress_on is None else progress_on
+        # in one place: a browser on the server's own cores takes a third of them to animate it on seven
+        common["show_progress_on"] = message[2]
         seen = gr.State(None, time_to_live=SESSION_SECONDS)
-        triggers = {"pressed": [button.click], "full": [message[1].click], "live": [follow.click, *live]}
+        triggers = dict(zip(KINDS, ([follow.click, *live], [button.click], [message[1].click]), strict=True))
         empty = ["" if isinstance(each, gr.HTML) else None for each in outputs]
         code = _code() if snippet else []
         events = [
@@ -262,10 +283,10 @@ class Desk:
                     snippet=snippet,
                 ),
                 [seen, *inputs],
-                [seen, *message, *code, *outputs],
+                [seen, *message[:2], *code, *outputs],
                 api_name=f"{api_name}_{name}",
                 api_visibility="undocumented",
-                trigger_mode="always_last",  # of a slider moved meanwhile its last place counts
+                trigger_mode="multiple",  # the last one ends those before it
                 **common,
             )
             for name, own in triggers.items()
@@ -300,6 +321,6 @@ class Tab(ABC):
         """Lay the tab out and connect it: to the page's model picker, and to its own being opened."""
 
 
-def _take_example() -> str:
-    """The example picture."""
-    return views.keep(SAMPLE_PICTURE.read_bytes(), SAMPLE_PICTURE.name)
+def _take(example: Path) -> str:
+    """An example as if it had been uploaded."""
+    return views.keep(example.read_bytes(), example.name)

@@ -110,7 +110,7 @@ class FillIn(Tab):
             with desk.results() as message:
                 view, mask = brush(small, _scratches(*small.size))
                 pair = desk.slider("lv-filled", "With its hole and Filled in")
-                shown = gr.HTML()
+                shown = gr.HTML(label="Figures")
                 saved = gr.DownloadButton("Download the picture (PNG)", size="md")
         photo.change(
             guarded(self.show),

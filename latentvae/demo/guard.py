@@ -23,6 +23,7 @@ from gradio.utils import get_upload_folder
 from starlette.responses import JSONResponse
 
 from latentvae.base.errors import ImageError, LatentVAEError, TooManyPixels
+from latentvae.demo.jobs import Stopped
 from latentvae.images.reading import ImageInfo, load_image_with_info
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,24 @@ class LocalBlocks(gr.Blocks):
         self.limits = limits
         self.beforehand: list[Callable[[], object]] = []  # called in a thread once the page is up
 
+    def get_api_info(self, *args: Any, **options: Any) -> Any:
+        """What endpoints take: files have to be given, and examples name local ones.
+
+        gradio would offer the page's own pictures, and addresses, which `preprocess_data` refuses.
+        """
+        info = super().get_api_info(*args, **options)
+        for endpoint in info["named_endpoints"].values():
+            for each in endpoint["parameters"]:
+                example = _example_files(each["component"])
+                if example is not None:
+                    each.update(parameter_has_default=False, parameter_default=None, example_input=example)
+        return info
+
+    def asked_for(self) -> list[str]:
+        """Every file that a request names which waits or is worked on."""
+        bodies = [event.data for event in list(self._queue.event_ids_to_events.values())]
+        return [path for body in bodies if body for path in _files_in(body.data)]
+
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
     ) -> Any:
@@ -201,6 +220,18 @@ class LocalBlocks(gr.Blocks):
             except LatentVAEError as error:
                 return str(error)
         return "These inputs cannot be used: look at the API page for what each of them must be."
+
+
+def _example_files(component: str) -> Any:
+    """What the API page's snippets give to a component that takes files; None for one that takes none."""
+
+    def file(name: str) -> dict[str, Any]:
+        return {"path": name, "url": name, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+    if component == "Gallery":
+        return [{"image": file(f"photo{number}.jpg"), "caption": None} for number in range(1, 7)]
+    name = {"Image": "photo.jpg", "File": "photo.lvae"}.get(component)
+    return name and file(name)
 
 
 def _check_uploaded(path: str) -> None:
@@ -321,7 +352,7 @@ def refusing() -> Iterator[None]:
     """Turn what goes wrong inside into a gr.Error for visitors; see `guarded`."""
     try:
         yield
-    except gr.Error:  # made for visitors already
+    except (gr.Error, Stopped):  # made for visitors already
         raise
     except LatentVAEError as error:
         raise _refusal(str(error)) from error

@@ -78,7 +78,7 @@ class Interpolate(Tab):
                     "autoencoder keeps pictures, it does not understand them.</p>",
                 )
                 with gr.Accordion("Steps as JSON", open=False):
-                    facts = gr.JSON(show_label=False)
+                    facts = gr.JSON(label="Steps as JSON", show_label=False)
         inputs, outputs = [first, second, model, frames, route], [animation, frames_view, facts]
         live = [tab.select, second.change, frames.release, route.input]
         events: dict[str, Any] = {"button": button, "message": message, "live": live}

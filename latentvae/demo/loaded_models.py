@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from latentvae.runtime.tiling.switch import enable_exact_tiling
 logger = logging.getLogger(__name__)
 
 TRIAL_SIDE = 256  # pixels of the image that precisions are timed on
+FIRST_SIDE = 64  # and of one that they are timed on before
 FASTER = 0.85  # of float32's time that bfloat16 must stay below to be worth its rounding
+HOPELESS = 2.0  # times of float32's: a CPU without bfloat16 may take ten, which are not waited for
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Model:
     Attributes:
         name: what visitors call it.
         exact: in float32: encodes, so that latents and files are the same on every machine.
-        swift: the same weights, or those in bfloat16 where this machine is faster at it, which is tried
-            before the first use: draws pictures.
+        swift: the same weights, or those in bfloat16 once this machine was found faster at it: draws
+            pictures.
         weights_sha256: of `exact`.
     """
 
@@ -71,7 +73,9 @@ class Models:
         tile_above: int = 1024,
         say: Callable[[str], None] = logger.info,
     ) -> None:
-        self._lock = threading.Lock()
+        # a plain lock can be taken again and again by one thread while another one waits for it
+        self._turn = threading.Condition()
+        self._taken, self._visitors = False, 0  # who computes now; those who do or wait for it
         self._tile_above = tile_above
         self._models: dict[str, Model] = {}
         self._cold: dict[str, str | Path] = {}  # whose precision is not chosen yet, and where from
@@ -100,14 +104,42 @@ class Models:
         """
         if name not in self._models:
             raise ModelError(f"there is no model {name!r} here: choose one of {', '.join(self.names)}.")
-        with self._lock:
-            yield self._warm(name)
+        with self._turn:
+            self._visitors += 1
+        try:
+            with self._alone(lambda: True):
+                yield self._models[name]
+        finally:
+            with self._turn:
+                self._visitors -= 1
+                self._turn.notify_all()
+
+    @contextmanager
+    def _alone(self, may: Callable[[], bool]) -> Iterator[None]:
+        """Have the models for oneself, as soon as nobody else has them and one `may`."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._taken and may())
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._taken = False
+                self._turn.notify_all()
 
     def warm_up(self) -> None:
-        """Choose every model's precision, before a visitor has to wait for it."""
-        for name in self.names:
-            with self._lock:
-                self._warm(name)
+        """Choose every model's precision, in turns that are short and come after every visitor's."""
+        for name, source in list(self._cold.items()):
+            exact = self._models[name].exact
+            swift = optimize(load(source, dtype=torch.bfloat16))
+            if _is_faster(swift, exact, self._aside):  # or the copy in bfloat16 is freed
+                _tile(swift, self._tile_above)
+                self._models[name] = replace(self._models[name], swift=swift)
+            del self._cold[name]
+
+    def _aside(self) -> AbstractContextManager[None]:
+        """A turn for what can wait."""
+        return self._alone(lambda: not self._visitors)
 
     def with_weights(self, start: str) -> str | None:
         """The name of the model whose weight hash begins so, or None."""
@@ -139,17 +171,6 @@ class Models:
         name = self._free_name(source)
         self._models[name] = Model(name, exact, exact, weight_hash(exact))
         self._cold[name] = source
-
-    def _warm(self, name: str) -> Model:
-        """A model whose precision is chosen; call it with the lock."""
-        if name in self._cold:
-            exact = self._models[name].exact
-            swift = optimize(load(self._cold[name], dtype=torch.bfloat16))
-            if _is_faster(swift, exact):  # or the copy in bfloat16 is freed
-                _tile(swift, self._tile_above)
-                self._models[name] = replace(self._models[name], swift=swift)
-            del self._cold[name]
-        return self._models[name]
 
     def _free_name(self, source: str | Path) -> str:
         """The end of a path; a folder called vae, or a file, says little without its parent."""
@@ -184,19 +205,41 @@ def _tile(vae: AutoencoderKL, tile_above: int) -> None:
         logger.warning("large images are not tiled: %s", error)
 
 
-def _is_faster(swift: AutoencoderKL, exact: AutoencoderKL) -> bool:
-    """Whether bfloat16 pays, measured, after a first turn that warms both up."""
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for _ in range(3):
-        for which, vae in enumerate((swift, exact)):
+def _is_faster(
+    swift: AutoencoderKL, exact: AutoencoderKL, turn: Callable[[], AbstractContextManager[None]]
+) -> bool:
+    """Whether bfloat16 pays, measured after a first time that warms both up, each time in a `turn`."""
+    both = (swift, exact)
+
+    def least(side: int, times: int) -> tuple[float, float]:
+        # the least of each: what else the machine does only ever adds
+        fast, slow = (
+            min(each) for each in zip(*(_times(both, side, turn) for _ in range(times)), strict=True)
+        )
+        return fast, slow
+
+    fast, slow = least(FIRST_SIDE, 2)
+    if fast > HOPELESS * slow:
+        return False
+    least(TRIAL_SIDE, 1)
+    fast, slow = least(TRIAL_SIDE, 2)
+    return fast < FASTER * slow
+
+
+def _times(
+    models: Sequence[AutoencoderKL], side: int, turn: Callable[[], AbstractContextManager[None]]
+) -> list[float]:
+    """Seconds that each takes for a round trip, in their order."""
+    found = []
+    for vae in models:
+        with turn():
             start = time.perf_counter()
-            _round_trip(vae)
-            times[which].append(time.perf_counter() - start)
-    # the least of each: what else the machine does only ever adds
-    return min(times[0][1:]) < FASTER * min(times[1][1:])
+            _round_trip(vae, side)
+            found.append(time.perf_counter() - start)
+    return found
 
 
 @torch.no_grad()
-def _round_trip(vae: Any) -> None:
-    images = torch.zeros(1, vae.config["in_channels"], TRIAL_SIDE, TRIAL_SIDE, dtype=vae.dtype)
+def _round_trip(vae: Any, side: int) -> None:
+    images = torch.zeros(1, vae.config["in_channels"], side, side, dtype=vae.dtype)
     vae.decode(vae.encode(images).latent_dist.mode())

@@ -98,7 +98,7 @@ class FindOdd(Tab):
                 photos = desk.photos("Alike, and an odd one", desk.parts(painted=4))
                 button = gr.Button("Find the odd one", variant="primary")
             with desk.results() as message:
-                shown = gr.HTML()
+                shown = gr.HTML(label="Figures")
                 maps = desk.gallery("The oddest first", columns=4)
                 gr.HTML(
                     '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in '
@@ -107,7 +107,7 @@ class FindOdd(Tab):
                     "<code>latentvae anomaly</code>.</p>",
                 )
                 with gr.Accordion("Ranking as JSON", open=False):
-                    facts = gr.JSON(show_label=False)
+                    facts = gr.JSON(label="Ranking as JSON", show_label=False)
         inputs, outputs = [photos, model], [maps, shown, facts]
         desk.connect(self.run, inputs, outputs, "odd", button=button, message=message, live=[tab.select])
 

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from latentvae.demo.guard import refusing
+from latentvae.demo.jobs import Stopped, stoppable
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,17 @@ def on_page(
                 copied = shrink(used) if shrink else Copied(None)
                 start = time.perf_counter()
                 # always a generator itself, so that gradio treats both kinds of handlers alike
-                for result in run(*used) if inspect.isgeneratorfunction(run) else [run(*used)]:
+                results = run(*used) if inspect.isgeneratorfunction(run) else (run(*used) for _ in range(1))
+                for result in stoppable(results):
                     part = None in result  # what fails after a part can be tried again
                     seconds = (time.perf_counter() - start) * copied.larger
                     yield (gr.skip() if part else shown, *_notice(copied.words, seconds), *python, *result)
+        except Stopped as end:  # what was shown before stays, and can be asked for again
+            said = _notice("Stopped.", kind="stopped") if end.asked else (gr.skip(), gr.skip())
+            yield (gr.skip(), *said, *(gr.skip() for _ in (*before, *empty)))
         except gr.Error as error:
             # seen, or an upload, which browsers report twice, would be refused twice
-            yield (shown, *_notice(error.message, alert=True), *before, *empty)
+            yield (shown, *_notice(error.message, kind="alert"), *before, *empty)
 
     # gradio counts a handler's parameters, and finds gr.Progress among their defaults
     names = inspect.signature(run).parameters.values()
@@ -78,9 +83,10 @@ def on_page(
     return live
 
 
-def _notice(words: str = "", seconds: float = 0.0, *, alert: bool = False) -> tuple[gr.HTML, gr.Button]:
+def _notice(words: str = "", seconds: float = 0.0, *, kind: str = "status") -> tuple[gr.HTML, gr.Button]:
     """The panel's message, or none; and the button "full size", where that would take so many seconds."""
-    role = "alert" if alert else "status"
-    said = f'<p role="{role}">{html.escape(words)}</p>' if words else ""
+    role = "alert" if kind == "alert" else "status"
+    named = ' class="lv-stopped"' if kind == "stopped" else ""  # page.js looks for it
+    said = f'<p role="{role}"{named}>{html.escape(words)}</p>' if words else ""
     took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     return gr.HTML(said, visible=bool(words)), gr.Button(f"Full size, about {took}", visible=seconds > 0)

@@ -11,6 +11,7 @@ from latentvae.demo.desk import Desk, Tab
 from latentvae.demo.fill import FillIn
 from latentvae.demo.guard import Limits, LocalBlocks
 from latentvae.demo.interpolate import Interpolate
+from latentvae.demo.jobs import one_bar
 from latentvae.demo.loaded_models import Models
 from latentvae.demo.odd import FindOdd
 from latentvae.demo.reconstruct import Reconstruct
@@ -52,13 +53,17 @@ def build_page(models: Models, limits: Limits) -> LocalBlocks:
                 about = gr.HTML(_describe(models, models.names[0]))
             with gr.Column(scale=2, min_width=280):
                 desk.shared = desk.photo()
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):  # on a phone none hides behind three dots
             for title, name, tab in TABS:
-                with gr.Tab(title, id=name) as place:
+                with gr.Tab(title, id=name, elem_id=f"lv-tab-{name}") as place:
                     tab(desk).build(model, place)
         page.beforehand += [*desk.beforehand, models.warm_up]
         # in the browser alone: it knows which tab is open, and that one's button "follow" asks the server
         gr.on([desk.shared.change, model.change], None, js="() => lvFollow()")
+        # model and tab stand in the address: it can be kept and sent on, and "back" stays on the page
+        model.change(None, model, js="name => lvNote({ model: name })")
+        again = gr.Button(visible="hidden", elem_id="lv-again")  # pressed by page.js on "back"
+        gr.on([page.load, again.click], None, model, model, js="name => lvModel(name)")
         # on opening too: in which precision pictures are decoded is known once the models are warm
         gr.on(
             [page.load, model.change],
@@ -71,6 +76,7 @@ def build_page(models: Models, limits: Limits) -> LocalBlocks:
         )
     # api_open would let requests past the queue, and so past its limits
     page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    one_bar(page._queue)
     return page
 
 
@@ -81,11 +87,21 @@ def head(page: LocalBlocks) -> str:
         for each in page.blocks.values()
         if isinstance(each, gr.Image | gr.ImageSlider) and each.elem_id
     }
+    (models,) = (
+        [name for name, _ in each.choices]
+        for each in page.blocks.values()
+        if isinstance(each, gr.Dropdown) and each.elem_id == "lv-model"
+    )
     about = html.escape(DESCRIPTION, quote=True)
+    # as it stands in JSON "<" could end the script
+    names = "\n".join(
+        f"const {name} = {json.dumps(value)};".replace("<", "\\u003c")
+        for name, value in (("PICTURES", pictures), ("MODELS", models))
+    )
     return (
         f'<meta name="description" content="{about}"><meta property="og:description" content="{about}">'
-        # its own scope, and no words of ours that could end it
-        f"<script>{{ const PICTURES = {json.dumps(pictures)};\n{static('page.js')} }}</script>"
+        # its own scope
+        f"<script>{{ {names}\n{static('page.js')} }}</script>"
     )
 
 

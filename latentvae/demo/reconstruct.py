@@ -56,12 +56,12 @@ class Reconstruct(Tab):
         with self.desk.models.use(model) as chosen:  # not held over a yield: a visitor may never come back
             read = self.desk.read(photo, chosen.channels)
             images, start = read.image[None], time.perf_counter()
-            progress(0.1, "Encoding")
+            progress((0, 2), "Encoding")
             # exact encodes: the latents to take home are the same on every machine
             posterior, padding = encode(chosen.exact, images)
             generator = torch.Generator().manual_seed(int(seed or 0))
             drawn = posterior.sample(generator) if latents == "sample" else posterior.mode()
-            progress(0.4, "Decoding")
+            progress((1, 2), "Decoding")
             rebuilt = decode(chosen.swift, drawn, padding)
             seconds = time.perf_counter() - start
         # kept as files at once: gradio would pack both again for the second part
@@ -70,7 +70,7 @@ class Reconstruct(Tab):
         # None clears what belongs to the picture before, and `desk.on_page` tells a part by it
         yield pair, None, None, views.tiles(_figures(None, seconds)), None, None, None
         metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
-        (row,) = metrics.add(read.name, images, rebuilt, posterior.kl())
+        (row,) = metrics.add(read.name, images, rebuilt, posterior.known_kl())
         file = latents_file.latents_to_bytes(chosen, posterior, drawn, padding)
         yield (
             pair,
@@ -119,7 +119,7 @@ class Reconstruct(Tab):
                 button = gr.Button("Reconstruct", variant="primary")
             with desk.results() as message:
                 slider_view = desk.slider("lv-slider", "Original and Reconstruction")
-                shown_view = gr.HTML("", elem_id="lv-figures")
+                shown_view = gr.HTML("", label="Figures", elem_id="lv-figures")
                 with gr.Row(elem_classes="lv-downloads"):
                     picture_file = gr.DownloadButton("Download the picture (PNG)", size="md")
                     tensors_file = gr.DownloadButton(
@@ -130,7 +130,7 @@ class Reconstruct(Tab):
                     channels_view = desk.gallery("Latent channels")
                 gr.HTML(f'<p class="lv-note">{SCALE}</p>')
                 with gr.Accordion("Figures with their protocol", open=False):
-                    protocol_view = gr.JSON(show_label=False)
+                    protocol_view = gr.JSON(label="Figures with their protocol", show_label=False)
         latents.change(
             _show_seed, latents, seed, api_name="show_seed", api_visibility="undocumented", queue=False
         )

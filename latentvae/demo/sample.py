@@ -111,7 +111,7 @@ class Sample(Tab):
                     "best. <code>latentvae prior fit -k diffusion</code> trains a better one on a store.</p>"
                 )
                 with gr.Accordion("What was drawn from", open=False):
-                    facts = gr.JSON(show_label=False)
+                    facts = gr.JSON(label="What was drawn from", show_label=False)
         inputs, outputs = [photos, model, prior, side, count, seed], [pictures, facts]
         live = [tab.select, prior.input, side.input, count.release, seed.input]
         desk.connect(self.run, inputs, outputs, "sample", button=button, message=message, live=live)

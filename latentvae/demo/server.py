@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def start(
     with environment(DIRECT):
         page.launch(**_launch_options(page, host, port, folder, limits))
     # after the launch: what is in the folder by now belongs to the page
-    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds).start()
+    Sweeper(folder, limits.keep_seconds, limits.sweep_seconds, page.asked_for).start()
     threading.Thread(target=_warm_up, args=[page], name=WARM_UP, daemon=True).start()
     return page
 
@@ -249,13 +249,21 @@ def workplace() -> Iterator[Path]:
 class Sweeper(threading.Thread):
     """Deletes what is older than `keep_seconds` below a folder, every `sweep_seconds`, until that is gone.
 
-    Files that are there when it is made belong to the page, and stay. (gradio's own, `delete_cache`, forgets
-    the files of clients without a session.)
+    Files that are there when it is made belong to the page, and stay; so do those that are `asked_for`,
+    however long a request waits. (gradio's own, `delete_cache`, forgets the files of clients without a
+    session.)
     """
 
-    def __init__(self, folder: Path, keep_seconds: float, sweep_seconds: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_seconds: float,
+        sweep_seconds: float,
+        asked_for: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
         super().__init__(name="sweeper", daemon=True)
         self.folder, self.keep_seconds, self.sweep_seconds = folder, keep_seconds, sweep_seconds
+        self.asked_for = asked_for
         self.own = {Path(place, name) for place, _, names in os.walk(folder) for name in names}
 
     def run(self) -> None:
@@ -266,6 +274,11 @@ class Sweeper(threading.Thread):
 
     def sweep(self, now: float) -> None:
         """Delete what is too old at this time (seconds since 1970), and folders that are empty then."""
+        for asked in self.asked_for():
+            with suppress(OSError, ValueError):  # gone, or no name for a file
+                # a request may name any file of this machine
+                if Path(asked).resolve().is_relative_to(self.folder.resolve()):
+                    os.utime(asked, (now, now))
         for place, _, names in os.walk(self.folder, topdown=False):  # so that a folder comes after its files
             emptied = False
             for file in (Path(place, name) for name in names):

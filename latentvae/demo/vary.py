@@ -91,12 +91,12 @@ class Vary(Tab):
                 button = gr.Button("Vary", variant="primary")
             with desk.results() as message:
                 pictures = desk.gallery("Copies")
-                shown = gr.HTML()
+                shown = gr.HTML(label="Figures")
                 animation = desk.picture(
                     "The reconstruction, then every copy", elem_id="lv-copies", height=420
                 )
                 with gr.Accordion("Figures as JSON", open=False):
-                    facts = gr.JSON(show_label=False)
+                    facts = gr.JSON(label="Figures as JSON", show_label=False)
         inputs, outputs = [photo, model, temperature, copies, seed], [pictures, animation, shown, facts]
         live = [tab.select, temperature.release, copies.release, seed.input]
         events: dict[str, Any] = {"button": button, "message": message, "live": live}

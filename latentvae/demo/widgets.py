@@ -27,7 +27,12 @@ class Pane:
 
 def zoom_panes(elem_id: str) -> gr.HTML:
     """A place for several pictures, zoomed and moved together; its values come from `panes_html`."""
-    return gr.HTML(css_template=static("panes.css"), js_on_load=static("panes.js"), elem_id=elem_id)
+    return gr.HTML(
+        label="Pictures side by side",
+        css_template=static("panes.css"),
+        js_on_load=static("panes.js"),
+        elem_id=elem_id,
+    )
 
 
 def panes_html(panes: Sequence[Pane]) -> str:
@@ -43,7 +48,7 @@ def panes_html(panes: Sequence[Pane]) -> str:
     buttons = (
         '<button data-step="0.5" aria-label="Zoom out" type="button">&minus;</button>'
         '<button data-step="2" aria-label="Zoom in" type="button">+</button>'
-        '<button data-step="0" aria-label="Whole crop" type="button">1:1</button>'
+        '<button data-step="0" aria-label="1:1, the whole crop" type="button">1:1</button>'
     )
     return (
         f'<div class="lv-panes">{figures}</div><div class="lv-zoom">{buttons}<output>1.0 times</output>'

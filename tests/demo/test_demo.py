@@ -308,7 +308,7 @@ def test_large_images_are_tiled_with_the_same_result(
     from latentvae.runtime.tiling import layers
 
     monkeypatch.setattr(loaded_models, "bundled", list)
-    monkeypatch.setattr(loaded_models, "_is_faster", lambda swift, exact: False)
+    monkeypatch.setattr(loaded_models, "_is_faster", lambda *_: False)
     Image.fromarray(textured(100, 70, 2)).save(tmp_path / "a.png")
     (first, whole), (_, tiled) = (
         Reconstruct(Desk(loaded_models.Models([model], above), Limits())).run(
@@ -363,6 +363,16 @@ def test_files_go_after_a_while_and_the_pages_own_stay(tmp_path: Path) -> None:
     sweeper.sweep(now + 101)
     assert not upload.parent.exists()
     assert own.exists()
+
+    asked, others = file("c/asked.png"), file("d/others.png")
+    elsewhere = tmp_path.parent / "elsewhere.png"
+    elsewhere.write_bytes(b"x")
+    os.utime(elsewhere, (1, 1))
+    sweeper.asked_for = lambda: [str(asked), str(elsewhere), "http://there", "a" * 5000, "\0"]
+    sweeper.sweep(now + 1000)  # a request waits for long
+    assert asked.exists()
+    assert not others.exists()
+    assert elsewhere.stat().st_mtime == 1
 
 
 def test_the_page_remembers_its_inputs_only_when_all_of_it_was_shown() -> None:
@@ -429,6 +439,19 @@ def test_one_picture_and_one_model_hold_for_the_whole_page(page: Any) -> None:
         assert f"() => lvUnveil('lv-follow-{name[1:]}')" in unveiled
 
 
+def test_examples_are_small_pictures_of_several_kinds() -> None:
+    from latentvae.demo.desk import EXAMPLES
+
+    assert 6 <= len(EXAMPLES) <= 8
+    assert sum(path.stat().st_size for path in EXAMPLES.values()) < 600_000
+    for path in EXAMPLES.values():
+        channels, height, width = latentvae.load_image(path).shape
+        assert channels == 3
+        assert 256 <= max(height, width) <= 512
+    said = (EXAMPLES["Cat"].parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{path.name}`" in said for path in EXAMPLES.values())
+
+
 def test_a_phones_photograph_is_worked_on_as_a_copy(model: Path, tmp_path: Path) -> None:
     from latentvae.demo import loaded_models, server
     from latentvae.demo.desk import Desk
@@ -492,7 +515,7 @@ def test_the_page_shows_copies_and_offers_full_size() -> None:
     assert (photo, message.visible, full.visible) == ("large.jpg", False, False)
 
 
-def test_models_named_at_the_start_load_first_and_precisions_wait_for_the_first_use(
+def test_models_named_at_the_start_load_first_and_precisions_are_chosen_when_the_page_is_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from latentvae.demo import loaded_models
@@ -503,14 +526,17 @@ def test_models_named_at_the_start_load_first_and_precisions_wait_for_the_first_
     assert said == ["loading nowhere"]  # and none of the bundled ones before it
     tried = []
     monkeypatch.setattr(loaded_models, "bundled", list)
-    monkeypatch.setattr(loaded_models, "_is_faster", lambda swift, exact: tried.append(swift.dtype) or True)
+    monkeypatch.setattr(loaded_models, "_is_faster", lambda swift, *_: tried.append(swift.dtype) or True)
     models = loaded_models.Models([model, model])
     assert tried == []
     assert "pictures in" not in models.summary("tiny-model")
     with models.use("tiny-model") as chosen:
-        assert chosen.swift.dtype == torch.bfloat16
+        assert chosen.swift is chosen.exact  # whoever comes first does not wait for a trial
+    models.warm_up()
     models.warm_up()
     assert tried == [torch.bfloat16] * 2  # each once
+    with models.use("tiny-model") as chosen:
+        assert chosen.swift.dtype == torch.bfloat16
     assert "pictures in bf16" in models.summary("tiny-model")
 
 

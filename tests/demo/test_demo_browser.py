@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import textured
 from demo_server import free_port
 from PIL import Image
@@ -19,6 +20,8 @@ ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
+AXE = "LATENTVAE_AXE"  # names axe.min.js of the package axe-core from npm
+IDLE = "!document.querySelector('.lv-busy, .lv-stale')"
 TABS = ("Reconstruct", "Compare", "Compress", "Interpolate", "Vary", "Find the odd one", "Fill in")
 PATIENCE = 90_000  # milliseconds: a busy machine is no failure
 
@@ -70,11 +73,7 @@ class Visit:
 
     def open(self, tab: str) -> None:
         self.page.wait_for_timeout(500)
-        shown = self.page.locator("button[role=tab]:visible").filter(has_text=tab)
-        if not shown.count():  # on a phone most are behind three dots
-            self.page.locator(".overflow-menu > button").first.click()
-            shown = self.page.locator(".overflow-dropdown button").filter(has_text=tab)
-        shown.first.click()
+        self.page.locator("button[role=tab]:visible").filter(has_text=tab).first.click()
 
     def figures(self) -> str:
         return str(self.page.locator("#lv-figures .lv-figures").inner_text())
@@ -141,6 +140,25 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
     assert visit.strangers == []
 
 
+def test_an_example_is_taken_and_its_result_follows(visit: Visit) -> None:
+    page = visit.page
+    before = visit.figures()
+    shown = "document.querySelector('.lv-photo img').src"
+    cat = page.evaluate(shown)
+    thumbnails = page.locator(".lv-examples button img")
+    assert thumbnails.count() == 8
+    assert all(thumbnails.nth(place).evaluate("image => image.naturalWidth > 100") for place in range(8))
+    page.get_by_role("button", name="Text").click()
+    page.wait_for_function("before => document.querySelector('.lv-photo img').src !== before", arg=cat)
+    page.wait_for_function(
+        "before => { const now = document.querySelector('#lv-figures .lv-figures')?.innerText;"
+        " return now && now !== before && now.includes('dB'); }",
+        arg=before,
+    )
+    assert page.evaluate("document.querySelector('#lv-slider img').naturalWidth") == 480
+    assert visit.errors == []
+
+
 def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("I am no picture")
     visit.page.locator(".lv-photo:visible button[aria-label='Remove Image']").first.click()
@@ -151,6 +169,62 @@ def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
     visit.page.wait_for_timeout(2000)
     assert said.count() == 1  # in the panel, and nowhere else
     assert not visit.page.locator("#lv-figures .lv-figures").count()  # the picture's before
+
+
+def test_what_takes_long_can_be_stopped_and_what_was_shown_stays(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentvae.demo import reconstruct
+
+    page = visit.page
+    visit.figures()
+    shown = "document.querySelector('#lv-slider img').src"
+    before, decode = page.evaluate(shown), reconstruct.decode
+
+    def endless(*_: Any) -> None:
+        while True:
+            torch.nn.Identity()(torch.zeros(1))
+            time.sleep(0.02)
+
+    monkeypatch.setattr(reconstruct, "decode", endless)
+    page.get_by_role("button", name="Night").click()
+    stop = page.locator(".lv-stop:visible")
+    stop.wait_for()  # after two seconds
+    assert page.evaluate(shown) == before
+    dimmed = "getComputedStyle(document.querySelector('#lv-slider').closest('.lv-results > *')).opacity"
+    assert float(page.evaluate(dimmed)) < 0.5
+    stop.click()
+    page.get_by_text("Stopped.").wait_for()
+    page.wait_for_function("!document.querySelector('.lv-busy')")
+    assert page.evaluate(shown) == before
+    assert float(page.evaluate(dimmed)) < 0.5  # it is of another picture than the one above
+
+    # what is asked for meanwhile does not wait either
+    page.get_by_role("button", name="Text").click()
+    page.wait_for_selector(".lv-busy")
+    monkeypatch.setattr(reconstruct, "decode", decode)
+    page.get_by_role("button", name="Grass").click()
+    page.wait_for_function("!document.querySelector('.lv-busy, .lv-stale')")
+    assert page.evaluate(shown) != before
+    assert not page.get_by_text("Stopped.").count()
+    assert visit.errors == []
+
+
+def test_tab_and_model_stand_in_the_address(visit: Visit, browser: Any, url: str) -> None:
+    page = visit.page
+    open_tab = "document.querySelector('button[role=tab][aria-selected=true]').innerText"
+    visit.figures()
+    assert page.evaluate("location.hash") == ""
+    visit.open("Compress")
+    page.wait_for_function("location.hash === '#tab=compress'")
+    page.go_back()
+    page.wait_for_function(f"{open_tab} === 'Reconstruct'")
+    assert visit.errors == []
+    kept = Visit(browser, f"{url}#tab=compress&model=sd-small", 1280, 900)
+    kept.page.wait_for_function(f"{open_tab} === 'Compress'")
+    kept.page.wait_for_function("document.querySelector('#lv-model input').value === 'sd-small'")
+    assert kept.errors == []
+    kept.context.close()
 
 
 def test_painting_and_zooming(visit: Visit) -> None:
@@ -195,4 +269,32 @@ def test_every_tab_fits_and_shows_a_result(browser: Any, url: str, width: int) -
         assert wide <= width, (tab, wide)
     assert visit.errors == []
     assert visit.strangers == []
+    visit.context.close()
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    place = Path(os.environ.get(AXE, "axe.min.js"))
+    if not place.is_file():
+        missing = f"needs axe-core: npm pack axe-core@4, unpack it, and name its axe.min.js in ${AXE}"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+    return place.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_nothing_serious(browser: Any, url: str, axe: str, width: int, theme: str) -> None:
+    visit = Visit(browser, f"{url}?__theme={theme}", width, 844)
+    for tab in TABS:
+        visit.open(tab)
+        visit.page.wait_for_timeout(500)
+        visit.page.wait_for_function(IDLE)  # dimmed words are hard to read, and meant to be
+        visit.page.evaluate(axe)
+        found = visit.page.evaluate("axe.run().then(found => found.violations)")
+        bad = [
+            (each["impact"], each["id"], node["html"])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+        assert not bad, (tab, bad[:5])
     visit.context.close()

@@ -26,7 +26,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     model = tiny_export(folder)
     with pytest.MonkeyPatch.context() as patch, server.workplace():
         patch.setattr(loaded_models, "bundled", list)
-        patch.setattr(loaded_models, "_is_faster", lambda swift, exact: False)
+        patch.setattr(loaded_models, "_is_faster", lambda *_: False)
         made = Desk(loaded_models.Models([model]), Limits())
         made.folder = folder
         yield made
