@@ -3,57 +3,33 @@
     OMP_NUM_THREADS=2 python benchmarks/diffusability.py --train ../shared/photos/train \\
         --val ../shared/photos/val --lpips ../shared/lpips --json docs/diffusability.json
 
-Two VAEs, equal but for `regularise.equivariance.probability`, then on the latents of each the same small
-unconditional diffusion model for the same steps, with several seeds. Latents are normalised to mean 0 and
-variance 1 per channel, so that the denoising losses (of v, on images not trained on, mean over noise levels)
-compare. The Fréchet distance is that of LPIPS-alex features, pooled over positions, of decoded samples to
-those of training crops: not FID, and comparable within this table only. The rows of photographs say how near
-it can come.
+Two VAEs, equal but for `regularise.equivariance.probability`, then on the latents of each what `latentvae
+diffusability` measures: the same small diffusion model for the same steps, with several seeds. The rows of
+photographs say how near its pictures can come.
 """
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ablations
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from machine import DEVICE, machine
-from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 import latentvae
 from latentvae.images.drawing import grid
 from latentvae.images.reading import find_images, load_image
-from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.measure.rfid import FeatureStatistics, frechet_distance
-from latentvae.models.latents import reconstruct
+from latentvae.measure.lpips import load_lpips
+from latentvae.toolbox.priors.diffusability import SETTINGS, Bench
 from latentvae.training.recipes import load_config
 
 TERM = "regularise.equivariance.probability"
 SIDE = 128  # px of the crops that are encoded
-BATCH = 32
-LEVELS = 1000
 Row = dict[str, Any]
-
-
-@dataclass
-class Latents:
-    """Normalised latents (N, C, h, w), and how to undo it."""
-
-    train: torch.Tensor
-    val: torch.Tensor
-    mean: torch.Tensor  # (C, 1, 1)
-    std: torch.Tensor
-
-    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """As the VAE's decoder wants them."""
-        return latents * self.std + self.mean
 
 
 def crops(folder: str) -> torch.Tensor:
@@ -65,116 +41,6 @@ def crops(folder: str) -> torch.Tensor:
         if min(top, left) >= 0:
             found.append(image[:, top : top + SIDE, left : left + SIDE])
     return torch.stack(found)
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor, title: str) -> torch.Tensor:
-    """The posterior's modes."""
-    parts = images.split(BATCH)
-    return torch.cat([latentvae.encode(vae, part)[0].mode() for part in tqdm(parts, desc=title, leave=False)])
-
-
-def latents_of(vae: AutoencoderKL, train: torch.Tensor, val: torch.Tensor) -> Latents:
-    """Both sets, normalised by the training set's figures."""
-    one, other = encode(vae, train, "encoding"), encode(vae, val, "encoding")
-    mean, std = one.mean((0, 2, 3))[:, None, None], one.std((0, 2, 3))[:, None, None]
-    return Latents((one - mean) / std, (other - mean) / std, mean, std)
-
-
-def noise_schedule() -> DDIMScheduler:
-    """Cosine, v-prediction, ending at noise alone."""
-    return DDIMScheduler(
-        num_train_timesteps=LEVELS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-
-
-def diffusion_model(latents: torch.Tensor, steps: int, seed: int) -> UNet2DModel:
-    """A small network trained to denoise; its averaged weights."""
-    torch.manual_seed(seed)
-    channels, side = latents.shape[1], latents.shape[-1]
-    unet = UNet2DModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-        norm_num_groups=8,
-    )
-    unet.to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    rate = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    average, schedule = EMAModel(unet.parameters(), decay=0.99), noise_schedule()
-    for _ in tqdm(range(steps), desc=f"diffusion, seed {seed}", leave=False):
-        x = latents[torch.randint(len(latents), (BATCH,))].to(DEVICE)
-        loss = denoising_loss(unet, schedule, x, torch.randint(LEVELS, (BATCH,)), torch.randn(x.shape))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        average.step(unet.parameters())
-    average.copy_to(unet.parameters())
-    return unet.eval()
-
-
-def denoising_loss(
-    unet: UNet2DModel, schedule: DDIMScheduler, x: torch.Tensor, levels: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared error of v."""
-    levels, noise = levels.to(x.device), noise.to(x.device)
-    predicted = unet(schedule.add_noise(x, noise, levels), levels).sample
-    return mse_loss(predicted, schedule.get_velocity(x, noise, levels))
-
-
-@torch.no_grad()
-def validation_loss(unet: UNet2DModel, latents: torch.Tensor) -> float:
-    """On every image, at evenly spread noise levels, with the same noise for every model."""
-    generator, schedule, losses = torch.Generator().manual_seed(0), noise_schedule(), []
-    for part in latents.split(BATCH):
-        levels = torch.linspace(0, LEVELS - 1, len(part)).long()
-        noise = torch.randn(part.shape, generator=generator)
-        losses += [denoising_loss(unet, schedule, part.to(DEVICE), levels, noise).item()] * len(part)
-    return float(np.mean(losses))
-
-
-@torch.no_grad()
-def samples(
-    unet: UNet2DModel, vae: AutoencoderKL, latents: Latents, count: int, sampling_steps: int
-) -> torch.Tensor:
-    """Decoded samples, (count, 3, SIDE, SIDE) in [-1, 1], the same starting noise for every model."""
-    schedule, generator, images = noise_schedule(), torch.Generator().manual_seed(1), []
-    schedule.set_timesteps(sampling_steps)
-    for start in tqdm(range(0, count, BATCH), desc="sampling", leave=False):
-        shape = (min(BATCH, count - start), *latents.train.shape[1:])
-        x = torch.randn(shape, generator=generator).to(DEVICE)
-        for t in schedule.timesteps:
-            x = schedule.step(unet(x, t).sample, t, x, eta=0.0).prev_sample
-        images.append(vae.decode(latents.denormalise(x)).sample.clamp(-1, 1))
-    return torch.cat(images)
-
-
-@torch.no_grad()
-def statistics(lpips: LPIPS, images: torch.Tensor) -> FeatureStatistics:
-    """Of LPIPS's features of all layers, each averaged over positions."""
-    found = None
-    for part in images.split(BATCH):
-        features = torch.cat([layer.mean((2, 3)) for layer in lpips.features(part)], dim=1)
-        found = found or FeatureStatistics(features.shape[1])
-        found.add(features)
-    assert found is not None
-    return found
-
-
-def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
-    """Fréchet distance."""
-    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
 
 
 def vae_runs(arguments: argparse.Namespace) -> dict[float, Path]:
@@ -193,47 +59,46 @@ def vae_runs(arguments: argparse.Namespace) -> dict[float, Path]:
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Every row of the table."""
-    runs, lpips = vae_runs(arguments), load_lpips("alex", arguments.lpips)
+    runs, lpips = vae_runs(arguments), load_lpips("alex", arguments.lpips).to(DEVICE)
     train, val = crops(arguments.train), crops(arguments.val)
-    wanted = statistics(lpips, train)
+    steps = arguments.diffusion_steps
+    settings = replace(
+        SETTINGS, steps=steps, warmup_steps=steps // 20, sampling_steps=arguments.sampling_steps
+    )
     # as many photographs as samples: the distance grows as there are fewer
     some = val[torch.linspace(0, len(val) - 1, min(arguments.samples, len(val))).long()]
-    rows = [{"name": "photographs not trained on", "frechet": distance(statistics(lpips, some), wanted)}]
+    bench = Bench(train, some, lpips, settings, arguments.samples)
+    rows = [{"name": "photographs not trained on", "frechet": bench.photographs}]
     for probability, folder in runs.items():
         figures = ablations.read_run(folder)
         vae = latentvae.load(folder / "vae", device=DEVICE)
-        latents = latents_of(vae, train, val)
-        with torch.no_grad():
-            rebuilt = torch.cat([reconstruct(vae, part).reconstructions for part in some.split(BATCH)])
-        found = distance(statistics(lpips, rebuilt), wanted)
-        rows.append({"name": f"their reconstructions, equivariance {probability:g}", "frechet": found})
+        learned, judged = bench.latents(vae)
+        rebuilt = bench.reconstructions(vae)[2]
+        rows.append({"name": f"their reconstructions, equivariance {probability:g}", "frechet": rebuilt})
         for seed in range(arguments.seeds):
-            row, images = diffuse(vae, latents, seed, arguments)
+            run, model, drawn = bench.run(vae, learned, judged, seed)
             rows.append(
-                {"probability": probability, "psnr": figures["psnr"], "lpips": figures["lpips"], **row}
+                {
+                    "probability": probability,
+                    "psnr": figures["psnr"],
+                    "lpips": figures["lpips"],
+                    "loss": run.loss,
+                    "parameters": model.card.fit["parameters"],
+                    "name": f"samples, equivariance {probability:g}, seed {seed}",
+                    "frechet": run.frechet,
+                }
             )
-            rows[-1]["name"] = f"samples, equivariance {probability:g}, seed {seed}"
-            rows[-1]["frechet"] = distance(statistics(lpips, images), wanted)
             print(rows[-1], flush=True)
             if arguments.pictures:
-                draw(images, rows[-1]["name"], arguments.pictures / f"{folder.name}-{seed}.png")
+                picture = arguments.pictures / f"{folder.name}-{seed}.png"
+                draw(torch.cat(drawn), rows[-1]["name"], picture)
     return rows
-
-
-def diffuse(
-    vae: AutoencoderKL, latents: Latents, seed: int, arguments: argparse.Namespace
-) -> tuple[Row, torch.Tensor]:
-    """One diffusion model: its loss and size, and decoded samples."""
-    unet = diffusion_model(latents.train, arguments.diffusion_steps, seed)
-    images = samples(unet, vae, latents, arguments.samples, arguments.sampling_steps)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    return {"loss": validation_loss(unet, latents.val), "parameters": parameters}, images
 
 
 def draw(images: torch.Tensor, title: str, path: Path) -> None:
     """The first dozen samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown = images[:12].reshape(-1, 6, *images.shape[1:])
+    shown = images[:12].cpu().reshape(-1, 6, *images.shape[1:])
     grid([list(line) for line in shown], [title, *[""] * 5]).save(path)
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
-from latentvae.images.reading import SUFFIXES, list_files
+from latentvae.images.kinds import SUFFIXES
+from latentvae.images.listing import ARCHIVES, FileTable, list_files, scan
 from latentvae.training.data import crops
-from latentvae.training.data.listing import ARCHIVES, FileTable, scan
 
 IN_A_FOLDER = 1000
 

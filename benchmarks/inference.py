@@ -3,6 +3,7 @@
     python benchmarks/inference.py --sides 512 1024 --precisions fp32
     python benchmarks/inference.py --ablation       # what each switch of `optimize` is worth, at 512 px
     python benchmarks/inference.py --small          # the bundled model beside AutoencoderTiny's architecture
+    python benchmarks/inference.py --peers --model f8c4-small --sides 256   # beside other engines: peers.py
 
 Each case is a process of its own, and all run in one go; ratios are against stock in the same precision's
 layout as it comes (fp32, NCHW), unless a row says otherwise. Weights are random: neither time nor memory
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from diffusers import AutoencoderTiny
 from machine import DEVICE, Peak, convolution_roof, machine, seconds
@@ -165,12 +167,32 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--ablation", action="store_true", help="what each switch of optimize is worth")
+    parser.add_argument("--peers", action="store_true", help="beside other engines, at each of --sides")
+    parser.add_argument(
+        "--model", default="f8c4", help="of --peers: a preset, random, or a model by its path"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of --peers: turns of each way")
+    parser.add_argument("--patience", type=float, default=900, help="of --peers: seconds to be ready in")
+    parser.add_argument("--wait", action="store_true", help="of --peers: for Enter before the turns")
+    parser.add_argument(
+        "--cpu", action="store_true", help="of --peers: CPU seconds of one thread, on busy cores"
+    )
+    parser.add_argument("--without", nargs="*", default=[], choices=peers.PEERS, help="of --peers: left out")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(arguments.case, arguments.output)))
+        return
+    if arguments.peers:
+        results: Any = {}
+        for side in arguments.sides:
+            what = (arguments.model, side, arguments.verbs, arguments.precisions)
+            how = {name: getattr(arguments, name) for name in ("wait", "cpu", "without")}
+            results[side] = peers.compare(*what, arguments.rounds, arguments.patience, **how)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"machine": machine(), "runs": results}, indent=1))
         return
     roofs = {precision: convolution_roof(DTYPES[precision]) for precision in arguments.precisions}
     with tempfile.TemporaryDirectory() as folder:

@@ -19,8 +19,6 @@ SETS = {"kodak": "Kodak, 768x512", "val": "BSDS500 test, 481x321"}
 GOALS = {
     ("f8c4-small", "CPU"): (24.5, 0.25),
     ("f8c4-small", "GPU"): (27.0, 0.12),
-    ("f8c16-small", "CPU"): (26.5, 0.15),
-    ("f8c16-small", "GPU"): (31.0, 0.04),
 }
 # Not measured in this run. PSNR, SSIM, LPIPS, rFID; where the authors give no figure: empty.
 ELSEWHERE = (

@@ -3,9 +3,13 @@
     python benchmarks/spaces.py sd-small=TEACHERS/taesd flux-small=TEACHERS/taef1 \\
         --images PHOTOS/kodak PHOTOS/val --lpips-weights LPIPS [--every 2] [--output docs/spaces.json]
 
+    python benchmarks/spaces.py flux-small=TEACHERS/taef1 --images PHOTOS/kodak --picture docs/spaces.png \\
+        --crops 04:120,250 08:0,256 13:180,256
+
 Each STUDENT=TEACHER pair is measured on every folder: R2 and correlation of scaled latents, offsets per
 channel, and PSNR, SSIM and LPIPS-alex of the four pictures (student or teacher encodes, student or teacher
-decodes), from the posteriors' modes with 8-bit rounding, each beside what the teacher has alone.
+decodes), from the posteriors' modes with 8-bit rounding, each beside what the teacher has alone. --picture
+draws crops instead: of each pair the original, the teacher, the student on the teacher's latents, and alone.
 """
 
 import argparse
@@ -16,10 +20,13 @@ from typing import Any
 import torch
 from machine import machine
 
+from latentvae.images.drawing import grid
 from latentvae.images.reading import find_images, load_image
 from latentvae.measure.lpips import load_lpips
 from latentvae.measure.spaces import SpaceAgreement, compare_spaces
-from latentvae.models.spaces import load_autoencoder
+from latentvae.models.spaces import decode_scaled, encode_scaled, load_autoencoder
+
+SIDE = 256  # of crops, pixels
 
 HEADER = (
     "| student, teacher | images | R2 | correlation | student alone | teacher's latents, student's decoder "
@@ -58,6 +65,23 @@ def row(pair: str, folder: Path, found: SpaceAgreement) -> str:
     return f"| {' | '.join([*cells, *map(cell, ways)])} |"
 
 
+def draw(arguments: argparse.Namespace) -> None:
+    """Crops of all pairs below one another, decoded from whole images."""
+    rows = []
+    for pair in arguments.pairs:
+        student, teacher = (load_autoencoder(name) for name in pair.partition("=")[::2])
+        for crop in arguments.crops:
+            name, _, place = crop.partition(":")
+            left, top = map(int, place.split(","))
+            image = load_image(find_images([arguments.images[0] / f"{name}.png"])[0])[None]
+            own, learned = (encode_scaled(model, image) for model in (teacher, student))
+            ways = ((teacher, own), (student, own), (student, learned))
+            shown = [image, *(decode_scaled(model, scaled) for model, scaled in ways)]
+            rows.append([each[0, :, top : top + SIDE, left : left + SIDE].clamp(-1, 1) for each in shown])
+    titles = ("original", "teacher", "student, teacher's latents", "student alone")
+    grid(rows, titles).quantize(256).save(arguments.picture, optimize=True)
+
+
 def main() -> None:
     """Measure all pairs on all folders; print the table, and write the figures."""
     parser = argparse.ArgumentParser(
@@ -68,8 +92,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="Only every so many images of a folder.")
     parser.add_argument("--lpips-weights", type=Path)
     parser.add_argument("--output", type=Path, help="JSON with all figures.")
+    parser.add_argument("--picture", type=Path, help="Draw crops to this PNG instead.")
+    parser.add_argument("--crops", nargs="+", default=[], metavar="NAME:LEFT,TOP")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
+    if arguments.picture:
+        return draw(arguments)
     results: list[dict[str, Any]] = []
     print(HEADER)
     print("|" + "---|" * (HEADER.count("|") - 1))

@@ -25,21 +25,22 @@ from latentvae.images.reading import find_images
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.store.encoding import Workload, encode_folder
 from latentvae.store.pipeline import Computer, Loaded, Loader, feed
-from latentvae.store.planning import BATCH_SIZE, SHARD_SIZE, find_sources, plan_shards, preprocessing
+from latentvae.store.planning import ShardWork, find_sources
+from latentvae.store.settings import preprocessing, rows_at_once
 
 
 def ready(vae: AutoencoderKL, folder: Path) -> list[list[Loaded]]:
     """The batches that encoding the folder makes, loaded."""
     sources = find_sources(folder, folder / "none")
     ratio = spatial_compression_ratio(vae)
-    loader = Loader(sources, preprocessing(vae, None, False), ratio, BATCH_SIZE, False)
-    plan = plan_shards(folder, {}, list(sources), SHARD_SIZE, False)
-    return [batch.images for batch in feed(loader, plan.shards, 2) if batch.images]
+    loader = Loader(sources, preprocessing(vae, None, False), ratio, rows_at_once(vae, None), False)
+    work = ShardWork("latents-00000", tuple(sources))
+    return [batch.images for batch in feed(loader, [work], 2) if batch.images]
 
 
 def model_seconds(vae: AutoencoderKL, batches: list[list[Loaded]], threads: int) -> float:
     """How long the model takes for the batches."""
-    with Computer(vae, torch.bfloat16, threads) as computer:
+    with Computer(vae, torch.bfloat16, threads, rows_at_once(vae, None)) as computer:
         start = time.perf_counter()
         for future in [computer.submit(batch) for batch in batches]:
             future.result()

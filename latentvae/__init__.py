@@ -35,6 +35,7 @@ _HOME = {
     "swap": "pipelines.swap",
     "BucketBatchSampler": "store.buckets",
     "LatentDataset": "store.dataset",
+    "LatentStream": "store.stream",
     "encode_folder": "store.encoding",
     "export_webdataset": "store.webdataset",
     "enable_exact_tiling": "runtime.tiling.switch",

@@ -27,6 +27,7 @@ from .runtime.tiling.switch import enable_exact_tiling as enable_exact_tiling
 from .store.buckets import BucketBatchSampler as BucketBatchSampler
 from .store.dataset import LatentDataset as LatentDataset
 from .store.encoding import encode_folder as encode_folder
+from .store.stream import LatentStream as LatentStream
 from .store.webdataset import export_webdataset as export_webdataset
 
 __version__: str

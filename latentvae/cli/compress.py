@@ -26,7 +26,7 @@ CANNOT_WRITE = "{path} cannot be written ({reason}): use a folder that exists, y
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
-@takes("model", ..., "lpips_net", "lpips_weights", "device", "tile_size", "store", "json")
+@takes("model", ..., "lpips_net", "lpips_weights", "device", "tile_size", "scratch", "json")
 def compress(
     session: Session,
     photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="An image, or a folder of them.")],
@@ -87,7 +87,7 @@ def compress(
     session.finish(len(run.rows) + kept)
 
 
-@takes("model", "device", "tile_size", "store", ..., "json")
+@takes("model", "device", "tile_size", "scratch", ..., "json")
 def decompress(
     session: Session,
     source: Annotated[
@@ -102,8 +102,9 @@ def decompress(
     ],
     overwrite: Overwrite = False,
 ) -> None:
-    """Decompress an image that `latentvae compress` wrote, or a folder of them, with the same model.
+    """Decompress an image that `latentvae compress` wrote, or a folder of them.
 
+    It takes the model that compressed them: a bundled one is found by itself, any other is --model.
     A folder's files become OUT/KEY.png. Called again, it goes on: pictures of the right size that are not
     older than their files are kept.
     """
@@ -112,19 +113,18 @@ def decompress(
         return
     _check_picture(output, overwrite)
     # before the model: a damaged file is refused at once
-    codec.compression.read_lvae(source)
-    session.load()
+    _load_maker(session, codec.compression.read_lvae(source)[0])
     result = _decompress(session, Job(source, output, source.name))
     tell(result, [f"{output}: {result['width']}x{result['height']} px"], session.json)
 
 
 def _decompress_all(session: Session, source: Path, output: Path, overwrite: bool) -> None:
-    files = images.reading.list_files(source, (SUFFIX,))
+    files = images.listing.list_files(source, (SUFFIX,))
     if not files:
         raise CodecError(f"no {SUFFIX} file in the folder {source}: name what `latentvae compress` wrote.")
     planned = jobs.plan(files, source, output, ".png", CodecError, SUFFIX)
     todo = jobs.remaining(planned, _is_its_picture, overwrite, CodecError)
-    session.load()
+    _load_maker(session, next(filter(None, (_header(job.source) for job in todo)), None))
     done, kept = [], len(planned) - len(todo)
     for job in todo:
         try:
@@ -134,6 +134,21 @@ def _decompress_all(session: Session, source: Path, output: Path, overwrite: boo
     result = {"folder": str(output), "files": done, "kept": kept, "skipped": session.skipped}
     tell(result, [f"{counted(len(done), 'picture')} in {output}{_kept(kept)}."], session.json)
     session.finish(len(done) + kept)
+
+
+def _load_maker(session: Session, header: codec.container.Header | None) -> None:
+    """Load the model that is named, else the bundled one that made a file, where it has one."""
+    if session.model is None and header is not None:
+        session.model = codec.compression.bundled_model(header.weights)
+    session.load()
+
+
+def _header(file: Path) -> codec.container.Header | None:
+    """The header of a compressed image; None of one that is damaged, which is named when its turn comes."""
+    try:
+        return codec.compression.read_lvae(file)[0]
+    except CodecError:
+        return None
 
 
 def _decompress(session: Session, job: Job) -> dict[str, Any]:
@@ -163,9 +178,8 @@ def _made_by(session: Session, quality: int) -> Callable[[Job], bool]:
 
 def _is_its_picture(job: Job) -> bool:
     """Whether a picture is that of its file, as far as its size and its age tell."""
-    try:
-        header, _ = codec.compression.read_lvae(job.source)
-    except CodecError:  # named when its turn comes
+    header = _header(job.source)
+    if header is None:
         return False
     return images.reading.read_size(job.target) == (header.width, header.height) and job.is_younger
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 BATCH_PIXELS = 1 << 20  # more in one batch is no faster
 
 
-@takes("model", ..., *IMAGE_OPTIONS)
+@takes("model", ..., *(option for option in IMAGE_OPTIONS if option != "max_pixels"))
 def decode(
     session: Session,
     source: StoreArgument,
@@ -46,19 +47,30 @@ def decode(
     make_folder(output)
     written: list[dict[str, Any]] = []
     with tqdm(total=len(dataset), unit="image", disable=len(dataset) < 2) as progress:
-        for numbers in _batches(dataset, session):
-            written += _decode_batch(dataset, session, numbers, output)
-            progress.update(len(numbers))
+        for count, pictures in _decoded(dataset, session, output):
+            written += pictures
+            progress.update(count)
     if written:
         result = {"store": str(source), "files": written, "skipped": session.skipped}
         tell(result, [f"{counted(len(written), 'picture')} in {output}"], session.json)
     session.finish(len(written))
 
 
-def _batches(dataset: store.dataset.LatentDataset, session: Session) -> Iterator[list[int]]:
-    """Image numbers shard by shard, of one latent size each, one by one where they are decoded in tiles.
+def _decoded(
+    dataset: store.dataset.LatentDataset, session: Session, output: Path
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Write the pictures; of each batch how many it had, and what a report says of those that it gave."""
+    for cores, batches in groupby(_batches(dataset, session), lambda each: each[1]):
+        runtime.patches.restore(session.vae, "tiling")  # what the image before needed
+        # latents are read here and not in the threads; so is the model set to tile, while no thread runs it
+        jobs = (_job(dataset, session, numbers, output, fit=cores == 1) for numbers, _ in batches)
+        yield from runtime.side_by_side.run(jobs, cores) if cores > 1 else (job() for job in jobs)
 
-    Images of a damaged shard are skipped.
+
+def _batches(dataset: store.dataset.LatentDataset, session: Session) -> Iterator[tuple[list[int], int]]:
+    """Image numbers shard by shard, of one latent size each, and how many batches are decoded side by side.
+
+    One by one where they are decoded so, or in tiles. Images of a damaged shard are skipped.
     """
     vae = session.vae
     for shard, shard_numbers in whole_shards(dataset, session):
@@ -76,10 +88,10 @@ def _batches(dataset: store.dataset.LatentDataset, session: Session) -> Iterator
             # rounded down to no image at all, one is still tried: it may be tiled
             fitting = free // runtime.memory.ordinary_peak(vae, height, width)
             size = int(max(1, min(BATCH_PIXELS // (height * width), fitting)))
-            # tiles are of one image at a time
-            if session.tile_size:
+            cores = 1 if session.tile_size else runtime.side_by_side.cores_for(vae, height, width)
+            if cores > 1 or session.tile_size:
                 size = 1
-            yield from (numbers[at : at + size] for at in range(0, len(numbers), size))
+            yield from ((numbers[at : at + size], cores) for at in range(0, len(numbers), size))
 
 
 def _pixels(vae: AutoencoderKL, latents: Sequence[int]) -> tuple[int, int]:
@@ -89,23 +101,39 @@ def _pixels(vae: AutoencoderKL, latents: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _decode_batch(
-    dataset: store.dataset.LatentDataset, session: Session, numbers: list[int], output: Path
-) -> list[dict[str, Any]]:
-    """Write the pictures of some images of one latent size; returns what a report says of them."""
+def _job(
+    dataset: store.dataset.LatentDataset, session: Session, numbers: list[int], output: Path, *, fit: bool
+) -> Callable[[], tuple[int, list[dict[str, Any]]]]:
+    """What is left to do for images of one size once their latents are read.
+
+    Args:
+        fit: have the model tile if it must.
+    """
     try:
         entries = [dataset.entry(number) for number in numbers]
         latents = [dataset[number]["latents"] for number in numbers]  # (C, h, w) each
-        # all of the batch have one size
-        session.fit(Path(entries[0].key), *_pixels(session.vae, latents[0].shape[-2:]))
+        if fit:
+            session.fit(Path(entries[0].key), *_pixels(session.vae, latents[0].shape[-2:]))
     except LatentVAEError as error:
         session.skip_all([str(number) for number in numbers], error)
-        return []
+        return lambda: (len(numbers), [])
+    window = dataset.manifest.window
+    return lambda: (len(numbers), _write_batch(session, entries, latents, output, window))
+
+
+def _write_batch(
+    session: Session,
+    entries: list[store.format.Entry],
+    latents: list[torch.Tensor],
+    output: Path,
+    window: images.scans.Window | None,
+) -> list[dict[str, Any]]:
+    """Write the pictures of some images of one latent size; returns what a report says of them."""
     written = []
     decoded = store.dataset.decoded_images(session.vae, entries, latents)
     for entry, image in zip(entries, decoded, strict=True):
         try:
-            written.append(_write_picture(image, entry.key, output, dataset.manifest.window))
+            written.append(_write_picture(image, entry.key, output, window))
         except LatentVAEError as error:
             session.skip(entry.key, error)
     return written

@@ -15,6 +15,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import check_folder, whole_file
 from latentvae.cli.options import ModelArgument, SameModel, tell
 from latentvae.cli.session import Session, read_sidecar, takes
+from latentvae.cli.speed import tell_speed
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +51,20 @@ def doctor(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Let --fix replace an earlier export.")] = False,
+    speed: Annotated[
+        bool,
+        typer.Option("--speed", help="Instead, the fastest way on this CPU for --size: measured, and kept."),
+    ] = False,
 ) -> None:
     """Say whether fp16 and bf16 give what fp32 gives: each layer's largest value, overflows, error in dB.
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
     session.model = name = model or same or models.loading.DEFAULT_MODEL
+    if speed:
+        if images or fix:
+            raise LatentVAEError("--speed came with --images or --fix, which it has no use for: drop them.")
+        return tell_speed(session, size)
     _check_fix(fix, overwrite)
     # in fp32: what the halves are compared with
     vae = session.load()

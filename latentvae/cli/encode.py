@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from latentvae import images, models, runtime, store
-from latentvae.base.errors import LatentVAEError, NoMemoryError
+from latentvae.base.errors import LatentVAEError, NoMemoryError, StoreError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, counted, tell
 from latentvae.cli.session import Session, takes
 
@@ -42,6 +44,9 @@ Size = Annotated[
 ]
 
 
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
+]
 Rehash = Annotated[
     bool,
     typer.Option("--rehash", help="Read all files again: finds those replaced at the same size and time."),
@@ -56,68 +61,146 @@ Folder = Annotated[
 
 BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Images up to 512 x 512 pixels at once; of larger ones fewer. Default: 8."),
+    typer.Option(
+        min=1,
+        help="Images up to 512 x 512 pixels at once, of larger ones fewer; a batch that is not full is "
+        "filled up. Default: 1 on a CPU, else 8.",
+    ),
+]
+
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Folders, images, .tar shards, .parquet files, saved datasets, lists (.jsonl, .csv), patterns.",
+        metavar="SOURCES...",
+        show_default=False,
+    ),
+]
+
+
+Column = Annotated[
+    str | None,
+    typer.Option(
+        help="With the images: of tables and lists; the members' extension, of shards. Default: found."
+    ),
+]
+
+
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
+]
+
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows.")
+]
+
+
+PartOf = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="RANK/WORLD",
+        help="Encode one part of several, counted from 0: 0/8 to 7/8. Default: as torchrun's RANK and "
+        "WORLD_SIZE or a Slurm array say, else all.",
+    ),
+]
+
+
+Finish = Annotated[
+    bool,
+    typer.Option("--finish", help="Encode nothing: write store.json once all parts are done, or name them."),
+]
+
+
+EngineName = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="Who encodes: this process, or the nodes of a Ray cluster, and this one writes."),
+]
+
+
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the cluster: auto, ray://HOST:10001. Default: $RAY_ADDRESS, else the one that runs on this "
+        "machine, else a new one here."
+    ),
+]
+
+
+RayGpus = Annotated[
+    float | None,
+    typer.Option(min=0, help="GPUs of a task, 0.5 for two on one. Default: 1 where the cluster has some."),
 ]
 
 
 @takes("model", ..., "device", "precision", "json")
 def encode(
     session: Session,
-    photos: Annotated[list[Path], typer.Argument(help="Images or folders.", show_default=False)],
+    sources: Sources,
     folder: Folder,
     dtype: Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")] = "bf16",
     size: Size = None,
     crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
     no_upscale: NoUpscale = False,
     flips: Annotated[bool, typer.Option("--flips", help="Store the mirror images' latents too.")] = False,
+    column: Column = None,
     batch_size: BatchSize = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Images in a shard. Default: 1024.")] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Take images out whose files are gone.")] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
-    ] = False,
+    retry_failed: RetryFailed = False,
     rehash: Rehash = False,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
-    ] = False,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows."),
-    ] = None,
+    preview: Preview = False,
+    threads: Threads = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that load images.")] = None,
+    part: PartOf = None,
+    finish: Finish = False,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = None,
 ) -> None:
     """Encode images to a store of latents to train from; run again, it only does what has changed.
 
-    Several processes share the work: torchrun --nproc-per-node 8 -m latentvae.cli encode PHOTOS... STORE.
-    A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image.
+    In parts: --part 0/2 and --part 1/2 at any time and anywhere; the last of them completes the store.
+    A caption or label is taken from NAME.txt, NAME.json or metadata.jsonl beside the image, or from columns.
     """
-    if os.environ.get("RANK", "0") == "0":  # the first process speaks for all
-        for line in store.handing.found_caches(photos):
+    if finish:
+        return _tell(store.encoding.finish_store(sources, folder, column=column), folder, session.json)
+    own = store.parts.parse(part) if part else store.parts.of_environment()
+    if own.rank == 0:  # the first part speaks for all
+        for line in store.handing.found_caches(sources):
             typer.echo(line, err=True)
-    vae, weights = _prepare(session)
-    # a batch holds at most so many pixels, however large its images are
-    threads = threads or runtime.memory.batches_at_once(vae, 512, 512 * (batch_size or 8))
+    if engine == "ray":
+        vae, weights, work = _cluster(session, threads, workers, ray_address, ray_gpus, own)
+    else:
+        vae, weights, work = _machine(session, threads, workers, (folder, batch_size), own)
     with _pausable():
         report = store.encoding.encode_folder(
             vae,
-            photos,
+            sources,
             folder,
             dtype=dtype,
             size=size,
             crop=crop,
             no_upscale=no_upscale,
             flips=flips,
+            column=column,
             batch_size=batch_size,
             shard_size=shard_size,
             prune=prune,
             retry_failed=retry_failed,
             rehash=rehash,
             weights_sha256=weights,
-            workload=store.encoding.Workload(threads, workers, _room_for(vae, threads), progress=True),
+            workload=work,
         )
-    if os.environ.get("RANK", "0") == "0":  # the first process speaks for all
-        _draw(vae, folder, preview and bool(report.images))
-        _tell(report, folder, session.json)
+    _draw(vae, folder, preview and bool(report.images) and not (report.missing or report.others))
+    _tell(report, folder, session.json)
+
+
+def _has_bar() -> bool:
+    """Of several processes on a terminal one shows its progress."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _draw(vae: AutoencoderKL, folder: Path, wanted: bool) -> None:
@@ -137,23 +220,78 @@ def _pausable() -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
+def _machine(
+    session: Session,
+    threads: int | None,
+    workers: int | None,
+    sizes: tuple[Path, int | None],
+    part: store.parts.Part,
+) -> tuple[AutoencoderKL, str, store.encoding.Workload]:
+    """What encodes in this process: the model, the hash of its weights, and how it works."""
+    vae, weights = _prepare(session)
+    folder, asked = sizes
+    rows = store.settings.rows_at_once(vae, store.journal.Journal(folder).settings(), asked)
+    # a batch holds at most so many pixels, however large its images are
+    threads = threads or runtime.memory.batches_at_once(vae, 512, 512 * rows)
+    work = store.encoding.Workload(threads, workers, _room_for(vae, threads), _has_bar(), part)
+    return vae, weights, work
+
+
 def _prepare(session: Session) -> tuple[AutoencoderKL, str]:
     """The model, its weights rounded to a precision, and their hash from before."""
-    vae = runtime.devices.load_model(session.model, _own_device(session.device), "fp32")
+    vae = runtime.devices.load_model(session.chosen, session.device, "fp32")
     # before they are rounded: `decode` compares the hash with that of weights that are not
     weights = models.fingerprint.weight_hash(vae)
-    dtype = runtime.devices.DTYPES[session.precision]
-    if vae.dtype != dtype:
-        models.loading.cast(vae, dtype)
-    tile_large(vae)
+    _round(vae, session.precision)
     return vae, weights
 
 
-def _own_device(device: str | None) -> str:
-    """Of this process: each process of a machine gets a GPU of its own."""
-    device = device or runtime.devices.best_device()
-    # torchrun sets LOCAL_RANK: without it every process would take GPU 0
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+def _cluster(
+    session: Session,
+    threads: int | None,
+    workers: int | None,
+    address: str | None,
+    gpus: float | None,
+    part: store.parts.Part,
+) -> tuple[AutoencoderKL, str, store.encoding.Workload]:
+    """The same for a cluster of Ray, whose processes get the model as it was loaded.
+
+    Raises:
+        StoreError: a part of several, or no cluster.
+    """
+    if part != store.parts.WHOLE:
+        raise StoreError(
+            f"--engine ray came for part {part} of several: Ray divides the work itself. Give one of both."
+        )
+    if session.device is not None:
+        raise StoreError(
+            "--device came with --engine ray, whose nodes have their own: give --ray-gpus, 0 for none."
+        )
+    vae = models.loading.load(session.chosen)
+    weights = models.fingerprint.weight_hash(vae)
+    equip = partial(equip_node, precision=session.precision, threads=threads, workers=workers)
+    engine = store.cluster.Ray(copy.deepcopy(vae), equip, address, threads, gpus)
+    models.loading.cast(vae, runtime.devices.DTYPES[session.precision])
+    return vae, weights, store.encoding.Workload(progress=_has_bar(), part=part, engine=engine)
+
+
+def equip_node(
+    vae: AutoencoderKL, precision: str, threads: int | None, workers: int | None
+) -> tuple[AutoencoderKL, store.encoding.Workload]:
+    """Make the model ready in a process of a cluster, as `encode` does on one machine."""
+    cores, has_gpu = store.cluster.own_share()
+    device = runtime.devices.usable_device(None if has_gpu else "cpu")
+    vae = runtime.optimize.optimize(vae.to(device).eval())
+    _round(vae, precision)
+    threads = threads or cores
+    return vae, store.encoding.Workload(threads, workers or threads, _room_for(vae, threads))
+
+
+def _round(vae: AutoencoderKL, precision: str) -> None:
+    dtype = runtime.devices.DTYPES[precision]
+    if vae.dtype != dtype:
+        models.loading.cast(vae, dtype)
+    tile_large(vae)
 
 
 def tile_large(vae: AutoencoderKL) -> None:
@@ -164,14 +302,14 @@ def tile_large(vae: AutoencoderKL) -> None:
 def _room_for(vae: AutoencoderKL, threads: int) -> store.encoding.Room:
     """Have large images encoded alone, where several at once would not fit into memory."""
 
-    def room(path: Path, height: int, width: int) -> AbstractContextManager[object] | None:
+    def room(name: str, height: int, width: int) -> AbstractContextManager[object] | None:
         # on a GPU one batch is worked on at a time
         many = threads if vae.device.type == "cpu" else 1
         needed = plan_peak(vae, height, width)
         free = runtime.memory.SHARE * runtime.memory.free_memory(vae.device)
         if needed > free:
             raise NoMemoryError(
-                f"{path} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
+                f"{name} of {width}x{height} px takes about {needed / 1e9:.1f} GB in tiles, and "
                 f"{free / 1e9:.1f} GB can be had: make it smaller, or encode with --size."
             )
         # any context will do: that there is one says that the image is encoded while nothing else is
@@ -204,14 +342,24 @@ def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> N
     left = [note for note in report.captions if " left out: " in note]
     dropped = f" {counted(len(left), 'caption')} left out, as named above." if left else ""
     done = f"{counted(report.encoded, 'file')} done now{rate}{waited}.{dropped}"
-    line = f"{counted(report.images, 'image')} in {folder}; {done}"
-    tell({"store": str(folder), **report.as_dict()}, [line], as_json)
+    part = "" if report.part == str(store.parts.WHOLE) else f"part {report.part}: "
+    line = f"{part}{counted(report.images, 'image')} in {folder}; {done}"
+    tell({"store": str(folder), **report.as_dict()}, [line, *_unfinished(report)], as_json)
     if report.failures:
         failed = counted(len(report.failures), "image")
         typer.echo(f"{failed} could not be encoded, as named above.", err=True)
     if report.failures or images.kinds.wants_extra(report.left_out):
         sys.stdout.flush()  # the result goes before the message of the exit, also into a pipe
         raise typer.Exit(EXIT_SKIPPED)
+
+
+def _unfinished(report: store.encoding.EncodeReport) -> Iterator[str]:
+    """What is left to do before there is a store."""
+    if report.others:
+        yield f"store.json is not written yet: {', '.join(report.others)} still at it; the last to end does."
+    elif report.missing:
+        still = store.encoding.describe(report.missing)
+        yield f"store.json is not written yet: {still} The last of them does it, or --finish."
 
 
 def _changes(report: store.encoding.EncodeReport) -> Iterator[str]:

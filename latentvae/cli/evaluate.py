@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latentvae import measure
+from latentvae import measure, models, runtime
 from latentvae.base.errors import LatentVAEError, MissingWeightsError
-from latentvae.cli.options import Photos, Sample, Seed, tell
+from latentvae.cli.options import CLOSEST_MODEL, Photos, Sample, Seed, is_first_process, tell
 from latentvae.cli.places import short_names
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
 
+if TYPE_CHECKING:
+    import torch
 
-@takes("model", "sample", "seed", *LPIPS_OPTIONS, ..., *IMAGE_OPTIONS)
+
+@takes("model", "sample", "seed", *LPIPS_OPTIONS, ..., *IMAGE_OPTIONS, bundled=CLOSEST_MODEL)
 def evaluate(
     session: Session,
     paths: Photos,
@@ -36,29 +40,67 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure reconstructions of images, each at its own size, and print a table."""
+    """Measure reconstructions of images, each at its own size, and print a table.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m latentvae evaluate PHOTOS...
+    """
     if inception_weights is not None and not rfid:
         raise LatentVAEError("--inception-weights was given without --rfid, which uses them: add --rfid.")
     files = session.find_images(paths)
-    names = short_names(files, paths)
     # first: without it, or its weights, what was asked for is not measured
     inception, rfid_reason = _find_inception(inception_weights) if rfid else (None, None)
+    processes = runtime.processes.Processes()
+    try:
+        summary = _measured(
+            session, files, short_names(files, paths), sample, seed, inception, rfid_reason, processes
+        )
+    except BaseException as error:  # Ctrl-C too: the others would wait for this process
+        processes.fail(error)
+        raise
+    if processes.is_main:
+        tell({**summary.as_dict(), **session.passed_over}, [summary.table()], session.json)
+    session.finish(len(summary.images))
+
+
+def _measured(
+    session: Session,
+    files: list[Path],
+    names: dict[Path, Path],
+    sample: bool,
+    seed: int,
+    inception: measure.rfid.Inception | None,
+    rfid_reason: str | None,
+    processes: runtime.processes.Processes,
+) -> measure.evaluate.Evaluation:
+    """The figures of all images; of several processes each measures a share, and all end alike."""
     vae = session.load()
     lpips, reason = session.find_lpips()
     if inception is not None:
         inception.to(vae.device)
-    # a generator: one image is in memory at a time
-    read = ((names[path].as_posix(), image) for path, image, _ in session.read_images(files))
+    order = [names[path].as_posix() for path in files]
+    several = processes.world > 1
+    if several:
+        weights = models.fingerprint.weight_hash(vae)
+        processes.share_same("images, weights or networks", (order, weights, reason, rfid_reason))
+
+    def read() -> Iterator[tuple[str, torch.Tensor]]:  # one image is in memory at a time
+        for path, image, _ in session.read_images(files[processes.rank :: processes.world]):
+            yield names[path].as_posix(), image
+        # what any process has skipped ends all of them alike
+        found = [each for part in processes.share(session.skipped) for each in part]
+        place = {str(path): number for number, path in enumerate(files)}
+        session.skipped = sorted(found, key=lambda each: place[each["path"]])
+
     try:
-        summary = measure.evaluate.evaluate(
-            vae, read, lpips, reason, "sample" if sample else "mode", seed, inception, rfid_reason
+        return measure.evaluate.evaluate(
+            *(vae, read(), lpips, reason, "sample" if sample else "mode", seed, inception, rfid_reason),
+            group=processes if several else None,
+            order=order,
         )
     except LatentVAEError:
         if len(session.skipped) == len(files):
             session.finish(0)  # says that no image could be read at all
         raise
-    tell({**summary.as_dict(), **session.passed_over}, [summary.table()], session.json)
-    session.finish(len(summary.images))
 
 
 def _find_inception(weights: Path | None) -> tuple[measure.rfid.Inception | None, str | None]:
@@ -69,5 +111,6 @@ def _find_inception(weights: Path | None) -> tuple[measure.rfid.Inception | None
         # what was asked for by name must not be left out silently
         if weights is not None:
             raise
-        typer.echo(f"rFID will not be measured, the rest will: {error}", err=True)
+        if is_first_process():
+            typer.echo(f"rFID will not be measured, the rest will: {error}", err=True)
         return None, str(error)

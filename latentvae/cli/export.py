@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from latentvae import images, measure, models, training
+from latentvae import images, measure, models, runtime, training
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
@@ -25,6 +25,19 @@ PushToHub = Annotated[
 ]
 
 
+Subfolder = Annotated[str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")]
+
+
+BaseModel = Annotated[
+    str | None, typer.Option(help="Hub id of the parent, for the card. Default: the run's model.init.")
+]
+
+
+ShardSize = Annotated[
+    str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
+]
+
+
 ProgramOption = Annotated[
     Program | None,
     typer.Option("--for", help="Add PROGRAM.safetensors, folded as this program reads it right."),
@@ -33,6 +46,24 @@ ProgramOption = Annotated[
 
 Source = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Run folder, checkpoint folder, or any model.")
+]
+
+
+Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The same as --output.", show_default=False)]
+
+
+To = Annotated[
+    Literal["diffusers", "onnx", "openvino"],
+    typer.Option(
+        help="onnx, openvino: encoder and decoder as graphs of these, for any size, compared with torch "
+        "number by number (extras `onnx`, `openvino`). No card and no upload."
+    ),
+]
+
+
+Decoder = Annotated[
+    str | None,
+    typer.Option(help="Run, checkpoint or model to take the decoder from, where the halves learned apart."),
 ]
 
 
@@ -58,7 +89,10 @@ Metrics = Annotated[
 def export(
     session: Session,
     source: Source,
+    out: Out = None,
     output: Annotated[Path, output_folder("Folder to write; becomes the model.")] = Path("vae"),
+    to: To = "diffusers",
+    decoder: Decoder = None,
     images: Images = None,
     ema: Annotated[bool, typer.Option(help="Averaged weights rather than the last ones.")] = True,
     name: Annotated[str, typer.Option(help="For the model card.")] = "latentvae model",
@@ -68,22 +102,22 @@ def export(
     metrics: Metrics = None,
     half: Annotated[bool, typer.Option("--half", help="One file of fp16 weights: half the size.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the parent, for the card. Default: the run's model.init.")
-    ] = None,
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
-    ] = None,
+    base_model: BaseModel = None,
+    max_shard_size: ShardSize = None,
     push_to_hub: PushToHub = None,
-    subfolder: Annotated[
-        str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")
-    ] = "",
+    subfolder: Subfolder = "",
     private: Annotated[bool, typer.Option("--private", help="Make the hub repository private.")] = False,
     program: ProgramOption = None,
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     models.licences.check_licence(licence)
-    vae, state = _load_any(source, ema)
+    output = out or output
+    vae, state = _load_halves(source, decoder, ema)
+    if to != "diffusers":
+        given = {"--half": half, "--for": program, "--max-shard-size": max_shard_size}
+        given |= {"--push-to-hub": push_to_hub}
+        _export_graphs(session, vae, state, output, to, images, overwrite, given)
+        return
     said = {"name": name, "licence": licence, "trained_on": trained_on}
     provenance = _provenance(state, base_model, training, metrics, said, models.loading.window_of(vae))
     if push_to_hub:
@@ -105,13 +139,60 @@ def export(
         force_upcast=measure.diagnosis.wants_upcast(vae),
     )
     url = _upload(folder, push_to_hub, subfolder, private)
-    figures = statistics.as_dict() if statistics else None
-    result = {"export": str(folder), "latent_statistics": figures, "hub": url, **session.passed_over}
     exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # with its own factors
     notes = [*models.formats.programs.program_notes(exported), *_unlinked(provenance)]
     notes += [f"Uploaded to {url}."] if url else []
-    tell(result, [f"Exported {folder}, reloaded in diffusers without a difference.", *notes], session.json)
+    lines = [f"Exported {folder}, reloaded in diffusers without a difference.", *notes]
+    _finish(session, {"export": str(folder), "hub": url}, lines, statistics)
+
+
+def _finish(
+    session: Session,
+    result: dict[str, Any],
+    lines: list[str],
+    statistics: models.latents.LatentStatistics | None,
+) -> None:
+    """Tell what was exported, and end."""
+    figures = statistics.as_dict() if statistics else None
+    tell({**result, "latent_statistics": figures, **session.passed_over}, lines, session.json)
     session.finish(statistics.image_count if statistics else 0)
+
+
+def _export_graphs(
+    session: Session,
+    vae: AutoencoderKL,
+    state: dict[str, Any],
+    output: Path,
+    to: runtime.graphs.files.Engine,
+    images: Path | None,
+    overwrite: bool,
+    given: dict[str, Any],
+) -> None:
+    """Export encoder and decoder as graphs of another engine.
+
+    Args:
+        state: of the checkpoint that the model comes from; empty for other models.
+        given: options by name that weights alone have.
+
+    Raises:
+        LatentVAEError: one of these was given.
+    """
+    for option, value in given.items():
+        if value:
+            raise LatentVAEError(f"{option} is of weights; graphs of {to} have none such. Leave it out.")
+    session.vae = vae
+    statistics = _measure(session, images, state)
+    vae = models.exporting.prepare_export(session.vae, statistics)
+    graphs = runtime.graphs.files
+    differences = graphs.export_graphs(vae, output, to, overwrite=overwrite)
+    sizes = ", ".join(f"{batch} of {height}x{width}" for batch, height, width in graphs.SIZES)
+    opset = f" (opset {graphs.OPSET})" if to == "onnx" else ""
+    lines = [f"Exported {output} as graphs of {to}{opset}, for any batch, height and width."]
+    lines += [
+        f"{part}: largest difference from torch {difference:.1e} of the range (latents: {sizes})."
+        for part, difference in differences.items()
+    ]
+    _finish(session, {"export": str(output), "to": to, "differences": differences}, lines, statistics)
 
 
 def _unlinked(provenance: models.card.Provenance) -> list[str]:
@@ -176,6 +257,12 @@ def _find_checkpoint(source: Path) -> Path | None:
     if (source / "checkpoints").is_dir():
         return checkpoint.resolve("latest", source / "checkpoints")
     return None
+
+
+def _load_halves(source: str, decoder: str | None, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """As `_load_any`, with the decoder of another run or model where one is named."""
+    vae, state = _load_any(source, ema)
+    return (models.exporting.join_halves(vae, _load_any(decoder, ema)[0]) if decoder else vae), state
 
 
 def _load_any(source: str, ema: bool) -> tuple[AutoencoderKL, dict[str, Any]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from latentvae import codec, models, store
+from latentvae.base.addresses import Place, place
 from latentvae.cli.options import Json, ModelArgument, SameModel, tell
 from latentvae.cli.session import read_sidecar
 
@@ -16,7 +17,7 @@ def info(
     """Print a model's config, parameters, compression ratio, channels and latent statistics.
 
     Of a compressed image, IN.lvae: its model, quality and size. Of a store (a folder that `latentvae encode`
-    wrote): its images, its VAE, and what its latents are like.
+    wrote, or its address): its images, its VAE, and what its latents are like.
     """
     # named here, because the sidecar is looked for under it
     model = model or same or models.loading.DEFAULT_MODEL
@@ -24,8 +25,8 @@ def info(
         file = codec.compression.describe(model)
         tell(file, _file_lines(file), json)
         return
-    if (Path(model) / store.format.MANIFEST).is_file():
-        figures = _of_store(Path(model))
+    if ((folder := place(model)) / store.format.MANIFEST).is_file():
+        figures = _of_store(folder)
         tell(figures, _store_lines(figures), json)
         return
     figures = models.loading.describe(models.loading.load(model))
@@ -82,11 +83,13 @@ def _lines(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_store(folder: Path) -> dict[str, Any]:
+def _of_store(folder: Place) -> dict[str, Any]:
     """A store's figures as JSON values."""
     manifest = store.format.read_manifest(folder)
     # stores of earlier versions have none, and reading their moments takes a while
-    statistics = manifest.statistics or store.statistics.compute(folder, manifest)
+    statistics = manifest.statistics
+    if statistics is None and isinstance(folder, Path):
+        statistics = store.statistics.compute(folder, manifest)
     figures = manifest.model_dump(mode="json", exclude={"shards", "statistics"})
     figures |= {"images": manifest.count, "shards": len(manifest.shards)}
     if statistics is not None:

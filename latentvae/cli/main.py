@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from latentvae import __version__
 from latentvae.base.errors import LatentVAEError
+from latentvae.cli.options import is_first_process
 
 EXIT_BAD_INPUT = 2
 ABOUT = "Image VAEs for latent diffusion: reconstruct, encode, compress, train, export."
@@ -38,8 +39,7 @@ VERBS = {
     "take.",
     "compress": "Compress an image, or a folder; prints the bits per pixel of whole files, and what decoding "
     "them gives.",
-    "decompress": "Decompress an image that `latentvae compress` wrote, or a folder of them, with the same "
-    "model.",
+    "decompress": "Decompress an image that `latentvae compress` wrote, or a folder of them.",
     "sample": "Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.",
     "interpolate": "Interpolate between images: writes a strip, an animation and the size of each step.",
     "vary": "Vary images: writes copies (their captions too) and a contact sheet, and prints how far they "
@@ -53,10 +53,14 @@ VERBS = {
     "OUTPUT/vae.",
     "export": "Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers.",
     "convert": "Convert a VAE, and prove it by reading it back. No weight changes but by --dtype and --for.",
+    "plan": "Say what an image of some size takes: memory and time, whole and in exact tiles, and what to "
+    "choose.",
     "doctor": "Say whether fp16 and bf16 give what fp32 gives: each layer's largest value, overflows, error "
     "in dB.",
     "agree": "Say whether a diffusion model trained on A's latents can use B: each decodes the latents of "
     "both.",
+    "diffusability": "Train a small diffusion model on each VAE's latents, and compare how well it learns "
+    "them.",
     "demo": "Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in.",
     "anomaly": "Find odd images, by what is usual among normal ones.",
     "prior": "Learn a prior over latents to draw new images from.",
@@ -138,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments)
     except LatentVAEError as error:
         # whoever reads JSON from standard output must find some; people read standard error
-        if "--json" in arguments:
+        if "--json" in arguments and is_first_process():
             typer.echo(json.dumps({"error": str(error)}))
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_BAD_INPUT)

@@ -1,6 +1,7 @@
 """Options that verbs share, and how their results are told."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,18 +15,20 @@ EXIT_INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 # below where people are, and never among their images: see places.check_output
 OUTPUT = Path("latentvae-output")
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="Bundled name, diffusers folder, *.safetensors file or hub id.",
-        show_default="f8c4-small",
-    ),
-]
+# as in models.loading, which would have to be loaded for it
+DEFAULT_MODEL = "f8c4-small"
+CLOSEST_MODEL = "flux-small"  # of the bundled ones to the original picture (docs/models.md)
+
+
+def model_option(default: str) -> Any:
+    """The option --model, where `default` is the bundled model that is taken without it."""
+    words = "Bundled name, diffusers folder, *.safetensors file or hub id."
+    return Annotated[str | None, typer.Option("--model", "-m", help=words, show_default=default)]
+
+
 # Verbs about one model take it as an argument; --model is there too, because people type it by habit.
 ModelArgument = Annotated[
-    str | None, typer.Argument(help="As --model of the other verbs.", show_default="f8c4-small")
+    str | None, typer.Argument(help="As --model of the other verbs.", show_default=DEFAULT_MODEL)
 ]
 SameModel = Annotated[str | None, typer.Option("--model", "-m", help="The same, as other verbs take it.")]
 # as in models.formats, which would have to be loaded for it
@@ -53,14 +56,20 @@ TileSize = Annotated[
         min=16, help="Tile images above this side, with exact results. Default: those that would not fit."
     ),
 ]
-# Elsewhere these maps lie in a scratch folder; the option had its name before a store was only of latents.
-Store = Annotated[
+Scratch = Annotated[
     Path | None, typer.Option(help="Folder for maps of tiled images that would not fit in memory either.")
 ]
 # the same of `decode` and `shards`
 StoreArgument = Annotated[
     Path,
     typer.Argument(metavar="STORE", help="A folder that `latentvae encode` wrote.", show_default=False),
+]
+
+StoreAddress = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE", help="A folder that `latentvae encode` wrote, or its address.", show_default=False
+    ),
 ]
 
 MaxPixels = Annotated[
@@ -77,6 +86,11 @@ def output_folder(purpose: str) -> OptionInfo:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 image, 2 images."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def tell(result: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:

@@ -10,7 +10,7 @@ import typer
 from latentvae import images, measure, models
 from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder
-from latentvae.cli.options import OUTPUT, Sample, Seed, output_folder, tell
+from latentvae.cli.options import CLOSEST_MODEL, OUTPUT, Sample, Seed, output_folder, tell
 from latentvae.cli.places import short_names, with_ending
 from latentvae.cli.session import IMAGE_OPTIONS, LPIPS_OPTIONS, Session, takes
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS)
+@takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS, bundled=CLOSEST_MODEL)
 def reconstruct(
     session: Session,
     paths: Annotated[

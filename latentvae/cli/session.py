@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # for `takes`, of verbs that measure, and of verbs that work on images of any size
 LPIPS_OPTIONS = ("lpips_net", "lpips_weights")
-IMAGE_OPTIONS = ("device", "precision", "tile_size", "store", "max_pixels", "json")
+IMAGE_OPTIONS = ("device", "precision", "tile_size", "scratch", "max_pixels", "json")
 
 
 @dataclass
@@ -37,27 +37,34 @@ class Session:
         skipped: path and reason of each input that could not be used, as --json shows them.
         left_out: files of folders that are no image that can be read, by suffix.
         of_verb: names of the options that this verb has.
+        bundled: the model where none is named.
     """
 
-    model: options.Model = None
+    model: options.model_option(options.DEFAULT_MODEL) = None  # type: ignore[valid-type]
     lpips_net: options.LPIPSNet = "alex"
     lpips_weights: options.LPIPSWeights = None
     device: options.Device = None
     # exact where a verb has no such option
     precision: options.Precision = "fp32"
     tile_size: options.TileSize = None
-    store: options.Store = None
+    scratch: options.Scratch = None
     max_pixels: options.MaxPixels = None
     json: options.Json = False
     vae: "AutoencoderKL" = field(init=False)
     skipped: list[dict[str, str]] = field(init=False, default_factory=list)
     left_out: Counter[str] = field(init=False, default_factory=Counter)
     of_verb: frozenset[str] = field(init=False, default=frozenset())
+    bundled: str = field(init=False, default=options.DEFAULT_MODEL)
 
     @property
     def passed_over(self) -> dict[str, Any]:
         """What was not used, for --json: inputs that could not be, and other files of folders."""
         return {"skipped": self.skipped, "left_out": dict(self.left_out)}
+
+    @property
+    def chosen(self) -> str:
+        """The model that is named, or else the verb's own."""
+        return self.model or self.bundled
 
     def find_images(self, paths: Sequence[Path]) -> list[Path]:
         """The image files that are named or lie in the named folders; what else lies there is told.
@@ -66,13 +73,13 @@ class Session:
             ImageError: there is none, or a path is missing.
         """
         files = images.reading.find_images(paths, self.left_out)
-        if self.left_out:
+        if self.left_out and options.is_first_process():
             typer.echo(images.kinds.describe(self.left_out), err=True)
         return files
 
     def load(self) -> "AutoencoderKL":
         """The model: it takes seconds, so whatever can be refused without it is refused before."""
-        self.vae = runtime.devices.load_model(self.model, self.device, self.precision)
+        self.vae = runtime.devices.load_model(self.chosen, self.device, self.precision)
         return self.vae
 
     def find_lpips(self) -> "tuple[measure.lpips.LPIPS | None, str | None]":
@@ -87,7 +94,7 @@ class Session:
 
     def fit(self, path: Path, height: int, width: int) -> None:
         """Have the model tile an image of so many pixels if it must; ImageError where even that fails."""
-        runtime.tiling.fitting.tile_to_fit(self.vae, path, height, width, self.tile_size, self.store)
+        runtime.tiling.fitting.tile_to_fit(self.vae, path, height, width, self.tile_size, self.scratch)
 
     def read_images(
         self, paths: list[Path], longest: int | None = None
@@ -99,7 +106,7 @@ class Session:
         """
         # files are read as the model takes them: grey for one channel
         channels = image_channels(self.vae)
-        for path in tqdm(paths, unit="image", disable=len(paths) < 2):
+        for path in tqdm(paths, unit="image", disable=len(paths) < 2 or not options.is_first_process()):
             try:
                 most = self.max_pixels or images.reading.MAX_PIXELS
                 window = models.loading.window_of(self.vae)
@@ -170,11 +177,14 @@ class Session:
             raise LatentVAEError(f"none of the {skipped} images could be read; the first: {first}")
         were = "was" if skipped == 1 else "were"
         of = f"{skipped} of {options.counted(done + skipped, 'image')}"
-        typer.echo(f"{of} {were} skipped, as named above.", err=True)
+        if options.is_first_process():
+            typer.echo(f"{of} {were} skipped, as named above.", err=True)
         raise typer.Exit(options.EXIT_SKIPPED)
 
 
-def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(
+    *order: str | EllipsisType, bundled: str = options.DEFAULT_MODEL
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb, whose first parameter is its `session`, options of Session on the command line.
 
     Typer reads a verb's options from its signature. So `@takes("model", ..., "device", "json")` above
@@ -185,6 +195,7 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
     Args:
         order: of the options in `--help`. `...` stands for the verb's own; one of those may also be named, to
             stand between shared ones.
+        bundled: the model of this verb where none is named.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -196,7 +207,7 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
                 option.name,
                 Parameter.POSITIONAL_OR_KEYWORD,
                 default=option.default,
-                annotation=option.type,
+                annotation=options.model_option(bundled) if option.name == "model" else option.type,
             )
             for option in fields(Session)
             # a verb's own option of that name wins, with its own help: --tile-size of `fill`
@@ -218,7 +229,7 @@ def takes(*order: str | EllipsisType) -> Callable[[Callable[..., None]], Callabl
             given.apply_defaults()
             of_session = {name: given.arguments.pop(name) for name in shared}
             session = Session(**of_session)
-            session.of_verb = frozenset(shared)
+            session.of_verb, session.bundled = frozenset(shared), bundled
             verb(session, **given.arguments)
 
         # both: Typer looks at the signature, and then at the annotations for types

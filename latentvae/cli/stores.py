@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentvae import models, runtime, store
+from latentvae.base.addresses import Place
 from latentvae.base.errors import StoreError
 from latentvae.cli.session import Session, image_channels
 
@@ -15,19 +15,24 @@ if TYPE_CHECKING:
 
 
 def load_same_model(session: Session, dataset: store.dataset.LatentDataset) -> AutoencoderKL:
-    """Load the model that made the store.
+    """Load the model that made the store: the named one, or whichever bundled one did.
 
     Raises:
         StoreError: it is another one, by its weights.
     """
-    # rounded weights have another hash
-    vae = runtime.devices.load_model(session.model, session.device, "fp32")
-    found, wanted = models.fingerprint.weight_hash(vae), dataset.manifest.weights_sha256
-    if found != wanted:
+    wanted, candidates = dataset.manifest.weights_sha256, [session.chosen]
+    if session.model is None:
+        candidates += [name for name in models.loading.bundled() if name != session.chosen]
+    for name in candidates:
+        # rounded weights have another hash
+        vae = runtime.devices.load_model(name, session.device, "fp32")
+        if (found := models.fingerprint.weight_hash(vae)) == wanted:
+            break
+    else:
+        tried = f"{session.model} has {found[:12]}..." if session.model else "no bundled model has these"
         raise StoreError(
-            f"the model {session.model or 'by default'} has weights {found[:12]}..., but the latents in "
-            f"{dataset.reader.store} were made with weights {wanted[:12]}...: another decoder would show "
-            "something else. Name the model that encoded them with --model."
+            f"the latents in {dataset.reader.store} were made with weights {wanted[:12]}..., and {tried}: "
+            "another decoder would show something else. Name the model that encoded them with --model."
         )
     # pictures are what the store is read for
     image_channels(vae)
@@ -62,9 +67,10 @@ def skip_shard(shard: store.format.ShardRecord, error: StoreError, session: Sess
     session.skip_all([f"{shard.name}:{line}" for line in range(shard.count)], error)
 
 
-def _check_hashes(folder: Path, shard: store.format.ShardRecord) -> None:
+def _check_hashes(folder: Place, shard: store.format.ShardRecord) -> None:
     # reading all of it costs little beside decoding
-    problem = store.format.damage(folder, shard)
+    with store.verification.here(folder, shard) as local:
+        problem = store.format.damage(local, shard)
     if problem:
         raise StoreError(
             f"{shard.name} of {folder} is damaged: {problem}. `latentvae encode` with the same images mends "

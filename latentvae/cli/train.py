@@ -35,9 +35,9 @@ def train(
 ) -> None:
     """Train a VAE on images (a folder, parquet, WebDataset shards); ends with an export in OUTPUT/vae.
 
-    Recipes: tiny, digits, scan, f8c4-small, f8c16-small, f8c4-small-gpu, f8c16-small-gpu, f8c4; into the
-    latent spaces of others: sd-small, sdxl-small, sd3-small, flux-small. Settings and their reasons:
-    latentvae/training/config.py.
+    Recipes: tiny, digits, scan, f8c4-small, f8c4-small-stages, f8c16-small, f8c4-small-gpu, f8c16-small-gpu,
+    f8c4; into the latent spaces of others: sd-small, sdxl-small, sd3-small, flux-small. Settings and their
+    reasons: latentvae/training/config.py.
     """
     checked = training.recipes.load_config(config, settings)
     if find_batch_size:

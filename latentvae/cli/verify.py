@@ -6,13 +6,13 @@ import typer
 
 from latentvae import store
 from latentvae.base.errors import StoreError
-from latentvae.cli.options import Json, StoreArgument, counted, print_json
+from latentvae.cli.options import Json, StoreAddress, counted, print_json
 
 EXIT_DAMAGED = 2  # as any bad input
 
 
 def verify(
-    folder: StoreArgument,
+    folder: StoreAddress,
     sources: Annotated[
         bool, typer.Option("--sources", help="Also read every image's file: is it what was encoded?")
     ] = False,

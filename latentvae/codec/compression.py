@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from latentvae.base.errors import CodecError
+from latentvae.base.repeatable import same_bits
 from latentvae.codec.coding import entropy_decode, entropy_encode
 from latentvae.codec.container import HASH_BYTES, VERSION, Header, pack, read_lvae, unpack
 from latentvae.codec.quantisation import dequantise, in_steps, steps
@@ -25,7 +26,9 @@ DEFAULT_QUALITY = 50
 RELEASED = {
     "e7199bb1a8919be5": ("f8c4-small", "0.1.0"),
     "6c32fffc57779617": ("f8c16-small", "0.1.0"),
-    "b90db30da7dc4a38": ("sd-small", "0.1.0"),
+    "e2ff97b2c74fd32a": ("sd-small", "0.1.0"),
+    "d9a642ec8a12e13c": ("flux-small", "0.1.0"),
+    "c00d295f7b91f220": ("sdxl-small", "0.1.0"),
 }
 RATE_WEIGHT = 0.05  # measured: more saves bits at equal PSNR, and costs some at equal LPIPS
 
@@ -46,7 +49,8 @@ def compress(vae: AutoencoderKL, images: torch.Tensor, *, quality: int = DEFAULT
         raise CodecError(
             f"images of shape {tuple(images.shape)} came; one at a time is compressed, (1, C, H, W)."
         )
-    posterior, padding = encode(vae, images)  # (1, C, h, w)
+    with same_bits():
+        posterior, padding = encode(vae, images)  # (1, C, h, w)
     # the mode: a sample would spend bits on noise that the decoder does not miss
     chosen = steps(vae, posterior, quality)
     _, payload = entropy_encode(in_steps(posterior.mode(), chosen), RATE_WEIGHT)
@@ -121,7 +125,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "file": str(path),
         "version": VERSION,
         "weights": header.weights.hex(),
-        "model": _bundled(header.weights),
+        "model": bundled_model(header.weights),
         "released": RELEASED.get(header.weights.hex()),
         "quality": header.quality,
         "width": header.width,
@@ -138,8 +142,8 @@ def _short_hash(vae: AutoencoderKL) -> bytes:
     return bytes.fromhex(weight_hash(vae))[:HASH_BYTES]
 
 
-def _bundled(weights: bytes) -> str | None:
-    """The bundled model of these weights."""
+def bundled_model(weights: bytes) -> str | None:
+    """The bundled model of these weights, as a file's header has them."""
     # each takes a load of its weights; where a release had them, its own name is the first to try
     known = RELEASED.get(weights.hex(), ("", ""))[0]
     names = sorted(bundled(), key=lambda name: name != known)
@@ -148,7 +152,7 @@ def _bundled(weights: bytes) -> str | None:
 
 def _whose(weights: bytes) -> str:
     """Where weights are to be had, for messages."""
-    name, released = _bundled(weights), RELEASED.get(weights.hex())
+    name, released = bundled_model(weights), RELEASED.get(weights.hex())
     if name is not None:
         return f" (the bundled {name})"
     if released is not None:

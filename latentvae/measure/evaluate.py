@@ -1,8 +1,8 @@
 """Measuring a VAE's reconstructions of many images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,7 +11,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.measure.lpips import LPIPS
 from latentvae.measure.metrics import ImageMetrics, LatentsMode, Metrics, MetricsSummary
 from latentvae.measure.rfid import RFID, Inception, RFIDProtocol
-from latentvae.models.latents import reconstruct
+from latentvae.models.latents import reconstruct, seeded_generator
 from latentvae.models.loading import window_of
 
 
@@ -48,6 +48,13 @@ class Evaluation(MetricsSummary):
         return f"{figures}\n\nrFID {self.rfid:.3f} ({count})\n{how}\n{foot}"
 
 
+class Group(Protocol):
+    """Processes that evaluate together, each a share of the images; as `runtime.processes.Processes`."""
+
+    def share(self, value: Any) -> list[Any]:
+        """What all processes bring, by rank."""
+
+
 class Evaluator:
     """Reconstruct images and compare them with the originals; `metrics` gathers the figures.
 
@@ -58,7 +65,7 @@ class Evaluator:
         lpips: network from `load_lpips`, or None to leave LPIPS out.
         lpips_missing_reason: why it is left out, for the report.
         latents: decode the posterior's mode or a sample of it.
-        seed: of the samples.
+        seed: of the samples, each of which depends on the image's name too, and on nothing else.
     """
 
     def __init__(
@@ -69,11 +76,9 @@ class Evaluator:
         latents: LatentsMode = "mode",
         seed: int = 0,
     ) -> None:
-        self.vae, self.sample = vae, latents == "sample"
+        self.vae, self.sample, self.seed = vae, latents == "sample", seed
         window = window_of(vae)
         self.metrics = Metrics(lpips, lpips_missing_reason, latents, window.steps if window else 255)
-        # on the CPU: the same samples on every device
-        self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, name: str, image: torch.Tensor) -> tuple[torch.Tensor, ImageMetrics]:
         """The reconstruction (1, C, H, W), float32, of an image (C, H, W) in [-1, 1], and its figures.
@@ -91,9 +96,11 @@ class Evaluator:
         self, names: list[str], images: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[ImageMetrics, ...]]:
         """As `add`, of images of one size, (B, C, H, W)."""
-        result = reconstruct(self.vae, images, sample=self.sample, generator=self.generator)
+        # on the CPU and by name: the same samples on every device, in any order, in any process
+        generator = seeded_generator(self.seed, names[0], 0) if self.sample else None
+        result = reconstruct(self.vae, images, sample=self.sample, generator=generator)
         rebuilt = result.reconstructions.float()
-        figures = self.metrics.add(names, images.to(rebuilt.device), rebuilt, result.posterior.kl())
+        figures = self.metrics.add(names, images.to(rebuilt.device), rebuilt, result.posterior.known_kl())
         return rebuilt, figures
 
 
@@ -107,6 +114,8 @@ def evaluate(
     seed: int = 0,
     inception: Inception | None = None,
     rfid_missing_reason: str | None = None,
+    group: Group | None = None,
+    order: Sequence[str] = (),
 ) -> Evaluation:
     """Reconstruct images one by one, each at its own size, and compare them with the originals.
 
@@ -116,6 +125,8 @@ def evaluate(
         lpips, lpips_missing_reason, latents, seed: as of `Evaluator`.
         inception: network from `load_inception`, or None to leave rFID out.
         rfid_missing_reason: why it is left out although asked for, for the report.
+        group: processes that each evaluate some of the images; all get the figures of all.
+        order: with a group: the names of the images of all processes, in the order of the report.
     """
     evaluator = Evaluator(vae, lpips, lpips_missing_reason, latents, seed)
     rfid = RFID(inception) if inception else None
@@ -123,9 +134,30 @@ def evaluate(
         reconstructions, _ = evaluator.add(name, image)
         if rfid is not None:
             rfid.add(image[None], reconstructions)
+    if group is not None:
+        evaluator.metrics.images = _rows_of_all(evaluator.metrics.images, group, order)
+        rfid = _rfid_of_all(rfid, group) if rfid is not None else None
     figures = vars(evaluator.metrics.summary())
     if rfid is None:
         return Evaluation(**figures, rfid_missing_reason=rfid_missing_reason)
     if rfid.count < 2:  # one image has no covariance
         return Evaluation(**figures, rfid_missing_reason="it takes two images or more, got one")
     return Evaluation(**figures, rfid=rfid.value(), rfid_protocol=rfid.protocol())
+
+
+def _rows_of_all(own: list[ImageMetrics], group: Group, order: Sequence[str]) -> list[ImageMetrics]:
+    """The figures of every process's images, in the order of their names."""
+    parts = group.share([asdict(row) for row in own])
+    place = {name: number for number, name in enumerate(order)}
+    rows = (ImageMetrics(**row) for part in parts for row in part)
+    return sorted(rows, key=lambda row: place[row.name])
+
+
+def _rfid_of_all(own: RFID, group: Group) -> RFID:
+    """The statistics of every process's features as one."""
+    first, *others = group.share((own.originals, own.rebuilt))
+    own.originals, own.rebuilt = first
+    for originals, rebuilt in others:
+        own.originals.merge(originals)
+        own.rebuilt.merge(rebuilt)
+    return own

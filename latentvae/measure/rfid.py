@@ -100,6 +100,21 @@ class FeatureStatistics:
         self.mean += step * (len(x) / total)
         self.count = total
 
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add all vectors that another gathered; eq. 1.5 of the same source."""
+        if not other.count:
+            return
+        step = other.mean.to(self.mean) - self.mean
+        total = self.count + other.count
+        self._scatter += other._scatter.to(self.mean.device)
+        self._scatter.addr_(step, step, alpha=self.count * other.count / total)
+        self.mean += step * (other.count / total)
+        self.count = total
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which may lack the device."""
+        return vars(self) | {"mean": self.mean.cpu(), "_scatter": self._scatter.cpu()}
+
     @property
     def covariance(self) -> Tensor:
         """(size, size) float64, divided by count - 1. Raises LatentVAEError for fewer than two vectors."""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -509,14 +510,14 @@ def test_an_image_that_would_not_fit_is_tiled_with_the_same_figures(latentvae_co
         assert tiled[figure] == pytest.approx(whole[figure], abs=1e-3)
 
 
-def test_tiles_of_a_chosen_size_and_a_store_in_files(latentvae_command, model, tmp_path):
+def test_tiles_of_a_chosen_size_and_maps_in_files(latentvae_command, model, tmp_path):
     whole, _ = tiled_figures(latentvae_command, model)
-    (tmp_path / "store").mkdir()
-    options = ("--tile-size", "64", "--store", tmp_path / "store")
+    (tmp_path / "scratch").mkdir()
+    options = ("--tile-size", "64", "--scratch", tmp_path / "scratch")
     tiled, chosen = tiled_figures(latentvae_command, model, *options)
     assert chosen == [64]
     assert tiled["psnr"] == pytest.approx(whole["psnr"], abs=1e-3)
-    assert not list((tmp_path / "store").iterdir())
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_a_model_that_overflows_skips_the_image_and_does_the_rest(latentvae_command, pictures):
@@ -775,6 +776,24 @@ def test_export_of_a_fine_tuned_or_distilled_run_keeps_the_parents_factors(
     assert all(torch.equal(exported[key], weights[key]) for key in weights)  # no mean folded in
 
 
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_export_writes_graphs_and_says_how_far_they_are_from_torch(latentvae_command, trained):
+    result = latentvae_command("export", trained, "out", "--to", "openvino")
+    assert result.code == 0
+    assert re.search(r"vae_decoder: largest difference from torch \d\.\de-0[67] of the range", result.out)
+    assert {"vae_decoder/openvino_model.xml", "vae_encoder/openvino_model.bin"} < set(files_in(Path("out")))
+    own = latentvae.load(trained / "vae").config  # with the factors of the images it was trained on
+    config = json.loads(Path("out/vae_encoder/config.json").read_text())
+    assert config["scaling_factor"] == pytest.approx(own["scaling_factor"], rel=1e-5)
+    again = latentvae_command("export", trained / "vae", "-o", "out", "--to", "openvino", "--json")
+    assert again.code == 2
+    assert "--overwrite" in again.json()["error"]
+    refused = latentvae_command("export", trained / "vae", "other", "--to", "onnx", "--half")
+    assert refused.code == 2
+    assert "--half is of weights" in refused.err
+    assert not Path("other").exists()
+
+
 def test_export_does_not_replace_what_is_there_unless_told(latentvae_command, model):
     assert latentvae_command("export", model, "-o", "out").code == 0
     again = latentvae_command("export", model, "-o", "out")
@@ -837,7 +856,7 @@ def test_help_and_usage_errors_are_instant_as_they_import_nothing_heavy():
         "    assert not heavy & sys.modules.keys(), (line, heavy & sys.modules.keys())\n"
     )
     verbs = [*VERBS, "anomaly fit", "anomaly score", "prior fit"]
-    lacking = ("encode", "compress", "export", "train", "agree", "anomaly score")  # an argument
+    lacking = ("encode", "compress", "export", "train", "agree", "plan", "anomaly score")  # an argument
     lines = [*(f"{verb} {option}" for verb in verbs for option in ("--help", "--no-such")), *lacking]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(

@@ -78,7 +78,6 @@ def test_captions_that_are_left_out_are_counted_and_named(run, model: Path, phot
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("encode", "s3://bucket/x", "store"),
         ("encode", "PHOTOS", "s3://bucket/x"),
         ("reconstruct", "PHOTOS", "-m", "MODEL", "-o", "s3://bucket/x"),
         ("evaluate", "s3://bucket/x"),
@@ -86,7 +85,6 @@ def test_captions_that_are_left_out_are_counted_and_named(run, model: Path, phot
         ("evaluate", "PHOTOS", "-m", "s3://bucket/x.safetensors"),
         ("decode", "s3://bucket/x", "out"),
         ("export", "MODEL", "-o", "s3://bucket/x"),
-        ("train", "-c", "tiny", "--set", "data.train=s3://bucket/x"),
         ("train", "-c", "tiny", "--set", "data.train=PHOTOS", "--set", "output=s3://bucket/x"),
     ],
 )
@@ -100,6 +98,18 @@ def test_an_address_is_named_as_it_came_and_nothing_is_made(
     assert "s3://bucket/x" in result.err
     assert "is an address" in result.err
     assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("verb", ["encode", "train"])
+def test_a_source_at_an_address_of_no_known_kind_is_named_as_it_came(
+    run, model: Path, tmp_path: Path, monkeypatch, verb: str
+):
+    monkeypatch.chdir(tmp_path)
+    train = ("-c", "tiny", "--set", "data.train=odd://bucket/x.tar")
+    result = run(verb, *(train if verb == "train" else ("odd://bucket/x.tar", "store", "-m", model)))
+    assert result.code == 2
+    assert "odd://bucket/x.tar cannot be read: odd:// is no kind of address" in result.err
+    assert not list(tmp_path.glob("odd*")) + list(tmp_path.glob("store"))
 
 
 def test_a_folder_with_a_colon_in_its_name_is_no_address(tmp_path: Path, monkeypatch):

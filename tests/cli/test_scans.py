@@ -197,6 +197,21 @@ def test_a_range_of_percentiles_is_measured_and_written_down(tmp_path: Path) -> 
     assert window_of(latentvae.load(tmp_path / "run/vae")) == Window(*found["range"])
 
 
+@pytest.mark.parametrize("percentiles", [(0.1, 99.9), (1, 99), (0.01, 99.99), (0, 100)])
+def test_percentiles_are_those_of_all_samples_though_images_differ(percentiles: tuple[float, float]) -> None:
+    """The largest sample of a dim image is no rarer than one of the middle of a bright one."""
+    random = np.random.default_rng(0)
+    images = [random.gamma(2, scale, (96, 96)) for scale in random.uniform(5, 200, 20)]
+    found = measure_window(iter(images), percentiles)
+    low, high = np.percentile(np.concatenate([image.ravel() for image in images]), percentiles)
+    assert (found.low, found.high) == (pytest.approx(low, rel=0.1), pytest.approx(high, rel=0.02))
+
+
+def test_a_background_that_fills_half_of_a_scan_is_its_low_end() -> None:
+    scan = np.where(np.arange(10_000) % 2, -1000, np.arange(10_000) // 10).reshape(100, 100)
+    assert measure_window([scan], (0.1, 100)) == Window(-1000, 999)
+
+
 def test_a_window_and_back_keeps_every_sample_and_clips_what_is_outside(tmp_path: Path) -> None:
     window = Window(-1000, 3095)
     samples = np.arange(-1000, 3096).reshape(64, 64)

@@ -45,6 +45,27 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def test_the_bundled_model_that_made_a_file_is_found(
+    capsys: pytest.CaptureFixture[str], photos: Path
+) -> None:
+    """Nobody need remember it: the default model made none of these."""
+    small, back = photos.parent / "small", photos.parent / "back"
+
+    def call(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments), "--json"])
+        return int(stop.value.code or 0)
+
+    (name,) = (name for name in latentvae.bundled() if name == "sd-small")
+    assert call("compress", photos, small, "--model", name, "--no-compare") == 0
+    (small / "a.jpg.lvae").write_bytes(b"damaged")  # the first of them: the next one says whose they are
+    assert call("decompress", small, back) == 3
+    assert Image.open(back / "a.png.png").size == (45, 37)
+    assert call("decompress", small / "a.png.lvae", back / "one.png") == 0
+    assert call("decompress", small / "a.png.lvae", back / "two.png", "--model", "f8c4-small") == 2
+    assert "the bundled sd-small" in capsys.readouterr().out
+
+
 def test_a_folder_goes_there_and_back_and_is_resumed(run: Command, photos: Path, tmp_path: Path) -> None:
     small, back = tmp_path / "small", tmp_path / "back"
     code, said, _ = run("compress", photos, small)

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from latentvae.measure.rfid import FeatureStatistics
 from latentvae.training.recipes import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -175,40 +173,6 @@ def test_the_published_page_says_what_its_figures_say() -> None:
 
 
 # --- diffusability -----------------------------------------------------------------------------------------
-
-
-def test_normalised_latents_have_unit_variance_and_come_back() -> None:
-    from latentvae import build
-
-    torch.manual_seed(0)
-    vae, images = build("tiny").eval(), torch.rand(3, 3, 32, 32) * 2 - 1
-    found = diffusability.latents_of(vae, images, images[:1])
-    assert found.train.shape == (3, 4, 4, 4)
-    torch.testing.assert_close(found.train.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.train.std((0, 2, 3)), torch.ones(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.val, found.train[:1], atol=1e-4, rtol=1e-4)
-    wanted = diffusability.encode(vae, images, "again")
-    torch.testing.assert_close(found.denormalise(found.train), wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_a_diffusion_model_learns_a_constant_and_its_loss_is_repeatable() -> None:
-    """Latents that are all alike can be denoised; a network that learnt nothing has a loss of about 1."""
-    latents = torch.ones(64, 2, 4, 4) * torch.tensor([1.0, -1.0])[:, None, None]
-    trained = diffusability.diffusion_model(latents, steps=30, seed=0)
-    loss = diffusability.validation_loss(trained, latents)
-    assert loss < 0.5
-    assert diffusability.validation_loss(trained, latents) == loss
-    assert diffusability.validation_loss(trained, torch.randn(64, 2, 4, 4)) > 2 * loss
-
-
-def test_the_distance_grows_with_the_shift() -> None:
-    def gathered(shift: float) -> FeatureStatistics:
-        found = FeatureStatistics(3)
-        found.add(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) + shift)
-        return found
-
-    assert diffusability.distance(gathered(0), gathered(0)) == pytest.approx(0, abs=1e-9)
-    assert diffusability.distance(gathered(0), gathered(2)) == pytest.approx(12)
 
 
 def test_the_table_has_means_over_seeds_with_half_their_distance() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import pickle
 import socket
 import sys
 import urllib.request
@@ -399,3 +400,19 @@ def test_the_command_refuses_bad_weights(model: Path, photo_folder: Path, tmp_pa
     assert "none.pth: no such file" in str(result.exception)
     result = run(photo_folder, *options)
     assert "add --rfid" in str(result.exception)
+
+
+def test_statistics_of_parts_are_those_of_the_whole_also_from_other_processes() -> None:
+    vectors = correlated(40, 7, 0)
+    whole, parts = FeatureStatistics(7), [FeatureStatistics(7) for _ in range(3)]  # the last stays empty
+    whole.add(vectors)
+    parts[0].add(vectors[:11])
+    parts[1].add(vectors[11:])
+    for part in parts[1:]:
+        parts[0].merge(pickle.loads(pickle.dumps(part)))
+    assert parts[0].count == 40
+    torch.testing.assert_close(parts[0].mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts[0].covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+    empty = FeatureStatistics(7)
+    empty.merge(whole)
+    assert torch.equal(empty.covariance, whole.covariance)

@@ -238,7 +238,7 @@ def test_small_images_are_encoded_side_by_side_each_on_one_core(
         assert said.exit_code == 3, said.output
         assert [Path(each["path"]).name for each in json.loads(said.stdout)["skipped"]] == ["broken.png"]
     assert [count for count, _ in seen] == [1] * 6
-    assert [name.startswith("latentvae-gather") for _, name in seen] == [True] * 3 + [False] * 3
+    assert [name.startswith("latentvae-side") for _, name in seen] == [True] * 3 + [False] * 3
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
     one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
     assert np.array_equal(one, two)

@@ -1,19 +1,18 @@
 """Many small images to latents, each image on one core."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from latentvae.base import threads
 from latentvae.base.errors import ImageError, LatentVAEError
 from latentvae.images.resizing import thumbnail
 from latentvae.images.scans import load
 from latentvae.models.latents import encode
 from latentvae.models.loading import window_of
+from latentvae.runtime import side_by_side
 from latentvae.runtime.memory import batches_at_once
 
 SMALL = 1024  # pixels of a longer side: of larger ones the operations are worth sharing, and may be tiled
@@ -33,29 +32,20 @@ def encode_side_by_side(
 ) -> Iterator[tuple[Path, Encoded | LatentVAEError]]:
     """Read and encode images in threads of one core each; in their order, with the error of each that fails.
 
-    Shared between the cores, each of a small image's hundreds of operations takes less than it then waits for
-    the slowest thread: 30 images of 128 px took 9.9 s on two busy cores, and 1.9 s on one of them [measured].
-
     Args:
         channels: of the model.
         longest: larger images are shrunk to so many pixels along their longer side.
         count: threads; twice as many images are in memory.
     """
 
-    def work(path: Path) -> Encoded | LatentVAEError:
+    def work(path: Path) -> tuple[Path, Encoded | LatentVAEError]:
         try:
             image = thumbnail(load(path, channels, window_of(vae))[0], longest)
             with torch.no_grad():
-                return image, encode(vae, image[None])[0].mode()
+                return path, (image, encode(vae, image[None])[0].mode())
         except ImageError as error:  # names the file
-            return error
+            return path, error
         except LatentVAEError as error:
-            return LatentVAEError(f"{path}: {error}")
+            return path, LatentVAEError(f"{path}: {error}")
 
-    with threads.pool(count, "latentvae-gather") as pool:
-        waiting = ((path, pool.submit(work, path)) for path in paths)
-        ahead = deque(islice(waiting, 2 * count))  # not all: their images would fill the memory
-        while ahead:
-            path, future = ahead.popleft()
-            ahead.extend(islice(waiting, 1))
-            yield path, future.result()
+    yield from side_by_side.run((partial(work, path) for path in paths), count)

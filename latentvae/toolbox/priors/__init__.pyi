@@ -1,3 +1,4 @@
+from . import diffusability as diffusability
 from . import diffusion as diffusion
 from . import latent_set as latent_set
 from . import loading as loading

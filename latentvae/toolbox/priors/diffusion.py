@@ -115,7 +115,11 @@ def _check_fit(card: PriorCard, unet: UNet2DModel) -> None:
 
 
 def fit_diffusion(
-    latents: LatentSet, settings: DiffusionSettings | None = None, *, device: str | torch.device = "cpu"
+    latents: LatentSet,
+    settings: DiffusionSettings | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
 ) -> DiffusionPrior:
     """Train a network to denoise the latents of a store; its averaged weights become the prior.
 
@@ -133,7 +137,7 @@ def fit_diffusion(
         unet = build_unet(latents.shape, settings, len(classes) if classes else None).to(device)
     # the network counts classes from 0; labels of a store are any numbers
     places = torch.searchsorted(torch.tensor(classes), latents.labels) if classes else None
-    losses = _train(unet, latents, places, settings)
+    losses = _train(unet, latents, places, settings, progress)
     fit = {
         **asdict(settings),
         "steps_done": len(losses),
@@ -144,7 +148,11 @@ def fit_diffusion(
 
 
 def _train(
-    unet: UNet2DModel, latents: LatentSet, places: torch.Tensor | None, settings: DiffusionSettings
+    unet: UNet2DModel,
+    latents: LatentSet,
+    places: torch.Tensor | None,
+    settings: DiffusionSettings,
+    progress: bool = True,
 ) -> list[float]:
     """Train in place and leave the averaged weights; the loss of every step done, fewer after Ctrl-C."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -152,7 +160,8 @@ def _train(
     average = EMAModel(unet.parameters(), decay=settings.ema_decay)  # its decay warms up: (1 + n) / (10 + n)
     scheduler, losses, shown = make_scheduler(), list[float](), 1.0
     unet.train()
-    with tqdm(range(settings.steps), unit="step", desc="diffusion prior") as bar:
+    title = f"diffusion, seed {settings.seed}"
+    with tqdm(range(settings.steps), unit="step", desc=title, disable=not progress) as bar:
         try:
             for step in bar:
                 loss = _loss(unet, scheduler, latents, places, settings, step)

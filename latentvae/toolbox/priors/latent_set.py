@@ -1,14 +1,17 @@
 """The latents that a prior learns: those of a store, all of one size, scaled and normalised per channel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from latentvae.base.errors import StoreError
-from latentvae.models.latents import Posterior, Scaling
+from latentvae.base.errors import LatentVAEError, StoreError
+from latentvae.models.fingerprint import weight_hash
+from latentvae.models.latents import Posterior, Scaling, encode
 from latentvae.store.buckets import BucketBatchSampler
 from latentvae.store.dataset import NO_LABEL, LatentDataset
 
@@ -17,10 +20,35 @@ MEMORY = 2e9  # bytes kept of a store; of larger ones an even selection
 KEPT = 3 * 4  # bytes of a latent: its mean, and its log-variance as it was stored and within its bounds
 
 
+class Origin(Protocol):
+    """What is known of the VAE whose latents they are: a store's manifest says it, among other things."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """As `weight_hash`."""
+
+    @property
+    def scaling_factor(self) -> float:
+        """Of its config."""
+
+    @property
+    def shift_factor(self) -> float | None:
+        """Likewise."""
+
+
+class Model(NamedTuple):
+    """The `Origin` of latents that no store has held."""
+
+    weights_sha256: str
+    scaling_factor: float
+    shift_factor: float | None
+
+
 class LatentSet:
     """The posteriors of a store's images, read once and kept in float32.
 
     Attributes:
+        manifest: of the store, or what else says whose latents these are.
         shape: (C, h, w) of the latents.
         labels: (N,) int64, each image's label; -1 where it has none.
         mean, std: (C,) of scaled posterior samples over all images, for `batch`.
@@ -41,7 +69,7 @@ class LatentSet:
             raise StoreError(f"{store} holds {self.total} image; a prior learns from {LEAST} or more.")
         channels = dataset.manifest.config["latent_channels"]
         self.shape = (channels, *_one_size(store, dataset))
-        self.manifest = dataset.manifest
+        self.manifest: Origin = dataset.manifest
         chosen = _selection(self.total, KEPT * int(np.prod(self.shape)))
         scaling = Scaling.of(self.manifest)
         moments = torch.empty(len(chosen), 2 * channels, *self.shape[1:])  # filled in place
@@ -53,8 +81,34 @@ class LatentSet:
         self._posterior = Posterior(moments)
         self.mean, self.std = _statistics(self._posterior)
 
+    @classmethod
+    def of(cls, vae: AutoencoderKL, batches: Iterable[torch.Tensor]) -> "LatentSet":
+        """The posteriors of images (B, C, H, W) in [-1, 1], all of one size, that no store holds.
+
+        Raises:
+            LatentVAEError: fewer than two images.
+        """
+        with torch.no_grad():
+            posteriors = [encode(vae, batch)[0] for batch in batches]
+            parts = [torch.cat([each.mean, each.logvar], dim=1).float().cpu() for each in posteriors]
+        if sum(map(len, parts)) < LEAST:
+            raise LatentVAEError(f"{sum(map(len, parts))} image came; a prior learns from {LEAST} or more.")
+        found = cls.__new__(cls)
+        factors = vae.config["scaling_factor"], vae.config["shift_factor"]
+        found.manifest = Model(weight_hash(vae), *factors)
+        found._posterior = Posterior(Scaling.of(found.manifest).scale_moments(torch.cat(parts)))
+        found.total, channels, height, width = found._posterior.mean.shape
+        found.shape = (channels, height, width)
+        found.labels = torch.full((found.total,), NO_LABEL)
+        found.mean, found.std = _statistics(found._posterior)
+        return found
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def modes(self) -> torch.Tensor:
+        """The posteriors' means, normalised, (N, C, h, w)."""
+        return (self._posterior.mean - self.mean[:, None, None]) / self.std[:, None, None]
 
     def draw(self, numbers: Sequence[int] | np.ndarray, noise: torch.Tensor) -> torch.Tensor:
         """Samples of the posteriors of the images with these numbers, normalised, (B, C, h, w) float32.

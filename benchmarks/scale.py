@@ -1,0 +1,343 @@
+"""Encoding and reading at the scale of a cluster: what each of its parts costs.
+
+    python benchmarks/scale.py planning                     a million members of 1,000 tars: time and memory
+    python benchmarks/scale.py reading                      a store beside a .npz for each image
+    python benchmarks/scale.py object-store PHOTOS          tars in an object store, beside the bare model
+    python benchmarks/scale.py ray PHOTOS                   two workers of Ray beside two processes
+
+The two sides of a ratio take turns in one run. The object store is moto's server of S3, a process beside, on
+127.0.0.1. Ray's workers and the processes have imported all there is, and begin with a model to make ready.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from machine import machine
+from PIL import Image
+from store import model_seconds, plain_seconds, ready
+
+import latentvae
+from latentvae.cli.encode import equip_node, tile_large
+from latentvae.images.reading import find_images
+from latentvae.images.resizing import Preprocessing
+from latentvae.store.cluster import Ray
+from latentvae.store.dataset import LatentDataset
+from latentvae.store.encoding import Workload, encode_folder
+from latentvae.store.format import (
+    Entry,
+    Manifest,
+    place_shard,
+    shard_name,
+    stage_shard,
+    tensor_name,
+    write_manifest,
+)
+from latentvae.store.parts import Part
+from latentvae.store.planning import find_sources, plan_shards
+from latentvae.store.settings import SHARD_SIZE
+
+MEMBERS = 1000  # of a tar
+SIDE, CHANNELS = 64, 4  # latents of 512 px, of SD
+
+
+def planning(arguments: argparse.Namespace) -> str:
+    """A million members, planned in a fresh process, with nothing but headers read."""
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        write_tars(Path(folder), arguments.tars, arguments.captions)
+        command = [sys.executable, __file__, "planning", "--measure", folder]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return (
+        "| tars | images | listing, s | shards, s | CPU, s | memory, MB |\n|---|---|---|---|---|---|\n"
+        f"| {arguments.tars:,} | {found['images']:,} | {found['listing']:.1f} | {found['planning']:.1f} | "
+        f"{found['cpu']:.1f} | {found['bytes'] / 1e6:.0f} |"
+    )
+
+
+def write_tars(folder: Path, count: int, texts: bool = False) -> None:
+    """Tars of a thousand small pictures, or of 500 and a caption for each; all alike."""
+    picture, packed = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(picture, "PNG")
+    kinds = {".png": picture.getvalue(), **({".txt": b"a red square"} if texts else {})}
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for member in range(MEMBERS // len(kinds)):
+            for suffix, data in kinds.items():
+                header = tarfile.TarInfo(f"{member:06d}{suffix}")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    for number in range(count):
+        (folder / f"{number:05d}.tar").write_bytes(packed.getvalue())
+
+
+def measure_planning(folder: Path) -> None:
+    """Print what listing and planning the tars of a folder take."""
+    process = psutil.Process()
+    before, start, cpu = process.memory_info().rss, time.perf_counter(), time.process_time()
+    sources = find_sources(f"{folder}/*.tar", folder / "none", Counter())
+    listed = time.perf_counter()
+    plan = plan_shards([], list(sources), SHARD_SIZE, False)
+    assert sum(len(shard.keys) for shard in plan.shards) == len(sources)
+    figures = {
+        "images": len(sources),
+        "listing": listed - start,
+        "planning": time.perf_counter() - listed,
+        "cpu": time.process_time() - cpu,
+        "bytes": psutil.Process().memory_info().rss - before,
+    }
+    print(json.dumps(figures))
+
+
+def reading(arguments: argparse.Namespace) -> str:
+    """Random images of a bf16 store, and the same as files of their own."""
+    count, rows = arguments.images, []
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as place:
+        store, files = Path(place) / "store", Path(place) / "npz"
+        write_both(store, files, count)
+        numbers = np.random.default_rng(0).integers(count, size=arguments.reads).tolist()
+        dataset = LatentDataset(store, mode="moments")
+        sides: dict[str, tuple[Path, Callable[[int], Any]]] = {
+            "store, bf16": (store, lambda number: dataset[number]["moments"]),
+            ".npz for each, float32": (files, partial(read_npz, files)),
+        }
+        for name, (folder, read) in sides.items():
+            found = list(folder.iterdir())
+            forget(found)
+            first = took(read, numbers)
+            again = took(read, numbers)
+            total = sum(path.stat().st_size for path in found)
+            rows.append(f"| {name} | {len(found):,} | {total / 1e6:,.0f} | {first:.1f} | {again:.1f} |")
+        same = all(torch.equal(dataset[n]["moments"], read_npz(files, n)) for n in numbers[:100])
+    assert same
+    return "\n".join(
+        [
+            f"| {count:,} images | files | MB | {len(numbers):,} at random, s | again, s |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def write_both(store: Path, files: Path, count: int) -> None:
+    """Random moments as a store, and each as a file."""
+    store.mkdir()
+    files.mkdir()
+    name, records = tensor_name(SIDE, SIDE), []
+    for number, first in enumerate(range(0, count, SHARD_SIZE)):
+        rows = range(first, min(first + SHARD_SIZE, count))
+        moments = torch.randn(len(rows), 2 * CHANNELS, SIDE, SIDE).to(torch.bfloat16)
+        entries = []
+        for at, row in enumerate(rows):
+            np.savez(files / f"{row:08d}.npz", moments=moments[at].float().numpy())
+            size = {"width": 512, "height": 512, "resized": None, "cropped": None, "padding": (0, 0, 0, 0)}
+            file = {"sha256": "0" * 64, "size_bytes": 0, "mtime_ns": 0}
+            entries.append(Entry(f"{row:08d}.png", "", tensor=name, offset=at, **size, **file))
+        record = stage_shard(store, shard_name(number), {name: moments}, entries, [])
+        place_shard(store, record)
+        records.append(record)
+    common = {"dtype": "bf16", "precision": "fp32", "flips": False, "batch_size": 8, "shard_size": SHARD_SIZE}
+    vae = {"weights_sha256": "", "config": {"latent_channels": CHANNELS}, "scaling_factor": 1.0}
+    write_manifest(
+        store, Manifest(shift_factor=0.0, preprocessing=Preprocessing(), shards=records, **common, **vae)
+    )
+
+
+def read_npz(files: Path, number: int) -> torch.Tensor:
+    """The moments of an image from its file."""
+    with np.load(files / f"{number:08d}.npz") as file:
+        return torch.from_numpy(file["moments"])
+
+
+def forget(files: list[Path]) -> None:
+    """Have the system drop what it keeps of files in memory, where it can be asked to."""
+    for path in files if hasattr(os, "posix_fadvise") else []:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def took(read: Callable[[int], Any], numbers: list[int]) -> float:
+    """Seconds to read these images."""
+    start = time.perf_counter()
+    for number in numbers:
+        read(number)
+    return time.perf_counter() - start
+
+
+def object_store(arguments: argparse.Namespace) -> str:
+    """Tars in an object store to a store, and the model alone on the batches of that."""
+    vae = latentvae.optimize(latentvae.load())
+    threads, bare, stored = torch.get_num_threads(), [], []
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as place, served() as files:
+        photos = Path(place) / "photos"
+        photos.mkdir()
+        for path in find_images(arguments.photos)[: arguments.images]:
+            (photos / path.name).symlink_to(path.resolve())
+        batches = ready(vae, photos)
+        pack(sorted(photos.iterdir()), files, 4)
+        model_seconds(vae, batches[:2], threads)
+        for number in range(arguments.rounds):
+            bare.append(min(model_seconds(vae, batches, threads), plain_seconds(vae, batches)))
+            store = Path(place) / f"store{number}"
+            stored.append(encode_folder(vae, "s3://bench/*.tar", store, workload=Workload(threads)).seconds)
+    share = statistics.median(one / other for one, other in zip(bare, stored, strict=True))
+    count = sum(map(len, batches))
+    return (
+        "| images | model alone, images/s | from s3:// to a store | share |\n|---|---|---|---|\n"
+        f"| {count} | {count / statistics.median(bare):.2f} | {count / statistics.median(stored):.2f} | "
+        f"{share:.1%} |"
+    )
+
+
+@contextmanager
+def served() -> Iterator[Any]:
+    """A server of S3 on this machine with a bucket, as fsspec sees it."""
+    import s3fs
+
+    port = 5557
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        files = s3fs.S3FileSystem()
+        for _ in range(60):
+            try:
+                files.mkdir("bench")
+                break
+            except OSError:
+                time.sleep(1)
+        yield files
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def pack(photos: list[Path], files: Any, count: int) -> None:
+    """Put photos into tars of the bucket."""
+    for number in range(count):
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for path in photos[number::count]:
+                tar.add(path.resolve(), path.name)
+        files.pipe_file(f"bench/{number:03d}.tar", packed.getvalue())
+
+
+def ray(arguments: argparse.Namespace) -> str:
+    """Two workers of Ray, and two processes, of one core each."""
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's are of lower priority otherwise
+    import ray as package
+
+    photos = find_images(arguments.photos)[: arguments.images]
+    vae, times = latentvae.load(), {"processes": list[float](), "ray": list[float]()}
+    package.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    engine = Ray(vae, partial(equip_node, precision="fp32", threads=1, workers=1), cores=1)
+    options = {"shard_size": arguments.shard_size, "weights_sha256": "0" * 64}
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as place:
+        for number in range(arguments.rounds + 1):
+            start = time.perf_counter()
+            one, other = Path(place) / f"ray{number}", Path(place) / f"processes{number}"
+            encode_folder(vae, [*map(str, photos)], one, workload=Workload(engine=engine), **options)
+            if number:  # the first is for the workers to import
+                times["ray"].append(time.perf_counter() - start)
+                times["processes"].append(in_processes(photos, other, options))
+                assert (one / "store.json").read_bytes() == (other / "store.json").read_bytes()
+    package.shutdown()
+    pairs = zip(times["processes"], times["ray"], strict=True)
+    share = statistics.median(alone / shared for alone, shared in pairs)
+    rates = {name: len(photos) / statistics.median(some) for name, some in times.items()}
+    return (
+        "| images | two processes, images/s | two workers of Ray | share |\n|---|---|---|---|\n"
+        f"| {len(photos)} | {rates['processes']:.2f} | {rates['ray']:.2f} | {share:.1%} |"
+    )
+
+
+def in_processes(photos: list[Path], store: Path, options: dict[str, Any]) -> float:
+    """Seconds that two processes take, from when both are ready."""
+    context = multiprocessing.get_context("spawn")
+    begin, prepared, ended = context.Event(), context.Semaphore(0), context.Semaphore(0)
+    parts = [
+        context.Process(target=part, args=(photos, store, options, rank, begin, prepared, ended))
+        for rank in range(2)
+    ]
+    for process in parts:
+        process.start()
+    for _ in parts:
+        prepared.acquire()
+    start = time.perf_counter()
+    begin.set()
+    for _ in parts:
+        ended.acquire()
+    seconds = time.perf_counter() - start
+    for process in parts:
+        process.join()
+    return seconds
+
+
+def part(
+    photos: list[Path], store: Path, options: dict[str, Any], rank: int, begin: Any, prepared: Any, ended: Any
+) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    vae = latentvae.load()
+    prepared.release()
+    begin.wait()
+    latentvae.optimize(vae)
+    tile_large(vae)
+    work = Workload(threads=1, workers=1, part=Part(rank, 2))
+    encode_folder(vae, [*map(str, photos)], store, workload=work, **options)
+    ended.release()
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["planning", "reading", "object-store", "ray"])
+    parser.add_argument("photos", type=Path, nargs="?", help="a folder of images")
+    parser.add_argument("--tars", type=int, default=1000)
+    parser.add_argument("--captions", action="store_true", help="every second member is one")
+    parser.add_argument("--images", type=int, default=None, help="default: 64; 10,000 for reading")
+    parser.add_argument("--reads", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shard-size", type=int, default=8)
+    parser.add_argument("--scratch", type=Path, help="folder for gigabytes of temporary files")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure_planning(arguments.measure)
+        return
+    arguments.images = arguments.images or (10_000 if arguments.what == "reading" else 64)
+    if arguments.what in ("object-store", "ray") and arguments.photos is None:
+        parser.error("name a folder of images")
+    functions = {"planning": planning, "reading": reading, "object-store": object_store, "ray": ray}
+    print(functions[arguments.what](arguments), f"\n\n{machine()}")
+
+
+if __name__ == "__main__":
+    main()
