@@ -568,6 +568,6 @@ def test_a_bundled_model_gives_the_same_picture_in_every_precision(name, shared)
     vae = latentvae.load(name)
     found = compare_halves(vae, {"23": image})
     assert found["fp16"].psnr > 50
-    assert found["fp16"].largest <= 8
+    assert found["fp16"].off < 1e-4  # single values: a maximum would be of the one pixel of a million
     assert found["bf16"].psnr > 35
     assert diagnose(vae, {"23": image[..., :256, :256]}).fp16_works

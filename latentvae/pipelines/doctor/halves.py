@@ -20,6 +20,7 @@ class HalfPicture:
     psnr: float  # dB, of the worst image; inf: identical
     largest: int  # difference of a value, of 255
     changed: float  # share of values that differ at all
+    off: float  # share of values that differ by more than 4 of 255
 
 
 @torch.no_grad()
@@ -46,10 +47,12 @@ def compare_halves(vae: AutoencoderKL, images: Mapping[str, torch.Tensor]) -> di
     for name, dtype in HALVES.items():
         given = _pictures(vae, dtype, images)  # from latents of its own, as users get them
         differences = [(given[key].int() - wanted[key].int()).abs() for key in images]
+        values = sum(map(torch.numel, differences))
         found[name] = HalfPicture(
             psnr=min(float(psnr(from_uint8(wanted[key]), from_uint8(given[key])).min()) for key in images),
             largest=max(int(each.max()) for each in differences),
-            changed=sum(int((each > 0).sum()) for each in differences) / sum(map(torch.numel, differences)),
+            changed=sum(int((each > 0).sum()) for each in differences) / values,
+            off=sum(int((each > 4).sum()) for each in differences) / values,
         )
     return found
 
