@@ -3,9 +3,11 @@
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.optim import Optimizer
@@ -97,21 +99,18 @@ class MuonAdamW(Optimizer):
                 self._adamw(group, parameters)
 
     def _muon(self, group: dict[str, Any], parameters: list[Any]) -> None:
-        by_shape = defaultdict(list)  # kernels of one shape go through the iteration as one stack
+        matrices = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
             # (out, in, kh, kw) seen as (out, in*kh*kw)
-            nesterov = parameter.grad.lerp(state["momentum"], MUON_MOMENTUM)
-            by_shape[parameter.shape].append((parameter, nesterov.flatten(1)))
-        for shape, members in by_shape.items():
-            updates = orthogonalize(torch.stack([matrix for _, matrix in members]))
-            step = group["lr"] * MUON_RMS * math.sqrt(max(updates.shape[-2:]))
-            for (parameter, _), update in zip(members, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view(shape), alpha=-step)
+            matrices.append(parameter.grad.lerp(state["momentum"], MUON_MOMENTUM).flatten(1))
+        for parameter, update in zip(parameters, orthogonalize_together(matrices), strict=True):
+            step = group["lr"] * MUON_RMS * math.sqrt(max(update.shape))
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update.view(parameter.shape), alpha=-step)
 
     def _adamw(self, group: dict[str, Any], parameters: list[Any]) -> None:
         for parameter in parameters:
@@ -136,6 +135,54 @@ class MuonAdamW(Optimizer):
             eps=ADAM_EPS,
             maximize=False,
         )
+
+
+def orthogonalize_together(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`orthogonalize` of matrices (rows, columns) that all processes hold alike: each does its share of them.
+
+    The iteration is the dearest part of an update, and the same everywhere; what the shares give is gathered
+    instead. Matrices of one shape go through it as one stack.
+    """
+    several = bool(matrices) and dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    shares = share_out([matrix.shape for matrix in matrices], world)
+    updates = matrices.copy()
+    by_shape = defaultdict(list)
+    for index in shares[rank]:
+        by_shape[matrices[index].shape].append(index)
+    for members in by_shape.values():
+        stack = orthogonalize(torch.stack([matrices[index] for index in members]))
+        for index, update in zip(members, stack, strict=True):
+            updates[index] = update
+    if world == 1:
+        return updates
+    own = [updates[index].flatten() for index in shares[rank]]
+    longest = max(sum(matrices[index].numel() for index in share) for share in shares)
+    given = torch.cat([*own, matrices[0].new_zeros(longest - sum(map(len, own)))])  # all of one length
+    gathered = given.new_empty(world * longest)
+    dist.all_gather_into_tensor(gathered, given)
+    for share, row in zip(shares, gathered.view(world, longest), strict=True):
+        end = 0
+        for index in share:
+            start, end = end, end + matrices[index].numel()
+            updates[index] = row[start:end].view(matrices[index].shape)
+    return updates
+
+
+def share_out(shapes: Sequence[tuple[int, ...]], world: int) -> list[list[int]]:
+    """Which matrices each of `world` processes orthogonalises: the dearest first, to who has least to do."""
+    costs = {
+        # two products with the wide matrix, and four of squares in each step
+        index: min(shape) ** 2 * (2 * max(shape) + 4 * NEWTON_SCHULZ_STEPS * min(shape))
+        for index, shape in enumerate(shapes)
+    }
+    shares: list[list[int]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for index in sorted(costs, key=lambda each: (-costs[each], each)):
+        least = loads.index(min(loads))
+        shares[least].append(index)
+        loads[least] += costs[index]
+    return [sorted(share) for share in shares]
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Muon with AdamW: the same steps as torch's own optimizers, the right parameters in each, the schedule."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from latentvae.models.presets import build
+from latentvae.training import optim
 from latentvae.training.config import OptimConfig
 from latentvae.training.optim import (
     MUON_RMS,
@@ -163,6 +166,57 @@ def test_kernels_of_one_shape_each_get_their_own_update():
             optimizer.step()
     for a, b in zip(together, alone, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-4)  # a step moves each weight by about 2e-3
+
+
+class Threads:
+    """As much of torch.distributed as Muon wants, among threads of this process."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.barrier, self.mine = world, threading.Barrier(world, timeout=30), threading.local()
+        self.given: list[torch.Tensor] = [torch.empty(0)] * world
+
+    is_available = is_initialized = staticmethod(lambda: True)
+
+    def get_rank(self) -> int:
+        return self.mine.rank
+
+    def get_world_size(self) -> int:
+        return self.world
+
+    def all_gather_into_tensor(self, gathered: torch.Tensor, given: torch.Tensor) -> None:
+        self.given[self.get_rank()] = given
+        self.barrier.wait()
+        gathered.copy_(torch.cat(self.given))
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_processes_share_the_orthogonalising_and_all_get_the_same_updates(monkeypatch, world):
+    matrices = [drawn(*shape, seed=seed) for seed, shape in enumerate([(8, 36), (8, 36), (6, 9), (16, 8)])]
+    wanted = [optim.orthogonalize(matrix) for matrix in matrices]
+    counted = []
+    whole = optim.orthogonalize
+    monkeypatch.setattr(optim, "orthogonalize", lambda stack: counted.append(len(stack)) or whole(stack))
+    threads = Threads(world)
+    monkeypatch.setattr(optim, "dist", threads)
+
+    def one(rank: int) -> list[torch.Tensor]:
+        threads.mine.rank = rank
+        return optim.orthogonalize_together(matrices)
+
+    with ThreadPoolExecutor(world) as pool:
+        for updates in pool.map(one, range(world)):
+            for update, each in zip(updates, wanted, strict=True):
+                assert torch.allclose(update, each, rtol=0, atol=1e-6)
+    assert sum(counted) == len(matrices)  # each of them once, by one
+
+
+def test_shares_are_of_nearly_the_same_cost_and_hold_each_matrix_once():
+    shapes = [(512, 4608)] * 9 + [(256, 2304)] * 7 + [(128, 1152)] * 5
+    shares = optim.share_out(shapes, 4)
+    assert sorted(index for share in shares for index in share) == list(range(len(shapes)))
+    assert [sum(shapes[index][0] == 512 for index in share) for share in shares] == [3, 2, 2, 2]
+    assert all(len(share) > 3 for share in shares[1:])
 
 
 def test_a_muon_step_is_the_size_of_adamws_whatever_the_shape():
