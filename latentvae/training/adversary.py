@@ -1,4 +1,4 @@
-"""The adversarial half of training: PatchGAN, its optimizer, and the weight of g_loss."""
+"""The adversarial half of training: the two discriminators, their optimizer, and the weight of g_loss."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from latentvae.base.errors import ConfigError, ModelError
 from latentvae.base.files import whole_file
 from latentvae.models.loading import check_keys
+from latentvae.training.alignment import VisionModel
 from latentvae.training.config import AdversarialConfig, Config
 from latentvae.training.losses import d_loss, g_loss, lecam_loss
 
@@ -66,6 +67,50 @@ class PatchGAN(nn.Module):
         return smallest_input(self.layers)
 
 
+class FeatureGAN(nn.Module):
+    """Logits for patches, of a frozen vision model's features; positive means "real".
+
+    What a picture shows has been learned by that model, so that the discriminator is small heads, hard to
+    teach single images by heart, and looks at more than texture (Projected GANs, Sauer et al. 2021).
+
+    Args:
+        vision: gives the features; shared with the alignment of latents where that has the same model.
+        width: channels of each head.
+        layers: of the vision model that are looked at, each by a head of its own.
+
+    Raises:
+        ConfigError: the model has fewer.
+    """
+
+    min_size = 1  # images are brought to whole patches
+
+    def __init__(self, vision: VisionModel, width: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        if layers > vision.depth:
+            raise ConfigError(
+                f"adversarial.layers={layers}, and the model of adversarial.features has {vision.depth}: set "
+                "as many or fewer."
+            )
+        self.eyes = [vision]  # in a list, as it is no module: neither trained nor saved nor shared out
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(vision.width, width, 1, bias=False),
+                nn.GroupNorm(GROUPS, width),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, 1, 3, padding=1),
+            )
+            for _ in range(layers)
+        )
+        self.apply(_initialise)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, layers, side, side) of images (B, C, S, S) in [-1, 1], each of a patch of the model."""
+        (vision,) = self.eyes
+        side = max(1, round(images.shape[-1] / vision.patch))
+        levels = vision.levels(images, side, len(self.heads))
+        return torch.cat([head(level) for head, level in zip(self.heads, levels, strict=True)], 1)
+
+
 def smallest_input(layers: int) -> int:
     """The side of images, in pixels, of which a discriminator of so many layers makes one patch."""
     # every strided layer halves; the last two, of kernel 4 and padding 1, take one pixel each
@@ -88,7 +133,7 @@ class Adversary:
         discriminator: on its device.
     """
 
-    def __init__(self, config: AdversarialConfig, discriminator: PatchGAN) -> None:
+    def __init__(self, config: AdversarialConfig, discriminator: PatchGAN | FeatureGAN) -> None:
         self.config = config
         self.discriminator = discriminator
         # betas of LDM: little momentum, as the opponent moves
@@ -98,15 +143,30 @@ class Adversary:
         self.averages = next(discriminator.parameters()).new_zeros(3)
 
     @classmethod
-    def build(cls, config: Config, channels: int, device: torch.device) -> "Adversary | None":
+    def build(
+        cls, config: Config, channels: int, device: torch.device, vision: VisionModel | None = None
+    ) -> "Adversary | None":
         """A discriminator of the run's precision, fresh or from adversarial.init; None without its loss.
 
+        Args:
+            config: of the run.
+            channels: of its images.
+            device: of the discriminator.
+            vision: what regularise.align has loaded; taken where adversarial.features names the same model.
+
         Raises:
-            ConfigError: weights to begin with that are damaged or of another shape.
+            ConfigError: weights to begin with that are damaged or of another shape; as `VisionModel.load`.
         """
-        if config.adversarial.disc_weight == 0:
+        own = config.adversarial
+        if own.disc_weight == 0:
             return None
-        discriminator = PatchGAN(channels, config.adversarial.width, config.adversarial.layers)
+        discriminator: PatchGAN | FeatureGAN
+        if own.features is None:
+            discriminator = PatchGAN(channels, own.width, own.layers)
+        else:
+            if vision is None or own.features != config.regularise.align.model:
+                vision = VisionModel.load(own.features, device, config.train.dtype, "adversarial.features")
+            discriminator = FeatureGAN(vision, own.width, own.layers)
         if config.adversarial.init is not None:
             load_weights(discriminator, find_weights(config.adversarial.init))
         discriminator.to(device, config.train.dtype).to(memory_format=config.train.memory_format)
@@ -180,7 +240,7 @@ def find_weights(place: str) -> Path:
     return found
 
 
-def load_weights(discriminator: PatchGAN, path: Path) -> None:
+def load_weights(discriminator: PatchGAN | FeatureGAN, path: Path) -> None:
     """Load what `Adversary.save` or a checkpoint wrote.
 
     Raises:
@@ -188,7 +248,7 @@ def load_weights(discriminator: PatchGAN, path: Path) -> None:
     """
     try:
         tensors = load_file(path)
-        check_keys(tensors, discriminator.state_dict(), path, "Set adversarial.width and adversarial.layers.")
+        check_keys(tensors, discriminator.state_dict(), path, "Set adversarial.width, .layers and .features.")
     except (SafetensorError, OSError, ModelError) as error:
         raise ConfigError(f"adversarial.init: {path} cannot be used: {error}") from error
     discriminator.load_state_dict(tensors)

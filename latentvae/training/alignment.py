@@ -67,24 +67,26 @@ class VisionModel:
         self.more = {flag: True} if flag in inspect.signature(network.forward).parameters else {}
 
     @classmethod
-    def load(cls, name: str, device: torch.device, dtype: torch.dtype) -> "VisionModel":
-        """A folder, or a model of the hub.
+    def load(
+        cls, name: str, device: torch.device, dtype: torch.dtype, setting: str = "regularise.align.model"
+    ) -> "VisionModel":
+        """A folder, or a model of the hub; `setting` is what named it.
 
         Raises:
             ConfigError: not there, no vision transformer, or transformers is not installed.
         """
-        transformers = need("transformers", ConfigError, what="regularise.align")
+        transformers = need("transformers", ConfigError, what=setting)
         try:
             network = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"regularise.align.model={name} cannot be loaded ({error}). Give a folder of a vision model "
+                f"{setting}={name} cannot be loaded ({error}). Give a folder of a vision model "
                 "of transformers, with safetensors, or an id of the hub where there is a connection."
             ) from error
         network = getattr(network, "vision_model", network)  # of models of text and images
         patch = getattr(network.config, "patch_size", None)
         if not isinstance(patch, int):
-            raise ConfigError(f"regularise.align.model={name} has no patches; wanted a vision transformer.")
+            raise ConfigError(f"{setting}={name} has no patches; wanted a vision transformer.")
         return cls(network.to(device, dtype), patch, *_normalisation(transformers, name))
 
     @property
@@ -92,16 +94,29 @@ class VisionModel:
         """Of its features."""
         return int(self.network.config.hidden_size)  # type: ignore[union-attr, arg-type]
 
+    @property
+    def depth(self) -> int:
+        """Its layers."""
+        return int(self.network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, side: int) -> torch.Tensor:
         """Features (B, D, side, side) of images (B, 3 or 1, H, W) in [-1, 1], seen at `side` patches."""
+        (last,) = self.levels(images, side, 1)
+        return last
+
+    def levels(self, images: torch.Tensor, side: int, count: int) -> list[torch.Tensor]:
+        """Features of `count` layers, evenly spaced to the last; gradients go back to the images."""
         pixels = (images.expand(-1, 3, -1, -1) + 1) / 2
         size = (side * self.patch, side * self.patch)
         pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        tokens = self.network((pixels - mean) / std, **self.more).last_hidden_state
+        given = self.network((pixels - mean) / std, output_hidden_states=count > 1, **self.more)
+        # what enters the first layer stands first; the last layer's, with its norm, is last_hidden_state
+        chosen = [given.hidden_states[self.depth * number // count] for number in range(1, count)]
+        chosen.append(given.last_hidden_state)
         # (B, tokens, D): those of the image come last, after a class token and registers
-        return tokens[:, -side * side :].mT.unflatten(-1, (side, side))
+        return [tokens[:, -side * side :].mT.unflatten(-1, (side, side)) for tokens in chosen]
 
 
 class Alignment:

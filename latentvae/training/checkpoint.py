@@ -64,7 +64,9 @@ class TrainingState:
             vae=vae,
             ema=EMA(vae, config.train.ema_decay),
             optimizer=build_optimizer(vae, config.optim, config.distil),
-            adversary=Adversary.build(config, vae.config["in_channels"], device),
+            adversary=Adversary.build(
+                config, vae.config["in_channels"], device, alignment.vision if alignment else None
+            ),
             alignment=alignment,
         )
         if start is not None:

@@ -258,7 +258,8 @@ def _check_adversary(config: Config) -> None:
                 "has none; set it, e.g. to 0.5, or leave adversarial.init out"
             )
         return
-    if config.data.crop < (least := smallest_input(adversarial.layers)):
+    least = smallest_input(adversarial.layers)
+    if adversarial.features is None and config.data.crop < least:
         raise ConfigError(
             f"data.crop={config.data.crop} leaves a discriminator of {adversarial.layers} layers no "
             f"patch; use {least} or more, or fewer adversarial.layers"

@@ -108,8 +108,11 @@ class AdversarialConfig(Section):
     disc_start: int = Field(0, ge=0)  # optimizer step; a generator that still blurs teaches it nothing
     disc_ramp: int = Field(500, ge=0)  # steps from 0 to disc_weight: a sudden start ruins reconstructions
     lr: float = Field(2e-4, gt=0)  # below the VAE's, or it wins
+    # judge by the features of a frozen vision transformer of transformers (folder or hub id, such as
+    # facebook/dinov2-small), not by pixels; the one of regularise.align.model is loaded once for both
+    features: str | None = None
     width: int = Field(64, ge=8)  # LDM's
-    layers: int = Field(3, ge=1, le=5)  # patches of 70 px
+    layers: int = Field(3, ge=1, le=5)  # patches of 70 px; with features: how many of the model's are judged
     # begin as the discriminator of another run: its folder, the folder `discriminator` in it, or a checkpoint
     init: str | None = None
     # ties logits to the other side's moving average (LeCam, Tseng et al. 2021): for few images; MAGVIT: 0.001

@@ -10,6 +10,7 @@ from training_runs import command, finish, launch, tensors
 
 from latentvae.base.errors import ConfigError
 from latentvae.training import checkpoint
+from latentvae.training.adversary import WEIGHTS, FeatureGAN
 from latentvae.training.alignment import Balance, VisionModel, marginal_cosine, marginal_distance
 from latentvae.training.draws import draw_inputs
 from latentvae.training.loop import save_checkpoint
@@ -125,6 +126,53 @@ def test_the_projection_comes_back_from_a_checkpoint(photos: Path, vision: Path)
     assert all(torch.equal(restored[key], first[key]) for key in first)
 
 
+def judged_by(vision: Path, *more: str) -> tuple[str, ...]:
+    return (*GAN, f"adversarial.features={vision}", "adversarial.layers=1", *more)
+
+
+def test_a_discriminator_of_features_trains_its_heads_alone(photos: Path, vision: Path) -> None:
+    run, batches = start(photos, *judged_by(vision, "adversarial.disc_ramp=0"))
+    adversary = run.state.adversary
+    assert adversary is not None
+    discriminator = adversary.discriminator
+    assert isinstance(discriminator, FeatureGAN)
+    heads, frozen = snapshot(discriminator), snapshot(discriminator.eyes[0].network)
+    terms = optimizer_step(run, batches)
+    assert run.state.bad_steps == 0
+    assert terms["adaptive_weight"] > 0, "its gradient reaches the decoder through the vision model"
+    assert {"heads.0.0.weight", "heads.0.3.weight"} <= changed(heads, discriminator)
+    assert not changed(frozen, discriminator.eyes[0].network)
+    saved = load_file(save_checkpoint(run) / WEIGHTS)
+    assert saved.keys() == heads.keys(), "the vision model is not saved with each checkpoint"
+
+
+def test_its_logits_are_of_patches_and_of_the_layers_that_were_asked(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8}
+    config = transformers.ViTConfig(**sizes, num_hidden_layers=4, image_size=32)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    vision = VisionModel.load(str(tmp_path), torch.device("cpu"), torch.float32)
+    images = torch.rand(2, 3, 48, 48) * 2 - 1
+    assert FeatureGAN(vision, 8, 2)(images).shape == (2, 2, 6, 6)
+    whole = vision.network(images[..., :32, :32], output_hidden_states=True, **vision.more)
+    tokens = whole.hidden_states[2][:, 1:].mT.unflatten(-1, (4, 4))
+    vision.mean, vision.std = (0.5,) * 3, (0.5,) * 3  # pixels as they come
+    halfway, last = vision.levels(images[..., :32, :32], 4, 2)
+    assert torch.allclose(halfway, tokens, atol=1e-5)
+    assert torch.equal(last, vision(images[..., :32, :32], 4))
+    with pytest.raises(ConfigError, match=r"adversarial\.layers=5, and the model .* has 4"):
+        FeatureGAN(vision, 8, 5)
+
+
+def test_one_vision_model_serves_the_latents_and_the_discriminator(photos: Path, vision: Path) -> None:
+    run, _ = start(photos, *settings(vision), *judged_by(vision))
+    assert run.state.alignment is not None
+    assert run.state.adversary is not None
+    assert isinstance(run.state.adversary.discriminator, FeatureGAN)
+    assert run.state.adversary.discriminator.eyes[0] is run.state.alignment.vision
+    with pytest.raises(ConfigError, match=r"adversarial\.features=.* cannot be loaded"):
+        start(photos, *judged_by(vision.parent / "nothing"))
+
+
 def test_what_cannot_be_aligned_is_refused(photos: Path, vision: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be loaded .* Give a folder"):
         start(photos, *settings(tmp_path / "nothing"))
@@ -139,6 +187,7 @@ def test_what_cannot_be_aligned_is_refused(photos: Path, vision: Path, tmp_path:
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_in_float64(photos: Path, vision: Path, tmp_path: Path) -> None:
     few = (*settings(vision), "train.precision=fp64", "train.max_steps=4", "adversarial.disc_start=2")
+    few = (*few, f"adversarial.features={vision}", "adversarial.layers=1")
     finish(launch(command(photos, tmp_path / "one", 1, *few, "train.batch_size=4")))
     finish(launch(command(photos, tmp_path / "two", 2, *few, "train.batch_size=2")))
     first, second = (tensors(tmp_path / run / "checkpoints" / "step-00000004") for run in ("one", "two"))
