@@ -159,9 +159,9 @@ def orthogonalize_together(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     own = [updates[index].flatten() for index in shares[rank]]
     longest = max(sum(matrices[index].numel() for index in share) for share in shares)
     given = torch.cat([*own, matrices[0].new_zeros(longest - sum(map(len, own)))])  # all of one length
-    gathered = given.new_empty(world * longest)
-    dist.all_gather_into_tensor(gathered, given)
-    for share, row in zip(shares, gathered.view(world, longest), strict=True):
+    rows = [torch.empty_like(given) for _ in range(world)]
+    dist.all_gather(rows, given)
+    for share, row in zip(shares, rows, strict=True):
         end = 0
         for index in share:
             start, end = end, end + matrices[index].numel()

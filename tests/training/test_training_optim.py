@@ -183,10 +183,11 @@ class Threads:
     def get_world_size(self) -> int:
         return self.world
 
-    def all_gather_into_tensor(self, gathered: torch.Tensor, given: torch.Tensor) -> None:
+    def all_gather(self, rows: list[torch.Tensor], given: torch.Tensor) -> None:
         self.given[self.get_rank()] = given
         self.barrier.wait()
-        gathered.copy_(torch.cat(self.given))
+        for row, each in zip(rows, self.given, strict=True):
+            row.copy_(each)
         self.barrier.wait()
 
 
