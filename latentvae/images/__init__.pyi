@@ -1,3 +1,4 @@
+from . import bitmaps as bitmaps
 from . import captions as captions
 from . import colour as colour
 from . import drawing as drawing

@@ -3,6 +3,7 @@
 1.0 in them is SDR's white, as everywhere where such files are made for people to look at.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,9 +42,7 @@ def read_light(file: IO[bytes], path: object, kind: str, max_pixels: int) -> Pic
         wanted = _channels(spec.channelnames, path)
         light = opened.read_image(0, 0, 0, spec.nchannels, "float")
         if light is None:
-            raise ImageError(
-                f"{path} cannot be read as {kind}: {opened.geterror().strip()}. Replace the file"
-            )
+            raise _damaged(path, kind, opened.geterror())
         notes = ["first part of several"] if opened.seek_subimage(1, 0) else []
     light = _in_view(np.clip(np.nan_to_num(light[..., wanted]), 0, None), spec)
     colour, alpha = light[..., : 3 if len(wanted) > 2 else 1], None
@@ -89,9 +88,7 @@ def _opened(file: IO[bytes], path: object, kind: str) -> Iterator[Any]:
                 shutil.copyfileobj(file, copy)
         opened = library.ImageInput.open(str(place))
         if opened is None:
-            raise ImageError(
-                f"{path} cannot be read as {kind}: {library.geterror().strip()}. Replace the file"
-            )
+            raise _damaged(path, kind, library.geterror())
         try:
             yield opened
         finally:
@@ -99,7 +96,12 @@ def _opened(file: IO[bytes], path: object, kind: str) -> Iterator[Any]:
 
 
 def _damaged(path: object, kind: str, reason: str) -> ImageError:
-    return ImageError(f"{path} cannot be read as {kind}: {reason.strip()}. Replace the file")
+    # its first line: the name of a copy may stand in it, and in the others
+    said = re.sub(r" \(\S*image\.(exr|hdr)\)", "", reason.strip().partition("\n")[0]).rstrip(".")
+    return ImageError(
+        f"{path} cannot be read as {kind}: {said}. If another program opens it, save it as PNG there; else "
+        "replace the file, or leave it out"
+    )
 
 
 def _channels(names: tuple[str, ...], path: object) -> list[int]:

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile, _imaging
 
 from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
 from latentvae.base.files import check_local
-from latentvae.images import headers, kinds, light, tiffs
+from latentvae.images import bitmaps, headers, kinds, light, tiffs
 from latentvae.images.given import ORIENTATION_TAG, Given, file_bytes
 from latentvae.images.kinds import SUFFIXES
 from latentvae.images.listing import files_below
@@ -35,6 +35,8 @@ BYTES_PER_PIXEL = 20  # that reading takes, the result of 12 included
 PNG = b"\x89PNG"
 HEAD = 4096  # bytes that tell what a file is
 GAIN_MAPS = (b"hdr-gain-map", b"urn:iso:std:iso:ts:21496", b"hdrgainmap")  # Google's, the standard's, Apple's
+MENDED = "latentvae mended"  # key of an image's info
+TALKERS = ("tifffile", "PIL.TiffImagePlugin")
 GAIN_MAP_NOTE = "its HDR gain map is not applied: this is the picture in SDR"
 
 PathLike = str | Path
@@ -221,24 +223,10 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
     if not head:
         raise ImageError(f"{path} is empty (0 bytes), but an image was wanted: fetch the file again")
     kind = kinds.recognise(head)
-    is_tiff = tiffs.is_tiff(head)
     try:
-        if kind == "raw" or (is_tiff and tiffs.is_raw(file)):
-            return tiffs.develop(file, path, max_pixels)
-        if kind in light.ENDINGS:
-            return light.read_light(file, path, str(kind), max_pixels)
-        if kind == "JPEG XL":  # whose decoder asks nobody before it decodes
-            size = headers.jxl_size(file)
-            if size is None:
-                raise ImageError(
-                    f"{path} is a JPEG XL image without a header: it is damaged, replace the file"
-                )
-            check_size(path, *size, max_pixels)
-        if is_tiff and tiffs.is_beyond_pillow(file):
-            found = tiffs.read_tiff(file, path, max_pixels)
-            if found is not None:
-                return found
-        return _by_pillow(file, path, max_pixels, kind, head)
+        # only where Pillow would warn: catch_warnings resets what Python has shown once already
+        with _quiet() if tiffs.is_tiff(head) else nullcontext():
+            return _read_kind(file, path, max_pixels, kind, head)
     except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise nearly everything on damaged files
@@ -251,6 +239,34 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
             f"{path} cannot be read{f' as {name}' if name else ''}: {_reason(error)}. If another "
             "program opens it, save it as PNG there; else replace the file, or leave it out"
         ) from error
+
+
+def _read_kind(file: IO[bytes], path: Source, max_pixels: int, kind: str | None, head: bytes) -> Picture:
+    """A file's picture by the reader that its kind needs, which raises what it may."""
+    is_tiff = tiffs.is_tiff(head)
+    if kind == "raw" or (is_tiff and tiffs.is_raw(file)):
+        return tiffs.develop(file, path, max_pixels)
+    if kind in light.ENDINGS:
+        return light.read_light(file, path, str(kind), max_pixels)
+    if kind == "JPEG XL":  # whose decoder asks nobody before it decodes
+        size = headers.jxl_size(file)
+        if size is None:
+            raise ImageError(f"{path} is a JPEG XL image without a header: it is damaged, replace the file")
+        check_size(path, *size, max_pixels)
+    if is_tiff and tiffs.is_beyond_pillow(file):
+        found = tiffs.read_tiff(file, path, max_pixels)
+        if found is not None:
+            return found
+    profile = bitmaps.profile(file, head)
+    if bitmaps.is_packed(head):
+        file = bitmaps.unpack(file, path, max_pixels)
+    try:
+        return _by_pillow(file, path, max_pixels, kind, head, profile)
+    except Exception as error:
+        found = tiffs.read_instead(file, path, max_pixels, error) if is_tiff else None
+        if found is None:
+            raise
+        return found
 
 
 def _without_metadata(
@@ -287,8 +303,7 @@ def _by_pillow(
     if is_tiff:
         _silence_libtiff()
     many = image.width * image.height > (Image.MAX_IMAGE_PIXELS or max_pixels)
-    # only where Pillow would warn: catch_warnings resets what Python has shown once already
-    with _quiet() if many or is_tiff else nullcontext():
+    with _quiet() if many else nullcontext():
         if profile is not None:
             image.info["icc_profile"] = profile
         mode, rawmode = image.mode, _rawmode(image)
@@ -329,11 +344,16 @@ def _identify(file: IO[bytes], path: Source, kind: str | None, head: bytes) -> I
         try:
             with _quiet() if head.startswith(b"GIF") else nullcontext():  # the reader that warns as it opens
                 # Pillow maps a file of this name into memory, so bytes must not be called like another file.
-                return opener(file, str(path) if isinstance(path, Path) else "")
+                in_memory = isinstance(file, io.BytesIO) or not isinstance(path, Path)
+                return opener(file, "" if in_memory else str(path))
         except Exception as error:  # the next one may know it
             problem = problem or error
     if kind == "AVIF" and (mended := headers.with_one_ipma(file)) is not None:
         return _identify(mended, path, kind, head)
+    if kind == "AVIF" and (mended := headers.without_exif(file)) is not None:
+        image = _identify(mended, path, kind, head)
+        image.info[MENDED] = f"metadata passed over (EXIF): {_reason(problem or ValueError())}"
+        return image
     if problem is not None:
         raise problem
     raise kinds.unreadable(path, head)
@@ -350,6 +370,8 @@ def _apply_headers(
     if encoding is not None and not image.info.get("icc_profile"):
         picture.encoding = encoding
         picture.notes.append(encoding.note)
+    if MENDED in image.info:
+        picture.notes.append(image.info[MENDED])
     if bits > 8:
         picture.notes.append(f"{bits} bits per channel read as 8")
 
@@ -379,11 +401,18 @@ def _silence_libtiff() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings, of size or of tags: they name no file."""
+    """Without the warnings of size or of tags by Pillow and tifffile: they name no file."""
+    loggers = [each for name in TALKERS if not (each := logging.getLogger(name)).disabled]
     with catch_warnings():
         simplefilter("ignore", Image.DecompressionBombWarning)
         filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
-        yield
+        try:
+            for each in loggers:
+                each.disabled = True
+            yield
+        finally:
+            for each in loggers:
+                each.disabled = False
 
 
 def _orientation(image: ImageFile.ImageFile, path: Source) -> tuple[int, str]:
@@ -398,7 +427,10 @@ def _orientation(image: ImageFile.ImageFile, path: Source) -> tuple[int, str]:
         own = Image.Exif()  # without what Pillow takes from XMP
         own.load(image.info.get("exif") or b"")
         has_xmp = any(name in image.info for name in ("xmp", "XML:com.adobe.xmp"))
-        return number, "XMP" if has_xmp and image.format != "TIFF" and ORIENTATION_TAG not in own else "EXIF"
+        if not has_xmp or image.format == "TIFF" or ORIENTATION_TAG in own:
+            return number, "EXIF"
+        # AVIF has boxes for it, which are the only ones that count (ISO/IEC 23000-22)
+        return (1, "") if image.format == "AVIF" else (number, "XMP")
     except Exception as error:  # damaged EXIF says nothing about the pixels
         if ran_out_of_memory(error):
             raise

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-PREPROCESSING_VERSION = 2  # to be raised when the same image file would give other pixels
+PREPROCESSING_VERSION = 3  # to be raised when the same image file would give other pixels
 SHARES = 8  # sides of buckets are multiples of an eighth of the size, where the compression ratio allows
 OWN_STEP = 8  # latents, that sides of images in buckets of their own are multiples of: 64 px of most models
 MAX_ASPECT = 2.0  # longer side by shorter one of a bucket

@@ -6,7 +6,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import TiffImagePlugin
 
-from latentvae.base.errors import ImageError
+from latentvae.base.errors import ImageError, TooManyPixels, ran_out_of_memory
 from latentvae.images import kinds
 from latentvae.images.pixels import Picture, check_size, white_of_floats
 
@@ -130,6 +130,24 @@ def read_tiff(file: IO[bytes], path: object, max_pixels: int) -> Picture | None:
         if picture.orientation > 1:
             picture.notes.append(f"rotated by EXIF orientation {picture.orientation}")
     return picture
+
+
+def read_instead(file: IO[bytes], path: object, max_pixels: int, error: Exception) -> Picture | None:
+    """What tifffile makes of a TIFF that Pillow has refused; None where it is no better off.
+
+    Raises:
+        TooManyPixels: for Pillow may have refused it before it knew of its size.
+    """
+    if isinstance(error, TooManyPixels) or ran_out_of_memory(error):
+        return None
+    try:
+        return read_tiff(file, path, max_pixels)
+    except TooManyPixels:
+        raise
+    except Exception as again:  # what Pillow said stands
+        if ran_out_of_memory(again):
+            raise
+        return None
 
 
 def _check_inflation(page: Any, file: IO[bytes], path: object) -> None:

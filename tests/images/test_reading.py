@@ -11,7 +11,8 @@ from image_files import P3, SRGB, cmyk_profile, grey_profile, png, rgb_profile, 
 from PIL import Image, ImageCms
 
 from latentvae.base.errors import ImageError
-from latentvae.images.reading import load_image, load_image_with_info
+from latentvae.images import headers
+from latentvae.images.reading import load_image, load_image_with_info, read_size
 from latentvae.images.tensors import to_uint8
 
 RED, GREEN, BLUE, YELLOW = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
@@ -272,3 +273,32 @@ def test_alpha_turns_with_the_picture(tmp_path):
 def test_broken_exif_does_not_refuse_the_picture(tmp_path):
     Image.new("RGB", (8, 8), RED).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert (levels(tmp_path / "a.png") == RED).all()
+
+
+def test_an_avif_is_turned_by_its_boxes_and_not_by_what_its_xmp_says(tmp_path):
+    image = Image.fromarray(np.arange(64 * 32 * 3, dtype=np.uint8).reshape(32, 64, 3))
+    image.save(tmp_path / "a.avif", xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>')
+    assert levels(tmp_path / "a.avif").shape == (32, 64, 3)
+    assert read_size(tmp_path / "a.avif") == (64, 32)
+    assert notes(tmp_path / "a.avif") == []
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "b.avif", exif=exif)  # which Pillow writes as boxes
+    assert levels(tmp_path / "b.avif").shape == (64, 32, 3)
+
+
+def test_an_aperture_between_two_pixels_keeps_its_size():
+    assert headers._clean((722, 1024), (385, 1, 330, 1, 103, 1, -308, 1)) == (271, 39, 656, 369)
+
+
+def test_an_avif_whose_exif_is_damaged_is_read_without_it(tmp_path):
+    image, exif = Image.fromarray(np.arange(64 * 32 * 3, dtype=np.uint8).reshape(32, 64, 3)), Image.Exif()
+    exif[0x010E] = "a photograph"
+    image.save(tmp_path / "a.avif", exif=exif)
+    data = (tmp_path / "a.avif").read_bytes()
+    place = data.index(b"a photograph")
+    start = max(data.rfind(mark, 0, place) for mark in (b"II*\0", b"MM\0*"))
+    damaged = data[: start - 4] + b"\xff" * 4 + data[start:]  # where in them they begin
+    assert (levels(damaged) == levels(tmp_path / "a.avif")).all()
+    assert notes(damaged)[0].startswith("metadata passed over (EXIF): ")
+    assert notes(tmp_path / "a.avif") == []

@@ -2,6 +2,9 @@
 
 import itertools
 import re
+import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from image_files import dng
 from latentvae.base.errors import ImageError, TooManyPixels
 from latentvae.images import kinds, tiffs
 from latentvae.images.reading import load_image, load_image_with_info
+from latentvae.images.tensors import to_uint8
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
 PHOTOMETRIC = {"L": "minisblack", "LA": "minisblack", "CMYK": "separated"}
@@ -129,3 +133,29 @@ def test_a_camera_s_raw_file_is_developed_or_refused_but_never_its_preview(tmp_p
     remedy = re.escape(kinds.remedy("rawpy"))
     with pytest.raises(ImageError, match=rf"a\.nef is a camera's raw file.*{remedy}"):
         load_image(path)
+
+
+def test_what_pillow_refuses_and_tifffile_reads_is_read(tmp_path, capfd):
+    values = samples("RGB", "u1")
+    path = tmp_path / "big.tif"
+    tifffile.imwrite(path, values, photometric="rgb", bigtiff=True, byteorder=">")
+    assert (to_uint8(load_image(path)).permute(1, 2, 0).numpy() == values).all()
+    with pytest.raises(TooManyPixels):
+        load_image(path, max_pixels=1)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ImageError, match=r"big\.tif cannot be read as TIFF: Missing dimensions"):
+        load_image(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_nothing_is_said_of_tags_that_names_no_file(tmp_path):
+    """Where nothing else has set up logging and warnings, both go to standard error."""
+    tags = [(40000, "H", 1, 6, True)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, samples("RGB", "f4"), photometric="rgb", extratags=tags)
+    data = path.read_bytes()
+    place = data.index(struct.pack("<HHI", 40000, 3, 1))
+    path.write_bytes(data[: place + 4] + struct.pack("<II", 1000, 1 << 30) + data[place + 12 :])
+    code = "import sys; from latentvae.images.reading import load_image; load_image(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -249,12 +249,13 @@ def test_unusable_images_are_replaced_by_the_next_ones_and_reported_by_name(mixe
         used = next(i for i, path in enumerate(ahead) if path not in bad)
         assert where(crop)[0] == int(ahead[used].stem)
         assert position == k
-        assert [report.partition(": ")[0] for report in skipped] == [str(path) for path in ahead[:used]]
+        assert [report.split(" ")[0] for report in skipped] == [str(path) for path in ahead[:used]]
         reports += skipped
     text = "\n".join(reports)
-    assert "small.png: 60x20 px is smaller than data.crop=32" in text
+    assert "small.png of 60x20 px is smaller than data.crop=32" in text
+    assert all(report.count(report.split(" ")[0]) == 1 for report in reports)  # named once
     assert all(str(path) in text for path in bad)
-    assert all(len(report.partition(": ")[2]) > 10 for report in reports)  # a reason follows
+    assert all(len(report.partition(" ")[2]) > 20 for report in reports)  # a reason follows
 
 
 def test_a_batch_stays_full_and_carries_the_names_of_what_it_passed_over(mixed):

@@ -77,7 +77,7 @@ class CropSequence(Dataset[Item]):
                 crop, teacher = self._crop(image, index, position)
                 found = (crop, position, skipped)
                 return found if teacher is None else (*found, teacher)
-            skipped.append(f"{self.source.name(index)}: {image}")
+            skipped.append(image)
         raise ImageError(f"none of the {count} training images can be used; the first: {skipped[0]}")
 
     def __getitems__(self, positions: list[int]) -> list[Item] | LatentVAEError:
@@ -92,7 +92,7 @@ class CropSequence(Dataset[Item]):
         return self.memory[index] if self.memory is not None else self.decode(index)
 
     def decode(self, index: int) -> Decoded:
-        """One image (C, H, W), at least as large as a crop; or the reason why it cannot be used.
+        """One image (C, H, W), at least as large as a crop; or why which one cannot be used.
 
         As uint8, which is what photographs are; with a range float32, as 8 bits would cut a scan's depth.
         """
@@ -104,7 +104,8 @@ class CropSequence(Dataset[Item]):
             image = resize_short_side(image, self.config.short_side)
         height, width = image.shape[-2:]
         if min(height, width) < self.config.crop:
-            return f"{width}x{height} px is smaller than data.crop={self.config.crop}"
+            name = self.source.name(index)
+            return f"{name} of {width}x{height} px is smaller than data.crop={self.config.crop}"
         return to_uint8(image) if self.config.range is None else image
 
     def _crop(
@@ -219,7 +220,7 @@ def centre_crops(
         try:
             image = source.load(index, channels)
         except ImageError as error:
-            logger.warning("validation image left out: %s", error)
+            logger.warning("image left out: %s", error)
             continue
         if config.short_side is not None:
             image = resize_short_side(image, config.short_side)
