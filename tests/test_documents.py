@@ -2,14 +2,17 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 
 import latentvae
+from latentvae.cli.main import VERBS, load_verb
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.models.presets import preset_config
 
@@ -85,3 +88,26 @@ def defined(path: Path) -> set[str]:
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
     return found
+
+
+def verb_of(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words name, and its arguments; a KeyError where there is none of that name."""
+    command, rest = typer.main.get_command(load_verb(words[0])), words[1:]
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command, rest
+
+
+def test_every_command_in_a_document_is_a_verb_with_these_options() -> None:
+    checked = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for found in re.finditer(r"(?:^|`|\$ |&& |-m )latentvae ([a-z][^`#|\n]*)", text, re.M):
+            words = shlex.split(found[1].partition(" > ")[0])
+            if document.name != "CHANGELOG.md" and words[0] in VERBS:
+                command, rest = verb_of(words)
+                known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+                given = {word.partition("=")[0] for word in rest if re.match("--?[a-z]", word)}
+                assert given <= known | {"--help"}, f"{document.name}: {found[0]}"
+                checked += 1
+    assert checked > 100
