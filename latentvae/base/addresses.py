@@ -1,4 +1,4 @@
-"""Files at addresses, such as s3://bucket/a.tar, through fsspec: read like a Path, and asked for again.
+"""Files at addresses, such as s3://bucket/a.tar, through fsspec: like a Path, and asked for again.
 
 What fails is asked for `TRIES` times in all, unless asking again cannot help; then it is a SourceError that
 names the address as it was typed.
@@ -9,6 +9,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,8 @@ SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(//.*)", re.DOTALL)  # one letter is a 
 WEB = ("http", "https")  # without folders, and with queries behind the name
 BUCKETS = ("s3", "s3a", "gs", "gcs")
 HEADER = 1 << 16  # bytes that are fetched at once where a header is read
-PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs"}  # that the extra does not bring
+# that the extra does not bring
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=1 for a public bucket",
     "gs": "run `gcloud auth application-default login`",
@@ -168,6 +170,62 @@ class Address:
             raise self._without_ranges() from error
         return file
 
+    def write_bytes(self, data: bytes) -> None:
+        """Make it a file of this content; on an object store whole or not at all."""
+        self._change(lambda files, path: files.pipe_file(path, data))
+
+    def put(self, file: Path) -> None:
+        """Copy a file of this machine there; on an object store whole or not at all."""
+        self._change(lambda files, path: files.put_file(str(file), path))
+
+    def copy_to(self, other: "Address") -> None:
+        """Have its file system copy it to another address of that."""
+        other._change(lambda files, path: files.cp_file(files._strip_protocol(self.url), path))
+
+    def unlink(self) -> None:
+        """Delete the file, if it is there."""
+
+        def remove(files: Any, path: str) -> None:
+            with suppress(FileNotFoundError):
+                files.rm_file(path)
+
+        self.ask(remove, "deleted")
+
+    def rmdir(self) -> None:
+        """Delete the folder, which is empty; in a bucket it is none without files."""
+        if self.scheme not in BUCKETS:
+            self.ask(lambda files, path: files.rmdir(path) if files.exists(path) else None, "deleted")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files in the folder by name, as they are now; none where it does not exist."""
+
+        def look(files: Any, path: str) -> dict[str, int]:
+            files.invalidate_cache()
+            try:
+                found = files.ls(path, detail=True)
+            except FileNotFoundError:
+                return {}
+            return {
+                each["name"].rstrip("/").rpartition("/")[2]: each["size"] or 0
+                for each in found
+                if each["type"] == "file"
+            }
+
+        return self.ask(look)
+
+    def _change(self, change: Callable[[Any, str], Any]) -> None:
+        if self.scheme in WEB:
+            raise SourceError(
+                f"{self} cannot be written: {self.scheme}:// is read alone. Name another place."
+            )
+
+        def do(files: Any, path: str) -> None:
+            if self.scheme not in BUCKETS:  # which have no folders; s3fs would even make a bucket
+                files.makedirs(files._parent(path), exist_ok=True)
+            change(files, path)
+
+        self.ask(do, "written")
+
     def _without_ranges(self) -> SourceError:
         return SourceError(
             f"{self} can only be had whole, and parts of it are wanted: its server knows no ranges. Copy it "
@@ -196,11 +254,11 @@ class Address:
         bucket = self.bare.partition("://")[2].partition("/")[0]
         return "" if Address(f"{self.scheme}://{bucket}").exists() else f" (there is no bucket {bucket!r})"
 
-    def ask(self, question: Callable[[Any, str], Answer]) -> Answer:
+    def ask(self, question: Callable[[Any, str], Answer], done: str = "read") -> Answer:
         """Ask a file system, again where that may help; what it raises is named.
 
         Args:
-            question: takes fsspec's file system and the path in it.
+            question: takes fsspec's file system and the path in it. done: what it does, as a participle.
 
         Raises:
             SourceError: no answer; or a LatentVAEError of the question's.
@@ -217,12 +275,12 @@ class Address:
                 raise
             except Exception as error:  # each kind of file system has errors of its own
                 if reason := self._hopeless(error):
-                    raise SourceError(f"{self} cannot be read: {reason}.") from error
+                    raise SourceError(f"{self} cannot be {done}: {reason}.") from error
                 problem = error
         said = str(problem) or type(problem).__name__
         raise SourceError(
-            f"{self} cannot be read ({said}); it was tried {TRIES} times. Check the connection, and run the "
-            "same command again."
+            f"{self} cannot be {done} ({said}); it was tried {TRIES} times. Check the connection, and run "
+            "the same command again."
         ) from problem
 
     def _named(self, files: Any, path: str) -> "Address":
@@ -232,16 +290,22 @@ class Address:
     def _hopeless(self, error: Exception) -> str | None:
         """Why asking again would not help; None where it may."""
         if isinstance(error, ImportError):
-            package = PACKAGES.get(self.scheme)
-            how = f"pip install {package}" if package else install_command("remote")
+            package, is_ours = PACKAGES.get(self.scheme), self.scheme in (*WEB, "s3", "s3a")
+            how = (
+                f"pip install {package}"
+                if package
+                else install_command("remote")
+                if is_ours
+                else "install it"
+            )
             return f"a package is missing ({error}): {how}"
         if isinstance(error, FileNotFoundError):
             return f"it does not exist{self.why_missing()}"
-        known = CREDENTIALS.get(self.scheme.replace("gcs", "gs"), "check who may read it")
+        known = CREDENTIALS.get(self.scheme.replace("gcs", "gs"), "check who may do that")
         if "Credentials" in type(error).__name__:
             return f"there are no credentials ({error}): {known}"
         if isinstance(error, PermissionError):
-            return f"it may not be read with these credentials ({error}): {known}"
+            return f"these credentials do not allow it ({error}): {known}"
         if isinstance(error, ValueError) and "rotocol" in str(error):  # fsspec's "Protocol not known: ..."
             return f"{self.scheme}:// is no kind of address that is known ({error})"
         return None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from latentvae import images, models, runtime, store
+from latentvae.base.addresses import place
 from latentvae.base.errors import LatentVAEError, NoMemoryError, StoreError
 from latentvae.cli.options import EXIT_INTERRUPTED, EXIT_SKIPPED, counted, tell
 from latentvae.cli.session import Session, takes
@@ -54,8 +56,10 @@ Rehash = Annotated[
 
 
 Folder = Annotated[
-    Path,
-    typer.Argument(help="Folder of the latents: new, or to be brought up to date.", metavar="STORE"),
+    str,
+    typer.Argument(
+        help="Folder of the latents, or its address: new, or to be brought up to date.", metavar="STORE"
+    ),
 ]
 
 
@@ -173,6 +177,7 @@ def encode(
             typer.echo(line, err=True)
     if engine == "ray":
         vae, weights, work = _cluster(session, threads, workers, ray_address, ray_gpus, own)
+        batch_size = _batch_size(work.engine, folder, batch_size)
     else:
         vae, weights, work = _machine(session, threads, workers, (folder, batch_size), own)
     with _pausable():
@@ -203,11 +208,17 @@ def _has_bar() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _draw(vae: AutoencoderKL, folder: Path, wanted: bool) -> None:
+def _draw(vae: AutoencoderKL, folder: str, wanted: bool) -> None:
     """The contact sheet; after the run, so that it shows what is on disk, decoded."""
-    if wanted:
-        sheet = store.verification.contact_sheet(folder, vae)
-        images.saving.save_picture(sheet, folder / store.verification.PREVIEW)
+    if not wanted:
+        return
+    sheet, file = store.verification.contact_sheet(folder, vae), place(folder) / store.verification.PREVIEW
+    if isinstance(file, Path):
+        images.saving.save_picture(sheet, file)
+        return
+    drawn = io.BytesIO()
+    sheet.save(drawn, "PNG")
+    file.write_bytes(drawn.getvalue())
 
 
 @contextmanager
@@ -224,13 +235,13 @@ def _machine(
     session: Session,
     threads: int | None,
     workers: int | None,
-    sizes: tuple[Path, int | None],
+    sizes: tuple[str, int | None],
     part: store.parts.Part,
 ) -> tuple[AutoencoderKL, str, store.encoding.Workload]:
     """What encodes in this process: the model, the hash of its weights, and how it works."""
     vae, weights = _prepare(session)
     folder, asked = sizes
-    rows = store.settings.rows_at_once(vae, store.journal.Journal(folder).settings(), asked)
+    rows = store.settings.rows_at_once(vae, store.remote.settings(place(folder)), asked)
     # a batch holds at most so many pixels, however large its images are
     threads = threads or runtime.memory.batches_at_once(vae, 512, 512 * rows)
     work = store.encoding.Workload(threads, workers, _room_for(vae, threads), _has_bar(), part)
@@ -273,6 +284,12 @@ def _cluster(
     engine = store.cluster.Ray(copy.deepcopy(vae), equip, address, threads, gpus)
     models.loading.cast(vae, runtime.devices.DTYPES[session.precision])
     return vae, weights, store.encoding.Workload(progress=_has_bar(), part=part, engine=engine)
+
+
+def _batch_size(engine: Any, folder: str, asked: int | None) -> int | None:
+    """As asked for; a new store of nodes with GPUs has their default, though the model here is on a CPU."""
+    new = asked is None and store.remote.settings(place(folder)) is None
+    return store.settings.BATCH_SIZE if new and engine.gpus else asked
 
 
 def equip_node(
@@ -323,7 +340,7 @@ def plan_peak(vae: AutoencoderKL, height: int, width: int) -> int:
     return runtime.tiling.planning.plan(vae, height, width).encode.peak_bytes
 
 
-def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> None:
+def _tell(report: store.encoding.EncodeReport, folder: str, as_json: bool) -> None:
     """Print what was done, and end with exit code 3 where images failed or a package is missing for some.
 
     Raises:
@@ -344,7 +361,7 @@ def _tell(report: store.encoding.EncodeReport, folder: Path, as_json: bool) -> N
     done = f"{counted(report.encoded, 'file')} done now{rate}{waited}.{dropped}"
     part = "" if report.part == str(store.parts.WHOLE) else f"part {report.part}: "
     line = f"{part}{counted(report.images, 'image')} in {folder}; {done}"
-    tell({"store": str(folder), **report.as_dict()}, [line, *_unfinished(report)], as_json)
+    tell({"store": folder, **report.as_dict()}, [line, *_unfinished(report)], as_json)
     if report.failures:
         failed = counted(len(report.failures), "image")
         typer.echo(f"{failed} could not be encoded, as named above.", err=True)

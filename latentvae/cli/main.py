@@ -133,8 +133,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    # a line for each request to the hub says nothing to people
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # a line for each request to the hub, and for each place where credentials are, says nothing to people
+    for chatty in ("httpx", "botocore", "aiobotocore"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     # a broken or offline hub must not hold up a run that never needed it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:

@@ -10,6 +10,7 @@ from . import parts as parts
 from . import pending as pending
 from . import pipeline as pipeline
 from . import planning as planning
+from . import remote as remote
 from . import settings as settings
 from . import statistics as statistics
 from . import stream as stream

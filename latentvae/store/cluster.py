@@ -7,6 +7,8 @@ again on another; nodes that join are given tasks, and tasks that wait tell an a
 
 import logging
 import os
+import re
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -27,6 +29,7 @@ from latentvae.store.planning import ShardWork, Source
 logger = logging.getLogger(__name__)
 
 RETRIES = 20  # of one shard whose node or process died
+REACHED = 10.0  # seconds: a cluster that has not answered by then is none
 CORES = 4  # of a task, where the nodes have as many
 CANNOT_CONNECT = (
     "there is no Ray cluster at {address} ({reason}). Start one (`ray start --head`), name another with "
@@ -64,6 +67,7 @@ class Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
         if not self.ray.is_initialized():
             try:
+                _reach(address or os.environ.get("RAY_ADDRESS", ""))
                 self.ray.init(address, log_to_driver=False, logging_level="warning")
             except (OSError, ValueError, RuntimeError) as error:
                 raise StoreError(CANNOT_CONNECT.format(address=address or "auto", reason=error)) from error
@@ -138,6 +142,12 @@ class Ray:
                 "cores, --threads), and run the same command again."
             ) from error
         return shard, [_row(tensors, entry) for entry in entries], failures
+
+
+def _reach(address: str) -> None:
+    """See that somebody listens there: Ray would go on trying for a quarter of an hour; raises OSError."""
+    if (match := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)) is not None:
+        socket.create_connection((match[1], int(match[2])), REACHED).close()
 
 
 def own_share() -> tuple[int, bool]:

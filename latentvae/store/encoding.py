@@ -20,8 +20,9 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from latentvae.base.addresses import place
 from latentvae.base.errors import ImageError, StoreError
-from latentvae.base.files import partial_path
+from latentvae.base.files import check_local, partial_path
 from latentvae.base.repeatable import same_bits
 from latentvae.images import captions
 from latentvae.images.reading import PathLike
@@ -30,7 +31,7 @@ from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import Scaling
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.store import format as layout
-from latentvae.store import parts, planning, statistics
+from latentvae.store import parts, planning, remote, statistics
 from latentvae.store.format import DtypeName, Entry, Failure, Manifest, Row, StoredShard
 from latentvae.store.journal import Claim, Hold, Journal, alive, locked, moment
 from latentvae.store.parts import WHOLE, Part
@@ -119,7 +120,7 @@ class EncodeReport:
 def encode_folder(
     vae: AutoencoderKL,
     sources: Spec | Sequence[Spec],
-    store: PathLike,
+    store: Spec,
     *,
     dtype: DtypeName = "bf16",
     size: int | None = None,
@@ -135,7 +136,7 @@ def encode_folder(
     weights_sha256: str | None = None,
     workload: Workload | None = None,
 ) -> EncodeReport:
-    """Encode images to a folder of latents, or bring one up to date; a killed run goes on where it was.
+    """Encode images to a store of latents, or bring one up to date; a killed run goes on where it was.
 
     Of several parts (`Workload.part`) each does its shards. The bytes depend on the images, the model and the
     options down to `shard_size`, but not on parts, threads or interruptions.
@@ -143,7 +144,8 @@ def encode_folder(
     Args:
         vae: the model, in eval mode.
         sources: files, folders, shards, tables, lists, patterns: see `latentvae.images.sources.open_source`.
-        store: the folder; new, empty, or a store of the same model and options. dtype: of the moments in it.
+        store: a folder or an address (see `remote`); new, empty, or a store of the same model and options.
+        dtype: of the moments in it.
         size: None: images as they are. Pixels: scale and crop them to aspect ratios of about size x size.
         crop, no_upscale: with a size: to squares of it; or leave smaller images as large as they are.
         flips: store mirror images too. column: where images are, of tables, lists and shards; None: found.
@@ -154,21 +156,21 @@ def encode_folder(
 
     Raises:
         StoreError: another store, or one in use; a damaged shard with images that cannot be encoded again,
-            without `prune`; a full disk; other images than a part that is at it has.
-        ImageError: no image.
+            without `prune`; a full disk; other images than a part that is at it has; a part at an address.
+        ImageError: no image. SourceError: an address that cannot be read, or written.
     """
-    folder, journal, work = Path(store), Journal(Path(store)), workload or Workload()
+    where, work = place(store), workload or Workload()
     part = work.part or parts.of_environment()
     policy, weights = preprocessing(vae, size, crop, no_upscale), weights_sha256 or weight_hash(vae)
     wanted = (dtype, policy, flips, batch_size, shard_size)
     left_out = Counter[str]()
     # 1. the images: where there are none, nothing is made
-    files = planning.find_sources(sources, folder, left_out, column)
-    with locked(folder, part) as hold:
+    files = planning.find_sources(sources, where, left_out, column)
+    with remote.here(where, part, rehash) as journal, locked(journal.store, part) as hold:
         # 2. the store, once it is held: another run may have made it till then
-        with moment(folder):
+        with moment(journal.store):
             journal.recover()
-            settings = settle(vae, folder, journal.settings(), *wanted, weights_sha256=weights)
+            settings = settle(vae, journal.store, journal.settings(), *wanted, weights_sha256=weights)
             _begin(journal, settings, hold, Claim.of(list(files), prune, part))
         with same_bits():
             report = _run(
@@ -188,6 +190,7 @@ def finish_store(
     Raises:
         StoreError: parts are missing, which are named; or a process is still at it.
     """
+    check_local(store, StoreError)
     folder, journal, left_out = Path(store), Journal(Path(store)), Counter[str]()
     files = planning.find_sources(sources, folder, left_out, column)
     if (settings := journal.settings()) is None:

@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -226,10 +226,11 @@ class Journal:
 
     Args:
         store: its folder, which exists.
+        written: called with each shard that `write` has put into a generation's folder.
     """
 
-    def __init__(self, store: Path) -> None:
-        self.store, self.folder = store, store / FOLDER
+    def __init__(self, store: Path, written: Callable[[StoredShard], None] | None = None) -> None:
+        self.store, self.folder, self.written = store, store / FOLDER, written
 
     def recover(self) -> None:
         """Put in place what a run had finished that was killed then. No other process may be at it."""
@@ -335,7 +336,10 @@ class Journal:
                 f"{name} cannot be written to {self.store} ({error.strerror or error}). Finished shards are "
                 "intact: run the same command again when that is mended."
             ) from error
-        return StoredShard(folder, record)
+        shard = StoredShard(folder, record)
+        if self.written is not None:
+            self.written(shard)
+        return shard
 
     def finish(self, settings: Manifest, shards: Sequence[StoredShard]) -> None:
         """Give the store these shards, delete all others, write its manifest, and end the journal.

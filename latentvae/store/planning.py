@@ -45,7 +45,7 @@ class Source:
 
 def find_sources(
     paths: Spec | Sequence[Spec],
-    store: Path,
+    store: Place,
     left_out: Counter[str] | None = None,
     column: str | None = None,
 ) -> dict[str, Source]:
@@ -66,7 +66,8 @@ def find_sources(
     captions.forget()  # what an earlier run in this process read of the folders
 
     def scan(folder: Path) -> Listing:
-        files = files_below(folder, counted, store, ARCHIVES)
+        own = store if isinstance(store, Path) else None  # else it lies in no folder here
+        files = files_below(folder, counted, own, ARCHIVES)
         archives = [file for file in files if file.suffix.lower() in ARCHIVES]
         if len(archives) == len(files):
             return Listing([], archives)
@@ -94,7 +95,7 @@ def find_sources(
     return found if order == list(found) else {key: found[key] for key in order}
 
 
-def _outside(opened: Iterable[ImageFiles], store: Path) -> Iterator[Source]:
+def _outside(opened: Iterable[ImageFiles], store: Place) -> Iterator[Source]:
     """All images, but for those in the store: its preview.png is no image of the user's."""
     outside = lru_cache(maxsize=1)(lambda place: store not in place.parents)  # of a shard many lie in one
     for images in opened:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from latentvae.base.addresses import WEB, Place, forget, place
 from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.images.drawing import grid
-from latentvae.images.reading import PathLike
 from latentvae.images.sources import Spec, read_origin
 from latentvae.models.latents import Posterior
 from latentvae.store import format as layout
@@ -147,13 +146,13 @@ def _fits(entry: Entry, shapes: dict[str, list[int]]) -> bool:
     return entry.tensor in shapes and 0 <= entry.offset < shapes[entry.tensor][0]
 
 
-def contact_sheet(store: PathLike, vae: AutoencoderKL, count: int = 8) -> Image.Image:
+def contact_sheet(store: Spec, vae: AutoencoderKL, count: int = 8) -> Image.Image:
     """Draw up to `count` images of a store, evenly spaced, each beside its decoded latents.
 
     Images whose files are gone, and those above 1024 x 1024 pixels, are left out.
 
     Args:
-        store: the folder.
+        store: the folder, or its address.
         vae: the model that it was encoded with.
 
     Raises:

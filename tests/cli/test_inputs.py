@@ -78,7 +78,7 @@ def test_captions_that_are_left_out_are_counted_and_named(run, model: Path, phot
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("encode", "PHOTOS", "s3://bucket/x"),
+        ("encode", "PHOTOS", "s3://bucket/x", "--finish"),
         ("reconstruct", "PHOTOS", "-m", "MODEL", "-o", "s3://bucket/x"),
         ("evaluate", "s3://bucket/x"),
         ("evaluate", "PHOTOS", "-m", "s3://bucket/x"),

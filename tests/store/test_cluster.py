@@ -1,6 +1,7 @@
 """Shards encoded elsewhere: by Ray, whose nodes come and go, the store is that of one process."""
 
 import copy
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from PIL import Image
 
 import latentvae
 from latentvae.base.errors import SourceError, StoreError
-from latentvae.cli.encode import equip_node, tile_large
+from latentvae.cli.encode import _batch_size, equip_node, tile_large
 from latentvae.cli.main import main
 from latentvae.models.fingerprint import weight_hash
 from latentvae.store.cluster import Ray
@@ -22,6 +23,7 @@ from latentvae.store.encoding import EncodeReport, Moments, Worker, Workload, en
 from latentvae.store.format import assemble
 from latentvae.store.journal import Journal
 from latentvae.store.parts import WHOLE
+from latentvae.store.settings import BATCH_SIZE
 
 COUNT, SHARD = 11, 2
 
@@ -183,6 +185,27 @@ def test_tasks_are_no_more_than_twice_what_runs_at_once(
     encode(tiny_vae, photos, tmp_path / "far", engine)
     assert content(tmp_path / "far") == content(tmp_path / "local")
     assert (cluster.most, cluster.options["num_cpus"], cluster.cancelled) == (4, 2, [])
+
+
+def test_nodes_with_gpus_have_the_batches_of_gpus(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:
+    with_gpus, without = SimpleNamespace(gpus=0.5), SimpleNamespace(gpus=0.0)
+    store = tmp_path / "store"
+    assert [_batch_size(with_gpus, str(store), asked) for asked in (None, 3)] == [BATCH_SIZE, 3]
+    assert _batch_size(without, str(store), None) is None
+    encode(tiny_vae, photos, store)
+    assert _batch_size(with_gpus, str(store), None) is None  # as the store has it
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(
+    tiny_vae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would ask again for a quarter of an hour."""
+    cluster = OneNode()
+    cluster.is_initialized = lambda: False  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    for address in ("127.0.0.1:9", "ray://localhost:9", "[::1]:9"):
+        with pytest.raises(StoreError, match=rf"there is no Ray cluster at {re.escape(address)} \("):
+            Ray(tiny_vae, lambda given: (given, Workload(1, 1)), address)
 
 
 def test_tasks_that_no_node_has_room_for_are_said_to_wait(

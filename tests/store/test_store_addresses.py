@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import textured
 from PIL import Image
-from remote import Shaky, put, shaky, upload  # noqa: F401  # a fixture
+from remote import Shaky, put, s3, shaky, upload  # noqa: F401  # fixtures
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -208,6 +209,28 @@ def test_without_a_package_the_way_to_install_it_is_named(monkeypatch: pytest.Mo
         open_source("shaky://b/x.tar")
 
 
+@pytest.mark.parametrize(
+    ("address", "module", "command"),
+    [
+        ("gs://b/x.tar", "gcsfs", "pip install gcsfs"),
+        ("hf://datasets/u/n/x.tar", "huggingface_hub", "pip install huggingface_hub"),
+        ("s3://b/x.tar", "s3fs", r"pip install .*\[remote\]"),
+        ("az://b/x.tar", "adlfs", "pip install adlfs"),
+    ],
+)
+def test_the_package_of_a_kind_of_address_is_named(
+    monkeypatch: pytest.MonkeyPatch, address: str, module: str, command: str
+) -> None:
+    known = sys.modules["fsspec.registry"]  # fsspec.registry is what is in it
+    monkeypatch.setattr(known, "_registry", {})
+    monkeypatch.setattr(known, "registry", known._registry)
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SourceError, match=rf"^{address} cannot be read: a package is missing .*: {command}"):
+        open_source(address)
+
+
 def test_an_address_has_what_a_path_has() -> None:
     one = place("s3://bucket/a/b.tar")
     assert isinstance(one, Address)
@@ -246,53 +269,30 @@ def test_a_server_without_ranges_gives_images_and_no_parts_of_shards(tiny_vae: A
 
 
 @pytest.mark.slow
-def test_s3(tiny_vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3(tiny_vae: Any, tmp_path: Path, s3: Callable[[], None]) -> None:  # noqa: F811
     """Against a server of S3 on this machine."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        with pytest.raises(
-            LatentVAEError, match=r"s3://b/tars cannot be read: there are no credentials .*AWS_"
-        ):
-            encode(tiny_vae, "s3://b/tars", tmp_path / "store")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        at = put(everything(), "s3://bucket")
-        with pytest.raises(
-            ImageError, match=r"s3://other/a\.tar does not exist \(there is no bucket 'other'\)"
-        ):
-            encode(tiny_vae, "s3://other/a.tar", tmp_path / "store")
-        with pytest.raises(ImageError, match=r"s3://bucket/none\.tar does not exist\. Wanted"):
-            encode(tiny_vae, "s3://bucket/none.tar", tmp_path / "store")
-        for number, spec in enumerate(SPECS):
-            store = tmp_path / f"store{number}"
-            assert encode(tiny_vae, f"{at}/{spec}", store).images == COUNT, spec
-            assert by_content(store) == by_content(tmp_path / "store0"), spec
-            assert encode(tiny_vae, f"{at}/{spec}", store).encoded == 0, spec
-            assert all(origin.startswith("s3://bucket/") for origin in origins(store))
-        upload(tmp_path / "store0", "s3://bucket/store")
-        assert verify("s3://bucket/store") == []
-        stream = LatentStream("s3://bucket/store", 1, cache=tmp_path / "cache")
-        loader = DataLoader(stream, batch_size=None, num_workers=2)  # with connections of their own
-        near = LatentDataset(tmp_path / "store0")
-        for batch in loader:
-            assert torch.equal(batch["latents"][0], near[int(batch["index"])]["latents"])
-        with pytest.raises(StoreError, match=r"s3://bucket/none is no complete store: it has no store\.json"):
-            LatentDataset("s3://bucket/none")
-        with pytest.raises(StoreError, match=r"no complete store.* \(there is no bucket 'other'\)"):
-            LatentDataset("s3://other/store")
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(LatentVAEError, match=r"s3://b/tars cannot be read: there are no credentials .*AWS_"):
+        encode(tiny_vae, "s3://b/tars", tmp_path / "store")
+    s3()
+    at = put(everything(), "s3://bucket")
+    with pytest.raises(ImageError, match=r"s3://other/a\.tar does not exist \(there is no bucket 'other'\)"):
+        encode(tiny_vae, "s3://other/a.tar", tmp_path / "store")
+    with pytest.raises(ImageError, match=r"s3://bucket/none\.tar does not exist\. Wanted"):
+        encode(tiny_vae, "s3://bucket/none.tar", tmp_path / "store")
+    for number, spec in enumerate(SPECS):
+        store = tmp_path / f"store{number}"
+        assert encode(tiny_vae, f"{at}/{spec}", store).images == COUNT, spec
+        assert by_content(store) == by_content(tmp_path / "store0"), spec
+        assert encode(tiny_vae, f"{at}/{spec}", store).encoded == 0, spec
+        assert all(origin.startswith("s3://bucket/") for origin in origins(store))
+    upload(tmp_path / "store0", "s3://bucket/store")
+    assert verify("s3://bucket/store") == []
+    stream = LatentStream("s3://bucket/store", 1, cache=tmp_path / "cache")
+    loader = DataLoader(stream, batch_size=None, num_workers=2)  # with connections of their own
+    near = LatentDataset(tmp_path / "store0")
+    for batch in loader:
+        assert torch.equal(batch["latents"][0], near[int(batch["index"])]["latents"])
+    with pytest.raises(StoreError, match=r"s3://bucket/none is no complete store: it has no store\.json"):
+        LatentDataset("s3://bucket/none")
+    with pytest.raises(StoreError, match=r"no complete store.* \(there is no bucket 'other'\)"):
+        LatentDataset("s3://other/store")
