@@ -5,11 +5,14 @@
     python benchmarks/scale.py object-store PHOTOS          tars in an object store, beside the bare model
     python benchmarks/scale.py ray PHOTOS                   two workers of Ray beside two processes
 
-The two sides of a ratio take turns in one run. The object store is moto's server of S3, a process beside, on
-127.0.0.1. Ray's workers and the processes have imported all there is, and begin with a model to make ready.
+The two sides of a ratio take turns in one run, and each round is said when it is done. The object store is
+moto's server of S3, a process beside, on 127.0.0.1. Ray's workers and the processes have imported all there
+is, and begin with a model to make ready. Where other work shares the cores, seconds of CPU say more than
+those of the clock; those of the object store's server are not among them, those of Ray's own processes are.
 """
 
 import argparse
+import copy
 import io
 import json
 import multiprocessing
@@ -181,10 +184,43 @@ def took(read: Callable[[int], Any], numbers: list[int]) -> float:
     return time.perf_counter() - start
 
 
+class Side:
+    """Seconds of the clock and of CPU that one side of a ratio took, round by round."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
+        self.seconds, self.cpu = list[float](), list[float]()
+
+    def add(self, seconds: float, cpu: float) -> None:
+        """One more round; said at once, as rounds are long."""
+        self.seconds.append(seconds)
+        self.cpu.append(cpu)
+        print(f"{self.name}: {seconds:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr, flush=True)
+
+    def row(self, first: "Side") -> str:
+        """A line of the table, with the shares of the first side's speed and of its CPU."""
+        pairs = [(zip(first.seconds, self.seconds, strict=True)), (zip(first.cpu, self.cpu, strict=True))]
+        shares = [statistics.median(one / other for one, other in each) for each in pairs]
+        rate, cpu = self.count / statistics.median(self.seconds), statistics.median(self.cpu) / self.count
+        return f"| {self.name} | {self.count} | {rate:.2f} | {shares[0]:.1%} | {cpu:.2f} | {shares[1]:.1%} |"
+
+
+def compared(first: Side, other: Side) -> str:
+    """A table of both."""
+    return "\n".join(
+        [
+            "| | images | images/s | of the first | CPU s an image | of the first |",
+            "|---|---|---|---|---|---|",
+            *(each.row(first) for each in (first, other)),
+            f"\nload {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else "",
+        ]
+    )
+
+
 def object_store(arguments: argparse.Namespace) -> str:
     """Tars in an object store to a store, and the model alone on the batches of that."""
     vae = latentvae.optimize(latentvae.load())
-    threads, bare, stored = torch.get_num_threads(), [], []
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as place, served() as files:
         photos = Path(place) / "photos"
         photos.mkdir()
@@ -193,17 +229,23 @@ def object_store(arguments: argparse.Namespace) -> str:
         batches = ready(vae, photos)
         pack(sorted(photos.iterdir()), files, 4)
         model_seconds(vae, batches[:2], threads)
+        count = sum(map(len, batches))
+        bare, stored = Side("the model alone", count), Side("s3:// to a store", count)
         for number in range(arguments.rounds):
-            bare.append(min(model_seconds(vae, batches, threads), plain_seconds(vae, batches)))
-            store = Path(place) / f"store{number}"
-            stored.append(encode_folder(vae, "s3://bench/*.tar", store, workload=Workload(threads)).seconds)
-    share = statistics.median(one / other for one, other in zip(bare, stored, strict=True))
-    count = sum(map(len, batches))
-    return (
-        "| images | model alone, images/s | from s3:// to a store | share |\n|---|---|---|---|\n"
-        f"| {count} | {count / statistics.median(bare):.2f} | {count / statistics.median(stored):.2f} | "
-        f"{share:.1%} |"
-    )
+            bare.add(*min(model_alone(vae, batches, threads)))
+            store, cpu = Path(place) / f"store{number}", time.process_time()
+            report = encode_folder(vae, "s3://bench/*.tar", store, workload=Workload(threads))
+            assert report.images == count
+            stored.add(report.seconds, time.process_time() - cpu)
+    return compared(bare, stored)
+
+
+def model_alone(vae: Any, batches: Any, threads: int) -> Iterator[tuple[float, float]]:
+    """Seconds, and those of CPU: batches side by side and, which one thread does alike, one after another."""
+    ways = [partial(model_seconds, vae, batches, threads), partial(plain_seconds, vae, batches)]
+    for way in ways if threads > 1 else ways[:1]:
+        cpu = time.process_time()
+        yield way(), time.process_time() - cpu
 
 
 @contextmanager
@@ -253,64 +295,71 @@ def ray(arguments: argparse.Namespace) -> str:
     import ray as package
 
     photos = find_images(arguments.photos)[: arguments.images]
-    vae, times = latentvae.load(), {"processes": list[float](), "ray": list[float]()}
+    vae, options = latentvae.load(), {"shard_size": arguments.shard_size, "weights_sha256": "0" * 64}
+    alone, shared = Side("two processes", len(photos)), Side("two workers of Ray", len(photos))
     package.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     engine = Ray(vae, partial(equip_node, precision="fp32", threads=1, workers=1), cores=1)
-    options = {"shard_size": arguments.shard_size, "weights_sha256": "0" * 64}
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as place:
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as place, two_processes(options) as in_processes:
         for number in range(arguments.rounds + 1):
-            start = time.perf_counter()
             one, other = Path(place) / f"ray{number}", Path(place) / f"processes{number}"
-            encode_folder(vae, [*map(str, photos)], one, workload=Workload(engine=engine), **options)
-            if number:  # the first is for the workers to import
-                times["ray"].append(time.perf_counter() - start)
-                times["processes"].append(in_processes(photos, other, options))
-                assert (one / "store.json").read_bytes() == (other / "store.json").read_bytes()
+            some = photos if number else photos[: 2 * arguments.shard_size]  # the first is for the imports
+            took = [timed(partial(in_processes, some, other))]
+            run = partial(encode_folder, vae, [*map(str, some)], one, workload=Workload(engine=engine))
+            took.append(timed(partial(run, **options)))
+            assert (one / "store.json").read_bytes() == (other / "store.json").read_bytes()
+            if number:
+                alone.add(*took[0])
+                shared.add(*took[1])
     package.shutdown()
-    pairs = zip(times["processes"], times["ray"], strict=True)
-    share = statistics.median(alone / shared for alone, shared in pairs)
-    rates = {name: len(photos) / statistics.median(some) for name, some in times.items()}
-    return (
-        "| images | two processes, images/s | two workers of Ray | share |\n|---|---|---|---|\n"
-        f"| {len(photos)} | {rates['processes']:.2f} | {rates['ray']:.2f} | {share:.1%} |"
-    )
+    return compared(alone, shared)
 
 
-def in_processes(photos: list[Path], store: Path, options: dict[str, Any]) -> float:
-    """Seconds that two processes take, from when both are ready."""
+def timed(do: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and those of CPU of this process and of all that it has started."""
+    before, start = cpu_seconds(), time.perf_counter()
+    do()
+    return time.perf_counter() - start, cpu_seconds() - before
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all below it that are alive."""
+    own = psutil.Process()
+    return sum(sum(each.cpu_times()[:2]) for each in [own, *own.children(recursive=True)])
+
+
+@contextmanager
+def two_processes(options: dict[str, Any]) -> Iterator[Callable[[list[Path], Path], None]]:
+    """Two processes that have imported all there is, and what has them encode."""
     context = multiprocessing.get_context("spawn")
-    begin, prepared, ended = context.Event(), context.Semaphore(0), context.Semaphore(0)
-    parts = [
-        context.Process(target=part, args=(photos, store, options, rank, begin, prepared, ended))
-        for rank in range(2)
-    ]
+    tasks, ended = [context.Queue() for _ in range(2)], context.Semaphore(0)
+    parts = [context.Process(target=part, args=(options, rank, tasks[rank], ended)) for rank in range(2)]
     for process in parts:
         process.start()
-    for _ in parts:
-        prepared.acquire()
-    start = time.perf_counter()
-    begin.set()
-    for _ in parts:
-        ended.acquire()
-    seconds = time.perf_counter() - start
+
+    def encode(photos: list[Path], store: Path) -> None:
+        for queue in tasks:
+            queue.put((photos, store))
+        for _ in parts:
+            ended.acquire()
+
+    yield encode
+    for queue in tasks:
+        queue.put(None)
     for process in parts:
         process.join()
-    return seconds
 
 
-def part(
-    photos: list[Path], store: Path, options: dict[str, Any], rank: int, begin: Any, prepared: Any, ended: Any
-) -> None:
-    """One of two processes."""
+def part(options: dict[str, Any], rank: int, tasks: Any, ended: Any) -> None:
+    """One of two processes; makes its model ready each time, as a worker of Ray does for each run."""
     torch.set_num_threads(1)
     vae = latentvae.load()
-    prepared.release()
-    begin.wait()
-    latentvae.optimize(vae)
-    tile_large(vae)
     work = Workload(threads=1, workers=1, part=Part(rank, 2))
-    encode_folder(vae, [*map(str, photos)], store, workload=work, **options)
-    ended.release()
+    while (task := tasks.get()) is not None:
+        photos, store = task
+        ready_vae = latentvae.optimize(copy.deepcopy(vae))
+        tile_large(ready_vae)
+        encode_folder(ready_vae, [*map(str, photos)], store, workload=work, **options)
+        ended.release()
 
 
 def main() -> None:
