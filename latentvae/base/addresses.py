@@ -197,7 +197,7 @@ class Address:
             self.ask(lambda files, path: files.rmdir(path) if files.exists(path) else None, "deleted")
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files in the folder by name, as they are now; none where it does not exist."""
+        """Bytes of what is in the folder now, by name, of folders 0; nothing where it does not exist."""
 
         def look(files: Any, path: str) -> dict[str, int]:
             files.invalidate_cache()
@@ -205,11 +205,7 @@ class Address:
                 found = files.ls(path, detail=True)
             except FileNotFoundError:
                 return {}
-            return {
-                each["name"].rstrip("/").rpartition("/")[2]: each["size"] or 0
-                for each in found
-                if each["type"] == "file"
-            }
+            return {each["name"].rstrip("/").rpartition("/")[2]: each["size"] or 0 for each in found}
 
         return self.ask(look)
 

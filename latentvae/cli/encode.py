@@ -360,8 +360,9 @@ def _tell(report: store.encoding.EncodeReport, folder: str, as_json: bool) -> No
     dropped = f" {counted(len(left), 'caption')} left out, as named above." if left else ""
     done = f"{counted(report.encoded, 'file')} done now{rate}{waited}.{dropped}"
     part = "" if report.part == str(store.parts.WHOLE) else f"part {report.part}: "
-    line = f"{part}{counted(report.images, 'image')} in {folder}; {done}"
-    tell({"store": folder, **report.as_dict()}, [line, *_unfinished(report)], as_json)
+    where = str(place(folder))
+    line = f"{part}{counted(report.images, 'image')} in {where}; {done}"
+    tell({"store": where, **report.as_dict()}, [line, *_unfinished(report)], as_json)
     if report.failures:
         failed = counted(len(report.failures), "image")
         typer.echo(f"{failed} could not be encoded, as named above.", err=True)

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from latentvae.base.addresses import Address, Place, forget
-from latentvae.base.errors import StoreError
+from latentvae.base.errors import SourceError, StoreError
 from latentvae.base.files import cache_folder, explained, file_sha256, partial_path, whole_file
 from latentvae.store import format as layout
 from latentvae.store.format import MANIFEST, Manifest, StoredShard
@@ -66,7 +66,7 @@ def here(store: Place, part: Part = WHOLE, rehash: bool = False) -> Iterator[Jou
     with at.locked():
         at.begin(rehash)
         try:
-            yield Journal(at.folder, at.upload)
+            yield Journal(at.folder, at.upload_early)
         except StoreError as error:
             raise at.named(error) from error
         at.push()
@@ -120,7 +120,15 @@ class Remote:
         self.uploaded = self.run.sizes()
         if FINISHED in self.uploaded:
             self._place(Finished.model_validate_json((self.run / FINISHED).read_bytes()))
+        elif not self.uploaded:
+            self.run.rmdir()
         self.known = self._manifest()
+        others = self.address.sizes().keys() - {FOLDER}
+        if self.known is None and others and not self.uploaded:
+            raise StoreError(
+                f"{self.address} is a folder of other files ({min(others)} and so on), no store. The last "
+                "argument names the store: give a new or an empty one."
+            )
         seen = self.seen.read_bytes() if self.seen.exists() else None
         if self.known != seen or (rehash and self.known is not None):
             self._fetch(rehash)
@@ -133,6 +141,11 @@ class Remote:
         renamed = StoreError(said)
         renamed.ends_run = error.ends_run
         return renamed
+
+    def upload_early(self, shard: StoredShard) -> None:
+        """`upload` while others are encoded: what a broken connection holds up is left to `push`."""
+        with suppress(SourceError):
+            self.upload(shard)
 
     def upload(self, shard: StoredShard) -> None:
         """Put the files of a shard into .run, as far as they are not there."""

@@ -385,6 +385,17 @@ def test_offloaded_weights_are_reached(
     assert not caplog.records  # nothing ran as stock, nothing whole
 
 
+@pytest.mark.parametrize("offload", [blocks_on_disk, leaves_on_disk])
+def test_without_channels_last_groups_go_to_disk_afterwards(
+    offload: Any, calls: list[str], tmp_path: Path
+) -> None:
+    """What docs/attachments.md names for it."""
+    wanted, vae = both(build(2), *data()), optimize(build(2), channels_last=False)
+    offload(vae, tmp_path / "disk")
+    for _ in range(2):
+        assert_close(both(vae, *data()), wanted)
+
+
 # --- copies
 
 

@@ -199,6 +199,10 @@ def test_what_cannot_be_is_refused_and_nothing_changes(
         encode(tiny_vae, photos, AT, flips=True)
     with pytest.raises(StoreError, match=r"part 0/2 came for the address .*--engine ray"):
         encode(tiny_vae, photos, AT, workload=Workload(part=Part(0, 2)))
+    with pytest.raises(StoreError, match=r"^shaky://bucket is a folder of other files \(store and so on\)"):
+        encode(tiny_vae, photos, "shaky://bucket")
+    assert there() == before
+    assert verify(AT) == []
     with pytest.raises(StoreError, match="is an address"):
         finish_store(photos, AT)
     with pytest.raises(
@@ -223,6 +227,29 @@ def test_what_cannot_be_is_refused_and_nothing_changes(
     assert encode(tiny_vae, photos, AT).images == COUNT + 1
     with Remote(Address(AT)).locked(), pytest.raises(StoreError, match="by another process of this machine"):
         encode(tiny_vae, photos, AT)
+
+
+@pytest.mark.parametrize("broken", [2, 1000])
+def test_a_connection_that_breaks_holds_up_no_encoding(
+    tiny_vae: Any, photos: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    left, real = [broken], Address.put
+
+    def put_later(self: Address, file: Path) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise SourceError(f"{self} cannot be written (broken pipe)")
+        real(self, file)
+
+    monkeypatch.setattr(Address, "put", put_later)
+    if broken == 2:
+        assert encode(tiny_vae, photos, AT).encoded == COUNT
+    else:
+        with pytest.raises(SourceError, match=r"bucket/store/\.run/\w+ cannot be written \(broken pipe\)"):
+            encode(tiny_vae, photos, AT)
+        left[0] = 0
+        assert encode(tiny_vae, photos, AT).encoded == 0  # all was done
+    assert verify(AT) == []
 
 
 def test_other_options_for_what_was_not_finished_name_the_folder(
