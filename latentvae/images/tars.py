@@ -132,7 +132,9 @@ class TarSource:
 
     def open(self, index: int) -> IO[bytes]:
         """The member as a file, of which only what is asked for is read."""
-        return io.BufferedReader(_Part(self._shard(index).open("rb"), *self._extent(index)))
+        shard = self._shard(index)
+        file = shard.open("rb") if isinstance(shard, Path) else _Ranges(shard)
+        return io.BufferedReader(_Part(file, *self._extent(index)), addresses.HEADER)
 
     def state(self, index: int) -> tuple[int, int]:
         """The member's bytes, and when its shard was changed, in nanoseconds."""
@@ -253,10 +255,26 @@ def read_part(shard: Place, offset: int, size: int) -> bytes:
     return data
 
 
+class _Ranges:
+    """What `_Part` asks of an open file, of one at an address: each time it reads, that is one request."""
+
+    def __init__(self, shard: Place) -> None:
+        self.shard, self.at = shard, 0
+
+    def seek(self, at: int) -> None:
+        self.at = at
+
+    def read(self, size: int) -> bytes:
+        return read_part(self.shard, self.at, size)
+
+    def close(self) -> None:
+        pass
+
+
 class _Part(io.RawIOBase):
     """A stretch of an open file as a file of its own, which closes the other with it."""
 
-    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+    def __init__(self, file: IO[bytes] | _Ranges, start: int, size: int) -> None:
         self.file, self.start, self.size, self.at = file, start, size, 0
 
     def readable(self) -> bool:
