@@ -18,6 +18,7 @@ from latentvae.demo.guard import Limits, Photo, guarded, read_photo
 from latentvae.demo.jobs import KINDS, stop
 from latentvae.demo.loaded_models import Models
 from latentvae.demo.on_page import Copied, on_page
+from latentvae.demo.snippets import curl
 from latentvae.images.kinds import FORMATS
 from latentvae.images.reading import load_image
 from latentvae.images.resizing import thumbnail
@@ -27,6 +28,7 @@ PART = 160  # pixels of a side of the odd example's parts
 SESSION_SECONDS = 3600  # what a visitor saw last is kept
 COPIES = 64  # of large pictures that are found again
 PHOTO = "lv-photo"  # the class of inputs for one picture
+SIMPLE = (gr.Dropdown, gr.Radio, gr.CheckboxGroup, gr.Slider, gr.Number)  # whose values are JSON as they are
 HEAVY = "heavy"  # the queue of all that computes: one job at a time
 
 
@@ -89,13 +91,13 @@ class Desk:
 
     @staticmethod
     def controls() -> gr.Column:
-        """The narrow column, of what a visitor gives."""
+        """The narrow column, of what a visitor gives (on a phone below the other)."""
         return gr.Column(scale=1, min_width=280, elem_classes="lv-side")
 
     @staticmethod
     @contextmanager
     def results() -> Iterator[list[Any]]:
-        """The wide column, of what comes back (on a phone below the other).
+        """The wide column, of what comes back.
 
         Yields:
             Its message, the button "full size", and where progress is shown.
@@ -257,8 +259,8 @@ class Desk:
         browsers report a picture as changed when its tab is first drawn, and an upload twice. What goes wrong
         is said in `message`, and old results go; who calls the endpoint gets an error. The page calls
         `on_page_run` where that differs, with copies of large pictures; where `whole`, it says so, and offers
-        the full size. `snippet` gives the lines of "Show Python". What `follows` is made anew for another
-        picture or model.
+        the full size. `snippet` gives the lines of "Show Python", to which those of curl are added. What
+        `follows` is made anew for another picture or model.
         """
         common: dict[str, Any] = {"concurrency_id": HEAVY, "concurrency_limit": 1}
         # nobody presses it: an endpoint belongs to some event, and the page's own take and give more
@@ -271,7 +273,8 @@ class Desk:
         seen = gr.State(None, time_to_live=SESSION_SECONDS)
         triggers = dict(zip(KINDS, ([follow.click, *live], [button.click], [message[1].click]), strict=True))
         empty = ["" if isinstance(each, gr.HTML) else None for each in outputs]
-        code = _code() if snippet else []
+        snippets = ([snippet] if snippet else []) + _asking(api_name, inputs)
+        code = _code(python=snippet is not None, curl=len(snippets) > (snippet is not None))
         events = [
             gr.on(
                 own,
@@ -280,7 +283,7 @@ class Desk:
                     *(len(inputs), empty),
                     always=name != "live",
                     shrink=None if name == "full" else self._shrinker(inputs, whole),
-                    snippet=snippet,
+                    snippets=snippets,
                 ),
                 [seen, *inputs],
                 [seen, *message[:2], *code, *outputs],
@@ -304,10 +307,25 @@ def _follow_button(api_name: str, follows: bool) -> gr.Button:
     )
 
 
-def _code() -> list[gr.Code]:
-    """Where "Show Python" has its lines."""
-    with gr.Accordion("Show Python", open=False):
-        return [gr.Code(language="python", show_label=False, interactive=False)]
+def _asking(api_name: str, inputs: Sequence[Any]) -> list[Callable[..., str]]:
+    """What gives an endpoint's lines of curl; none for one that takes several pictures, or a painted mask."""
+    photos = [place for place, each in enumerate(inputs) if each.elem_classes == [PHOTO]]
+    others = [each for place, each in enumerate(inputs) if place not in photos]
+    if not photos or not all(isinstance(each, SIMPLE) for each in others):
+        return []
+    return [partial(curl, api_name, photos)]
+
+
+def _code(*, python: bool, curl: bool) -> list[gr.Code]:
+    """Where "Show Python" has its lines, and those of a shell."""
+    shown = [("Python", "python")] * python + [("curl", "shell")] * curl
+    if not shown:
+        return []
+    with gr.Accordion(f"Show {' and '.join(name for name, _ in shown)}", open=False):
+        return [
+            gr.Code(language=kind, label=name, interactive=False, wrap_lines=True)  # type: ignore[arg-type]
+            for name, kind in shown
+        ]
 
 
 class Tab(ABC):

@@ -37,17 +37,17 @@ def on_page(
     *,
     always: bool = False,
     shrink: Callable[[list[Any]], Copied] | None = None,
-    snippet: Callable[..., str] | None = None,
+    snippets: Sequence[Callable[..., str]] = (),
 ) -> Callable[..., Any]:
     """A handler that leaves the page as it is where nothing is new, and says there what goes wrong.
 
     It takes what it saw last, then `run`'s arguments, and gives what it saw, a message, the button "full
     size", then `run`'s results: `empty` ones where an input is missing, or with an error. With `always` it
-    runs whatever it saw. `shrink` puts copies into the list of arguments. With `snippet`,
-    lines of Python come before the results.
+    runs whatever it saw. `shrink` puts copies into the list of arguments. Lines that `snippets` give come
+    before the results.
     """
 
-    before = [""] if snippet else []  # of the results
+    before = [""] * len(snippets)  # of the results
 
     def live(seen: str | None, *values: Any) -> Iterator[Any]:
         shown = hashlib.sha256(json.dumps(values[:inputs]).encode()).hexdigest()  # masks are megabytes
@@ -60,15 +60,15 @@ def on_page(
         try:
             with refusing():
                 used = list(values)
-                python = [snippet(*values[:inputs])] if snippet else []
                 copied = shrink(used) if shrink else Copied(None)
                 start = time.perf_counter()
                 # always a generator itself, so that gradio treats both kinds of handlers alike
                 results = run(*used) if inspect.isgeneratorfunction(run) else (run(*used) for _ in range(1))
                 for result in stoppable(results):
+                    lines = [each(*values[:inputs]) for each in snippets]  # of inputs that are there
                     part = None in result  # what fails after a part can be tried again
                     seconds = (time.perf_counter() - start) * copied.larger
-                    yield (gr.skip() if part else shown, *_notice(copied.words, seconds), *python, *result)
+                    yield (gr.skip() if part else shown, *_notice(copied.words, seconds), *lines, *result)
         except Stopped as end:  # what was shown before stays, and can be asked for again
             said = _notice("Stopped.", kind="stopped") if end.asked else (gr.skip(), gr.skip())
             yield (gr.skip(), *said, *(gr.skip() for _ in (*before, *empty)))

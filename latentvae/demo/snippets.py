@@ -1,10 +1,16 @@
-"""What "Show Python" shows: the lines that give a result of the page without it.
+"""What "Show Python" shows: lines that give a result without the page, and those that ask the page for it.
 
 Handlers' own arguments come in. Files are named as they were uploaded, models as the picker names them: a
 path of the server is no visitor's matter.
 """
 
+import json
+import shlex
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+from gradio.context import LocalContext
 
 from latentvae.demo.guard import Limits
 
@@ -62,6 +68,39 @@ def vary(photo: str, model: str, temperature: float, copies: float, seed: float)
         f"    latentvae.save_image(found.image({float(temperature)}, copy), f'copy {{copy + 1}}.png')",
     ]
     return _lines(imports, model, lines)
+
+
+def curl(endpoint: str, photos: Collection[int], *values: Any) -> str:
+    """Lines of a shell that ask this page: uploads, the call, and its result.
+
+    Args:
+        endpoint: its name.
+        photos: places among the values of those that are pictures.
+        values: the endpoint's arguments.
+    """
+    root = shlex.quote(f"{_root()}/gradio_api")  # an IPv6 address has brackets
+    lines, data = [], list(values)
+    for number, place in enumerate(photos, 1):
+        # in quotes, as curl cuts names at commas and semicolons
+        name = Path(values[place]).name.replace("\\", "\\\\").replace('"', '\\"')
+        file = shlex.quote(f'files=@"{name}"')
+        upload = f"curl -s -F {file} {root}/upload"
+        # the only path in a list of one, escaped as JSON has it, and so it goes back
+        lines.append(f"photo{number}=$({upload} | cut -d'\"' -f2)")
+        data[place] = {"path": f"@{number}@", "meta": {"_type": "gradio.FileData"}}
+    body = shlex.quote(json.dumps({"data": data}))
+    for number in range(1, len(lines) + 1):
+        body = body.replace(f"@{number}@", f"'\"$photo{number}\"'", 1)
+    call = f"{root}/call/{endpoint}"
+    lines.append(f"event=$(curl -s -H 'Content-Type: application/json' -d {body} {call} | cut -d'\"' -f4)")
+    return "\n".join([*lines, f"curl -sN {call}/$event", ""])
+
+
+def _root() -> str:
+    """This page's address, as the browser that asks has it."""
+    headers = getattr(LocalContext.request.get(None), "headers", {})
+    page = headers.get("referer", "").partition("?")[0].partition("#")[0]
+    return (page or f"http://{headers.get('host', '127.0.0.1:7860')}").rstrip("/")
 
 
 def _lines(imports: list[str], model: str, lines: list[str]) -> str:

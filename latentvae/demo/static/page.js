@@ -53,8 +53,8 @@ const name = () => {
     outer.setAttribute('role', 'group');
     outer.tabIndex = -1;
   });
-  // on a phone a strip scrolls, which arrow keys must be able to do too
-  document.querySelectorAll('.lv-strip .image-frame').forEach(each => { each.tabIndex = 0; });
+  // on a phone a strip scrolls, and so does code, which arrow keys must be able to do too
+  document.querySelectorAll('.lv-strip .image-frame, .cm-scroller').forEach(each => { each.tabIndex = 0; });
   document.querySelectorAll('.lv-photo img').forEach(image => { image.alt = 'The picture that was chosen'; });
 };
 const still = event => {  // an animation's first frame, where the visitor asks for rest
