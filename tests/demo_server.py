@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,15 @@ def tiny_export(folder: Path) -> Path:
 
 
 @contextmanager
-def running(model: Path, patch: pytest.MonkeyPatch, host: str = "127.0.0.1", **options: Any) -> Iterator[Any]:
-    """A page that is served, with the tiny model alone, and without LPIPS."""
+def running(
+    model: Path,
+    patch: pytest.MonkeyPatch,
+    host: str = "127.0.0.1",
+    peers: Sequence[Path] = (),
+    mcp: bool = False,
+    **options: Any,
+) -> Iterator[Any]:
+    """A page that is served, with the tiny model (and peers) alone, and without LPIPS."""
     from latentvae.demo import loaded_models, server
     from latentvae.demo.guard import Limits
 
@@ -40,7 +47,7 @@ def running(model: Path, patch: pytest.MonkeyPatch, host: str = "127.0.0.1", **o
     patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
     patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
     with server.workplace() as files:
-        page = server.start([model], host, free_port(), limits=Limits(**options))
+        page = server.start([model, *peers], host, free_port(), limits=Limits(**options), mcp=mcp)
         page.files = files
         try:
             yield page

@@ -15,6 +15,7 @@ EXTRAS = {
     "umap": ("umap-learn", "umap"),
     "datasets": ("datasets", "train"),
     "gradio": ("gradio", "demo"),
+    "mcp": ("mcp", "mcp"),
     "torch_fidelity": ("torch-fidelity", "fid"),
     "pillow_heif": ("pillow-heif", "heif"),
     "pillow_jxl": ("pillow-jxl-plugin", "jxl"),

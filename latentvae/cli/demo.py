@@ -19,13 +19,22 @@ def demo(
     ] = "127.0.0.1",
     model: Annotated[
         list[Path] | None,
-        typer.Option("--model", "-m", help="A model beside the bundled ones: folder or file. Repeatable."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="A model beside the bundled ones, or an AutoencoderTiny for Compare. Repeatable.",
+        ),
     ] = None,
+    mcp: Annotated[
+        bool, typer.Option(help="Serve reconstruct, compress, decompress, compare as tools (MCP) too.")
+    ] = False,
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
     need("gradio", message="the demo needs {package}, which is not installed: {install}")
+    if mcp:
+        need("mcp", message="tools need {package}, which is not installed: {install}")
     typer.echo("latentvae demo: loading gradio and PyTorch", err=True)  # which takes seconds
-    if not page.server.serve(model or [], host, port):
+    if not page.server.serve(model or [], host, port, mcp=mcp):
         # a picture is computed in a thread that nothing stops, and Python would wait for it
         sys.stdout.flush()
         os._exit(0)

@@ -203,7 +203,7 @@ class LocalBlocks(gr.Blocks):
         if len(json.dumps(inputs)) > self.limits.input_bytes:  # gradio keeps them for each session
             raise _refusal("These inputs are too large: pictures are uploaded, and their names sent.")
         for path in _files_in(inputs):
-            _check_uploaded(path)
+            check_uploaded(path)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error as error:
@@ -234,7 +234,7 @@ def _example_files(component: str) -> Any:
     return name and file(name)
 
 
-def _check_uploaded(path: str) -> None:
+def check_uploaded(path: str) -> None:
     """Raise gr.Error unless a path is a file below gradio's folder of uploads and results."""
     folder = Path(get_upload_folder()).resolve()
     try:

@@ -23,6 +23,7 @@ from latentvae.demo.guard import Gate, Limits, LocalBlocks
 from latentvae.demo.loaded_models import Models
 from latentvae.demo.page import build_page, head
 from latentvae.demo.theme import make_theme
+from latentvae.demo.tools import PLACE, offer_tools
 from latentvae.demo.widgets import static
 
 logger = logging.getLogger(__name__)
@@ -39,16 +40,24 @@ SETTINGS = {
     "GRADIO_SSR_MODE": "False",
     "GRADIO_NODE_SERVER_NAME": "",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # A page asks itself whether it is up, and for what tools ask, which no proxy between this machine and the
+    # internet can answer. The lower spelling first: Windows knows one variable by both, and the last one
+    # restored stays.
+    "no_proxy": "*",
+    "NO_PROXY": "*",
 }
-# A page asks itself whether it is up, which no proxy between this machine and the internet can answer. Of two
-# spellings the lower one first: Windows knows one variable by both, and the last one restored stays.
-DIRECT = {"no_proxy": "*", "NO_PROXY": "*"}
 
 
 def serve(
-    sources: Sequence[str | Path] = (), host: str = HOST, port: int = PORT, limits: Limits | None = None
+    sources: Sequence[str | Path] = (),
+    host: str = HOST,
+    port: int = PORT,
+    limits: Limits | None = None,
+    mcp: bool = False,
 ) -> bool:
     """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted.
+
+    Args: as those of `start`.
 
     Returns:
         Whether nothing is computed any more. If False, a thread still works, and the process waits for it.
@@ -60,7 +69,9 @@ def serve(
     # absolute, because the working directory changes; what is no path is a bundled model's name
     resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
     with workplace():
-        page = start(resolved, host, port, limits, say=_say)
+        page = start(resolved, host, port, limits, say=_say, mcp=mcp)
+        if mcp:
+            _say(f"tools (MCP) on {address(page)}{PLACE}")
         # flushed: who starts the server from a program waits for this line
         print(f"latentvae demo on {address(page)} (Ctrl-C ends it)", flush=True)
         try:
@@ -83,6 +94,7 @@ def end(page: LocalBlocks) -> bool:
     page.app.stop_event.set()
     page._queue.close()
     page.server.force_exit = page.server.should_exit = True
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # or it logs that it was made to end
     deadline = time.monotonic() + PATIENCE
     # AnyIO's are those that handlers run in
     names = ("AnyIO", WARM_UP)
@@ -99,6 +111,7 @@ def start(
     port: int = PORT,
     limits: Limits | None = None,
     say: Callable[[str], None] = logger.info,
+    mcp: bool = False,
 ) -> LocalBlocks:
     """Load the models, lay the page out and serve it in a thread; call it inside `workplace`.
 
@@ -108,6 +121,7 @@ def start(
         port: of it.
         limits: what visitors may ask.
         say: is told what is loading.
+        mcp: serve the page's tools too, to programs that speak the Model Context Protocol.
 
     Returns:
         The page; `page.local_url` is its address, `page.close()` ends it.
@@ -119,8 +133,9 @@ def start(
     limits = limits or default_limits(host)
     page = build_page(Models(sources, limits.tile_above, say), limits)
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    with environment(DIRECT):
-        page.launch(**_launch_options(page, host, port, folder, limits))
+    page.launch(**_launch_options(page, host, port, folder, limits), mcp_server=mcp)
+    if mcp:
+        offer_tools(page)
     # after the launch: what is in the folder by now belongs to the page
     Sweeper(folder, limits.keep_seconds, limits.sweep_seconds, page.asked_for).start()
     threading.Thread(target=_warm_up, args=[page], name=WARM_UP, daemon=True).start()
@@ -164,7 +179,8 @@ def _launch_options(page: LocalBlocks, host: str, port: int, folder: Path, limit
         enable_monitoring=False,
         ssr_mode=False,
         pwa=False,
-        mcp_server=False,
+        # or gradio asks its own page whether it is up, and gives up after three seconds of a busy machine
+        _frontend=False,
         footer_links=["api"],
         theme=make_theme(),
         css=static("page.css"),

@@ -91,7 +91,7 @@ def test_ipv6_is_served(model: Path, host: str) -> None:
     with pytest.MonkeyPatch.context() as patch, running(model, patch, host=host) as served:
         where = server.address(served)
         assert where.startswith("http://[::1]:")
-        with httpx.Client(base_url=where, trust_env=False) as web:
+        with httpx.Client(base_url=where, timeout=30, trust_env=False) as web:
             assert web.get("/config").status_code == 200
             answer = web.get("/config", headers={"Origin": "https://elsewhere.invalid"})
             assert (answer.status_code == 403) == (host != "::")  # a network's names are not ours to know
