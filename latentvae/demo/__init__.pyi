@@ -15,6 +15,8 @@ from . import sample as sample
 from . import server as server
 from . import snippets as snippets
 from . import theme as theme
+from . import tools as tools
 from . import vary as vary
 from . import views as views
+from . import ways as ways
 from . import widgets as widgets

@@ -1,31 +1,32 @@
-"""The tab Compare: models, and JPEG and WebP at equal bytes, side by side on one crop."""
+"""The tab Compare: up to six ways there and back, side by side, with their errors and a table that sorts."""
 
+import csv
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gradio as gr
+import numpy as np
 import torch
 from PIL import Image
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.codec import compression as codec
-from latentvae.demo import views
+from latentvae.demo import views, ways
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import Photo
-from latentvae.demo.widgets import Pane, panes_html, zoom_panes
-from latentvae.images.reading import load_image
+from latentvae.demo.widgets import Pane, panes_html, sorting_table, zoom_panes
+from latentvae.images.drawing import colour_error, error_map, grid
 from latentvae.images.saving import to_pil
+from latentvae.images.tensors import from_uint8
 from latentvae.measure.metrics import Metrics
-from latentvae.models.latents import reconstruct
 
-MOST = 3
-Side = Literal["64", "128", "256", "512"]  # as text: so gradio describes choices to clients
-LVAE, JPEG, WEBP = ".lvae", "JPEG", "WebP"
-QUALITIES = {JPEG: (1, 95), WEBP: (0, 100)}  # above 95 JPEG only grows, says Pillow
+MOST = 6
+STANDARD = (ways.LVAE, *ways.CODECS)
 
-Entry = tuple[str, torch.Tensor, str, int | None]  # title, image, what it took, bytes
+Row = dict[str, Any]
+# of the table: what the column is called, and each row's words and what they are sorted by
+HEAD = ("Way", "With", "Bytes", "Bits per pixel", "PSNR", "SSIM", "LPIPS", "Encode", "Decode", "Peak memory")
 
 
 class Compare(Tab):
@@ -35,176 +36,166 @@ class Compare(Tab):
         self,
         photo: str | None,
         model: str,
-        against: Sequence[str] = (LVAE, JPEG, WEBP),
+        against: Sequence[str] = STANDARD,
         quality: float = 40,
-        across: float = 0.35,
-        down: float = 0.4,
-        side: Side = "128",
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008  # how gradio wants it
     ) -> tuple[Any, ...]:
-        """Show one crop of a picture after several treatments, and measure the whole picture.
+        """Put a picture through up to six ways and back, and measure each.
 
         Args:
             photo: any image file, of any size.
-            model: writes the .lvae file whose bytes JPEG and WebP get too.
-            against: one to three of ".lvae", "JPEG", "WebP" and the models' names (whose latents are not
-                quantised: no file).
+            model: writes the .lvae file whose bytes JPEG, WebP and AVIF get too.
+            against: one to six of ".lvae", "JPEG", "WebP", "AVIF" and the names of models (whose latents are
+                not quantised: no file).
             quality: of the .lvae file, 1 to 100.
-            across, down: the crop's middle, as shares of width and height, 0 to 1.
-            side: of the crop in pixels.
 
         Returns:
-            The crops as HTML; a row of figures for each treatment as JSON.
+            Pictures, error maps and table as HTML; a row of figures for each way as JSON; all of it on one
+            sheet, as PNG; the table as CSV.
         """
-        if not 1 <= len(against) <= MOST:
-            raise LatentVAEError(f"{len(against)} choices came; compare one to {MOST} with the original.")
-        with self.desk.models.use(model) as chosen:
-            read = self.desk.read(photo, chosen.channels)
-            budget, entries = None, []
-            # the .lvae file's bytes are JPEG's and WebP's budget, even where it is not shown itself
-            if {LVAE, JPEG, WEBP} & set(against):
-                progress(0.1, "Compressing")
-                budget = codec.compress(chosen.exact, read.image[None], quality=int(quality))
-        for number, name in enumerate(against):  # each takes its own model, now that none is held
-            progress((number + 1) / (MOST + 1), name)
-            entries.append(self._treat(name, read, model, budget))
-        box = _crop_box(read, across, down, int(side))
-        rows, shown = [], [Pane("Original", _size_of(read, box), _cut(read.image, box))]
-        for title, image, how, size in entries:
-            row = self._measure(title, read, image, how, size)
-            rows.append(row)
-            shown.append(Pane(title, _caption(row), _cut(image, box)))
-        return panes_html(shown), rows
+        chosen = list(dict.fromkeys(against))
+        if not 1 <= len(chosen) <= MOST:
+            raise LatentVAEError(f"{len(chosen)} ways came; compare one to {MOST} with the original.")
+        with self.desk.models.use(model) as used:
+            read = self.desk.read(photo, used.channels)
+            file = None
+            # the .lvae file's bytes are the other files' budget, even where it is not shown itself
+            if {ways.LVAE, *ways.CODECS} & set(chosen):
+                progress((0, len(chosen) + 1), "Compressing")
+                file = ways.by_lvae(used, read.image, int(quality))
+        size = f"{read.info.width} x {read.info.height} pixels"
+        panes, small, rows = [_pane(read, "Original", read.image, size)], [views.view(read.image)], []
+        for number, name in enumerate(chosen):
+            progress((number + 1, len(chosen) + 1), name)
+            trip = self._go(name, read.image, model, file)
+            rows.append(self._measure(trip, read))
+            # its floats go with it: of a picture in full size they are 200 MB
+            panes.append(_pane(read, name, trip.image, _caption(rows[-1]), trip.file))
+            small.append(views.view(trip.image))
+        shown = panes_html(panes, sorting_table(HEAD, [_cells(row) for row in rows]))
+        return shown, rows, _sheet(read, small, rows), _csv(read, rows)
 
-    def _treat(self, name: str, read: Photo, model: str, data: bytes | None) -> Entry:
-        if name in (JPEG, WEBP) and data is not None:
-            coded = best_within(read.image, name, len(data))
-            how = f"quality {coded.quality}" + ("" if coded.fits else ", its smallest")
-            return name, coded.image, how, coded.size
-        with self.desk.models.use(model if name == LVAE else name) as used:
-            if name == LVAE and data is not None:
-                decoded = codec.decode_payload(used.swift, *codec.unpack(data))[0]
-                return f".lvae, {used.name}", decoded, "latents, quantised", len(data)
-            # (1, C, H, W): a model of grey images among those of colour
-            rebuilt = reconstruct(used.swift, _as_channels(read.image, used.channels)[None])
-            image = _as_channels(rebuilt.reconstructions[0], read.image.shape[0])
-            return used.name, image, "no file: latents not quantised", None
+    def _go(self, name: str, image: torch.Tensor, model: str, file: ways.Trip | None) -> ways.Trip:
+        models = self.desk.models
+        peer = models.peers.get(name)
+        # a model is lent to all of them: what else the server does then waits, and takes no time or memory
+        with models.use(model if peer or (file and name in STANDARD) else name) as used:
+            if peer:
+                return ways.by_peer(peer, image)
+            if file is None or name not in STANDARD:
+                return ways.by_model(used, image)
+            return file if name == ways.LVAE else ways.by_codec(image, name, len(file.file or b""))
 
-    def _measure(
-        self, title: str, read: Photo, image: torch.Tensor, how: str, size: int | None
-    ) -> dict[str, Any]:
-        (row,) = Metrics(self.desk.models.lpips).add(title, read.image[None], image[None])
-        figures = {"psnr": row.psnr, "ssim": row.ssim, "lpips": row.lpips}
-        return {"name": title, "how": how, "bytes": size, **figures}
+    def _measure(self, trip: ways.Trip, read: Photo) -> Row:
+        (found,) = Metrics(self.desk.models.lpips).add(trip.name, read.image[None], trip.image[None])
+        size = None if trip.file is None else len(trip.file)
+        return {
+            "name": trip.name,
+            "how": trip.how,
+            "bytes": size,
+            "bpp": None if size is None else 8 * size / (read.info.width * read.info.height),
+            # no number in JSON where the pictures are equal, or too small to measure
+            "psnr": found.psnr if math.isfinite(found.psnr) else None,
+            "ssim": found.ssim if math.isfinite(found.ssim) else None,
+            "lpips": found.lpips,
+            "encode_seconds": round(trip.encode_seconds, 4),
+            "decode_seconds": round(trip.decode_seconds, 4),
+            "peak_bytes": trip.peak_bytes,
+        }
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         photo = desk.shared
-        with gr.Row(elem_classes="lv-split"):
-            with desk.controls():
+        with gr.Column(elem_classes="lv-split"):
+            with gr.Row(elem_classes="lv-side"):
                 against = gr.CheckboxGroup(
-                    [LVAE, JPEG, WEBP, *desk.models.names],
-                    value=[LVAE, JPEG, WEBP],
+                    [*STANDARD, *desk.models.names, *desk.models.peers],
+                    value=list(STANDARD),
                     label="Compare",
-                    info="Up to three. JPEG and WebP get the bytes of the .lvae file.",
+                    info="Up to six. Other files get the bytes of the .lvae file; models make no file.",
+                    scale=3,
                 )
-                quality = gr.Slider(1, 100, 40, step=1, label="Quality of the .lvae file")
-                with gr.Accordion("Where to look", open=False):
-                    across = gr.Slider(0, 1, 0.35, step=0.01, label="Across")
-                    down = gr.Slider(0, 1, 0.4, step=0.01, label="Down")
-                    side = gr.Radio([*get_args(Side)], value="128", label="Side of the crop, pixels")
-                button = gr.Button("Compare", variant="primary")
+                with gr.Column(scale=1, min_width=240):
+                    quality = gr.Slider(1, 100, 40, step=1, label="Quality of the .lvae file")
+                    button = gr.Button("Compare", variant="primary")
             with desk.results() as message:
                 view = zoom_panes("lv-compare")
-                gr.HTML('<p class="lv-note">Figures are those of the whole picture.</p>')
+                with gr.Row(elem_classes="lv-downloads"):
+                    sheet = gr.DownloadButton("Download all on a sheet (PNG)", size="md")
+                    table = gr.DownloadButton("Download the table (CSV)", size="md", elem_id="lv-table-file")
+                gr.HTML(
+                    '<p class="lv-note">Times and memory are those of one run on this machine, as busy as it '
+                    "is; figures are those of the whole picture.</p>"
+                )
                 with gr.Accordion("Figures as JSON", open=False):
                     rows = gr.JSON(label="Figures as JSON", show_label=False)
-        inputs, outputs = [photo, model, against, quality, across, down, side], [view, rows]
-        live = [tab.select, quality.release, across.release, down.release, side.input]
+        inputs, outputs = [photo, model, against, quality], [view, rows, sheet, table]
+        live = [tab.select, against.input, quality.release]
         events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}
         desk.connect(self.run, inputs, outputs, "compare", **events)
 
 
-def _crop_box(read: Photo, across: float, down: float, side: float) -> tuple[int, int, int]:
-    """Left, top and side of a square crop, moved and shrunk until it lies in the picture."""
-    width, height = read.info.width, read.info.height  # pixels, upright
-    length = max(1, min(int(side), width, height))
-    left, top = (
-        round(min(max(share * total - length / 2, 0), total - length))
-        for share, total in ((across, width), (down, height))
-    )
-    return left, top, length
+def _pane(read: Photo, title: str, image: torch.Tensor, caption: str, file: bytes | None = None) -> Pane:
+    """A picture of the page, whole, as the page zooms to its pixels; and what is taken home of it."""
+    picture = views.keep_view(to_pil(image).convert("RGB"), f"{read.stem}.{_bare(title)}.png")
+    links = [("PNG", picture)]
+    if file is not None:
+        suffix = _bare(title)
+        links.append((f".{suffix}", views.keep(file, f"{read.stem}.{suffix}")))
+    return Pane(title, caption, picture, (read.info.width, read.info.height), links)
 
 
-def _size_of(read: Photo, box: tuple[int, int, int]) -> str:
-    """What the crop shows of the picture."""
-    return f"{box[2]} x {box[2]} of {read.info.width} x {read.info.height} pixels"
+def _cells(row: Row) -> list[tuple[str, float | str | None]]:
+    """A row of the table."""
+    size = row["bytes"]
+    same = row["psnr"] is None
+    return [
+        (row["name"], row["name"]),
+        (row["how"], row["how"]),
+        ("-" if size is None else views.size(size), size),
+        (views.number(row["bpp"], 3), row["bpp"]),
+        ("∞" if same else f"{row['psnr']:.2f} dB", math.inf if same else row["psnr"]),
+        (views.number(row["ssim"], 3), row["ssim"]),
+        (views.number(row["lpips"], 3), row["lpips"]),
+        *((_seconds(row[key]), row[key]) for key in ("encode_seconds", "decode_seconds")),
+        (f"{row['peak_bytes'] / 1e6:.0f} MB", row["peak_bytes"]),
+    ]
 
 
-def _cut(image: torch.Tensor, box: tuple[int, int, int]) -> Any:
-    left, top, side = box
-    return to_pil(image[:, top : top + side, left : left + side]).convert("RGB")
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.0f} ms"
 
 
-def _as_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
-    """Grey for a model of grey images, and grey shown as RGB."""
-    if image.shape[0] == channels:
-        return image
-    return image.mean(0, keepdim=True) if channels == 1 else image.expand(3, -1, -1)
-
-
-def _caption(row: dict[str, Any]) -> str:
-    parts = [] if row["bytes"] is None else [views.size(row["bytes"])]
-    parts += [row["how"], views.number(row["psnr"], 2, " dB")]
+def _caption(row: Row, *, how: bool = True) -> str:
+    """What stands over a picture on the page; on the sheet its name, in place of how it was made."""
+    found = {words: cell for words, (cell, _) in zip(HEAD, _cells(row), strict=True)}
+    parts = [row["how" if how else "name"], found["PSNR"]]
+    if row["bytes"] is not None:
+        parts.insert(1, found["Bytes"])
     if row["lpips"] is not None:
-        parts.append(f"LPIPS {row['lpips']:.3f}")
+        parts.append(f"LPIPS {found['LPIPS']}")
     return " · ".join(parts)
 
 
-@dataclass(frozen=True)
-class Coded:
-    """An image through a codec.
-
-    Attributes:
-        image: (C, H, W) in [-1, 1], decoded again.
-        size: of the file, in bytes.
-        quality: what the codec was set to.
-        fits: whether the file is no larger than was asked for; the codec's smallest may be.
-    """
-
-    image: torch.Tensor
-    size: int
-    quality: int
-    fits: bool
+def _bare(title: str) -> str:
+    """A way's name within a file's."""
+    return title.strip(".").replace("/", "-").lower()
 
 
-def best_within(image: torch.Tensor, name: str, budget: int) -> Coded:
-    """The best file of a format of at most `budget` bytes, or the smallest there is.
-
-    Args:
-        image: (C, H, W) in [-1, 1], C of 1 or 3.
-        name: of the format, as Pillow writes it (JPEG: optimised, 4:2:0; WebP: its slowest method).
-        budget: bytes.
-    """
-    picture = to_pil(image)
-    low, high = QUALITIES[name]
-    best, data = low, _encode(picture, name, low)
-    fits = len(data) <= budget
-    while fits and low < high:  # sizes grow with quality, so halving finds the best
-        middle = (low + high + 1) // 2  # rounded up, or low and its neighbour would never end
-        tried = _encode(picture, name, middle)
-        if len(tried) <= budget:
-            low, best, data = middle, middle, tried
-        else:
-            high = middle - 1
-    decoded = load_image(data, name=name, channels=image.shape[0])
-    return Coded(decoded, len(data), best, fits)
+def _csv(read: Photo, rows: Sequence[Row]) -> str:
+    """The table as a file of the page."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return views.keep(text.getvalue().encode(), f"{read.stem}.compared.csv")
 
 
-def _encode(picture: Image.Image, name: str, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    # what makes each smallest at its quality, or the comparison would flatter the model
-    options = {"optimize": True} if name == JPEG else {"method": 6}
-    picture.save(buffer, format=name.upper(), quality=quality, **options)
-    return buffer.getvalue()
+def _sheet(read: Photo, pictures: Sequence[Image.Image], rows: Sequence[Row]) -> str:
+    """Pictures, the first being the original, over error maps, as a file of the page."""
+    errors = [from_uint8(colour_error(error_map(pictures[0], each))) for each in pictures[1:]]
+    shown = [from_uint8(np.asarray(each)) for each in pictures]  # (3, H, W) each
+    titles = ["Original", *(_caption(row, how=False) for row in rows)]
+    drawn = grid([shown, [torch.ones_like(shown[0]), *errors]], titles)
+    return views.keep_view(drawn, f"{read.stem}.compared.png")

@@ -21,6 +21,12 @@ ARGUMENTS = [
     *("--disable-background-networking", "--disable-component-update"),
 ]
 AXE = "LATENTVAE_AXE"  # names axe.min.js of the package axe-core from npm
+# a result of the open tab: pictures beyond those of the inputs
+SHOWN = (
+    "() => [...document.querySelectorAll('[role=tabpanel]')].some(panel => panel.offsetParent &&"
+    " [...panel.querySelectorAll('img')].filter(image => image.naturalWidth > 0 &&"
+    " image.offsetParent && !image.closest('.lv-side, #lv-painter')).length > 0)"
+)
 IDLE = "!document.querySelector('.lv-busy, .lv-stale')"
 TABS = ("Reconstruct", "Compare", "Compress", "Interpolate", "Vary", "Find the odd one", "Fill in")
 PATIENCE = 90_000  # milliseconds: a busy machine is no failure
@@ -231,7 +237,7 @@ def test_painting_and_zooming(visit: Visit) -> None:
     page = visit.page
     visit.open("Fill in")
     page.wait_for_selector("#lv-painter canvas")
-    page.wait_for_function("document.querySelector('#lv-mask textarea').value.length > 100")
+    page.wait_for_function("document.querySelector('#lv-mask textarea')?.value.length > 100")
     before = page.locator("#lv-mask textarea").input_value()
     box = page.locator("#lv-painter canvas").bounding_box()
     page.mouse.move(box["x"] + 40, box["y"] + 40)
@@ -245,14 +251,95 @@ def test_painting_and_zooming(visit: Visit) -> None:
     page.get_by_role("button", name="Clear").click()
     assert page.locator("#lv-mask textarea").input_value() == ""
 
-    visit.open("Compare")
-    panes = page.locator("#lv-compare .lv-window img")
-    panes.first.wait_for()
-    assert panes.count() == 4
-    page.get_by_role("button", name="Zoom in").click()
-    turns = [panes.nth(number).evaluate("image => image.style.transform") for number in range(4)]
-    assert turns == ["translate(-50%, -50%) scale(2)"] * 4
     assert visit.errors == []
+
+
+@pytest.fixture
+def compared(visit: Visit) -> Visit:
+    """With the tab Compare open, and its result there."""
+    visit.open("Compare")
+    visit.page.locator("#lv-compare .lv-window img").first.wait_for()
+    visit.page.wait_for_function(IDLE)
+    # the error maps are drawn when all pictures have come
+    visit.page.wait_for_function(
+        "document.querySelectorAll('#lv-compare canvas').length &&"
+        " [...document.querySelectorAll('#lv-compare canvas')].every(each => each.width > 300)"
+    )
+    return visit
+
+
+def test_pictures_are_compared_whole_and_by_their_pixels(compared: Visit) -> None:
+    page = compared.page
+    panes = page.locator("#lv-compare .lv-window img")
+    shown = page.locator("#lv-compare .lv-window > *")  # error maps too
+    ways = panes.count() - 1
+    assert shown.count() == 2 * ways + 1
+
+    def turns() -> set[str]:
+        return {shown.nth(each).evaluate("each => each.style.transform") for each in range(shown.count())}
+
+    def scale() -> float:
+        (turn,) = turns()  # all alike
+        return float(re.search(r"scale\(([\d.]+)\)", turn)[1])  # type: ignore[index]
+
+    assert turns() == {"translate(0%, 0%) scale(1)"}  # whole
+    wide = panes.first.evaluate("image => image.naturalWidth / image.clientWidth")
+    box = panes.nth(1).bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+    assert scale() == pytest.approx(wide, abs=0.01)  # pixel for pixel
+    (turn,) = turns()
+    across = float(re.search(r"translate\((-?[\d.]+)%", turn)[1])  # type: ignore[index]
+    assert across == pytest.approx(25 * (1 - wide), abs=1)  # what was clicked stays where it is
+    page.mouse.wheel(0, -400)
+    assert scale() > 1.5 * wide
+    page.get_by_role("button", name="The whole picture").click()
+    assert scale() == 1
+    page.locator("#lv-compare .lv-panes").focus()
+    page.keyboard.press("+")
+    assert scale() == 2
+
+    for place in ("#lv-table-file", "#lv-compare .lv-under a >> nth=1"):
+        with page.expect_download() as waiting:
+            page.locator(place).click()
+        assert Path(waiting.value.path()).stat().st_size > 100
+    assert compared.errors == []
+    assert compared.strangers == []
+
+
+def test_errors_within_the_tolerance_are_black_and_the_table_sorts(compared: Visit) -> None:
+    page = compared.page
+    # what is within the tolerance is black, and the rest is counted: beyond half the scale all are bright
+    canvas = page.locator("#lv-compare canvas").first
+    lit = (
+        "canvas => { let lit = 0;"
+        " const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);"
+        " for (let at = 0; at < data.length; at += 4) lit += data[at + 1] > 40;"
+        " return 100 * lit / (canvas.width * canvas.height); }"
+    )
+    beyond = page.locator("#lv-compare .lv-under span")
+    before, shares = canvas.evaluate(lit), beyond.all_inner_texts()
+    page.locator("#lv-compare .lv-zoom input").fill("16")
+    after = canvas.evaluate(lit)
+    assert 0 < after < before
+    now = [float(words.split()[0]) for words in beyond.all_inner_texts() if words]
+    assert len(now) == page.locator("#lv-compare canvas").count()
+    assert now[0] == pytest.approx(after, abs=0.051)
+    assert all(
+        share < float(words.split()[0]) for share, words in zip(now, filter(None, shares), strict=True)
+    )
+
+    # the table sorts, and the pictures with it
+    names = page.locator("#lv-compare tbody td:first-child")
+    titles = page.locator("#lv-compare figcaption b")
+    page.get_by_role("button", name="PSNR").click()
+    first = names.all_inner_texts()
+    assert titles.all_inner_texts() == ["Original", *first]
+    psnr = page.locator("#lv-compare td:nth-child(5)")
+    found = psnr.evaluate_all("cells => cells.map(each => Number(each.dataset.value))")
+    assert found == sorted(found)
+    page.get_by_role("button", name="PSNR").click()
+    assert names.all_inner_texts() == first[::-1] == titles.all_inner_texts()[1:]
+    assert compared.errors == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -260,11 +347,7 @@ def test_every_tab_fits_and_shows_a_result(browser: Any, url: str, width: int) -
     visit = Visit(browser, url, width, 844)
     for tab in TABS:
         visit.open(tab)
-        visit.page.wait_for_function(  # a result of its own: pictures beyond those of the inputs
-            "() => [...document.querySelectorAll('[role=tabpanel]')].some(panel => panel.offsetParent &&"
-            " [...panel.querySelectorAll('img')].filter(image => image.naturalWidth > 0 &&"
-            " image.offsetParent && !image.closest('.lv-side, #lv-painter')).length > 0)"
-        )
+        visit.page.wait_for_function(SHOWN)
         wide = visit.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, (tab, wide)
     assert visit.errors == []
@@ -286,6 +369,7 @@ def test_axe_finds_nothing_serious(browser: Any, url: str, axe: str, width: int,
     visit = Visit(browser, f"{url}?__theme={theme}", width, 844)
     for tab in TABS:
         visit.open(tab)
+        visit.page.wait_for_function(SHOWN)
         visit.page.evaluate(axe)
         settled = False
         while not settled:  # dimmed words are hard to read, and meant to be; a busy machine begins late
