@@ -167,10 +167,10 @@ class Adversary:
             if vision is None or own.features != config.regularise.align.model:
                 vision = VisionModel.load(own.features, device, config.train.dtype, "adversarial.features")
             discriminator = FeatureGAN(vision, own.width, own.layers)
-        if config.adversarial.init is not None:
-            load_weights(discriminator, find_weights(config.adversarial.init))
+        if own.init is not None:
+            load_weights(discriminator, find_weights(own.init))
         discriminator.to(device, config.train.dtype).to(memory_format=config.train.memory_format)
-        return cls(config.adversarial, discriminator)
+        return cls(own, discriminator)
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Wrap the discriminator for its own step, in which processes share gradients."""
