@@ -103,7 +103,7 @@ def run(name: str, variant: list[str], arguments: argparse.Namespace) -> int:
             )
     if state(folder) == "finished":
         return 0
-    line = [sys.executable, "-m", "latentvae.cli", "train", "--config", arguments.config]
+    line = [sys.executable, "-m", "latentvae", "train", "--config", arguments.config]
     for setting in settings:
         line += ["--set", setting]
     if any((folder / "checkpoints").glob("step-*")):

@@ -78,9 +78,10 @@ class Worker:
         self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, magick))
         self.process.start()
         there.close()
+        self.here.recv()  # its imports are not the first file's time
 
     def ask(self, path: Path, limit: float) -> dict[str, Any]:
-        """What became of a file; the first one may wait for the imports."""
+        """What became of a file."""
         self.here.send(path)
         try:
             if self.here.poll(limit):
@@ -93,7 +94,8 @@ class Worker:
 
 
 def serve(requests: Connection, magick: str) -> None:
-    """Read files until the other end goes."""
+    """Say that the imports are done, then read files until the other end goes."""
+    requests.send(None)
     while True:
         try:
             path = requests.recv()

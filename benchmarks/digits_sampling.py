@@ -61,7 +61,7 @@ class Steps:
 
 def run(*arguments: object) -> None:
     """A verb in a process of its own."""
-    subprocess.run([sys.executable, "-m", "latentvae.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "latentvae", *map(str, arguments)], check=True)
 
 
 def cpu_seconds(who: int) -> float:

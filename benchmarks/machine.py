@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch.nn.functional import conv2d
 
-from latentvae.training.machine import has_fast_bfloat16
+from latentvae.runtime.devices import has_fast_bfloat16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -18,9 +18,9 @@ from typing import Any
 import model_tables
 import optimizers
 import torch
-from compression import measure, ours, pillow
 from diffusers import AutoencoderKL
 from machine import DEVICE, machine, seconds
+from small_files import measure, ours, pillow
 from tqdm import tqdm
 
 import latentvae
@@ -32,7 +32,8 @@ from latentvae.measure.lpips import load_lpips
 from latentvae.models.exporting import SIDECAR
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import reconstruct
-from latentvae.models.loading import WEIGHTS_DIR, WEIGHTS_NAME, bundled, cast
+from latentvae.models.loading import cast
+from latentvae.models.shipped import WEIGHTS_DIR, WEIGHTS_NAME, bundled
 from latentvae.pipelines.doctor.halves import compare_halves
 from latentvae.training.record import read_records
 

@@ -43,7 +43,7 @@ def train(case: str, arguments: argparse.Namespace, folder: Path) -> list[dict[s
         "train.tracker": "none",
         "output": folder,
     }
-    line = [sys.executable, "-m", "latentvae.cli", "train", "--config", "f8c4-small"]
+    line = [sys.executable, "-m", "latentvae", "train", "--config", "f8c4-small"]
     for key, value in settings.items():
         line += ["--set", f"{key}={value}"]
     subprocess.run(line, stdout=sys.stderr, check=True)

@@ -3,7 +3,8 @@
 One static size, one image at a time, all of torch's threads, OpenVINO with its latency hint. Each way is a
 process of its own; all are made ready, one after the other, and then take turns, so that whatever else the
 machine does meets all of them alike. Weights are random unless a model is named. What a way does before its
-first picture (converting, compiling, that picture itself) begins with the loaded model and has a limit.
+first picture (converting, compiling, that picture itself) begins with the loaded model and has a limit; the
+peak is the memory of this above the loaded model.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import Peak, machine
 from torch import nn
 
 from latentvae.models.loading import cast, load
@@ -93,7 +94,7 @@ def prepare(way: str, vae: Any, verb: str, example: torch.Tensor, precision: str
 @torch.no_grad()
 def serve(way: str, case: argparse.Namespace, folder: Path) -> None:
     """Make a way ready, leave its results in `folder`, and run a verb for each line of standard input."""
-    runs, first = {}, {}
+    runs, first, peak = {}, {}, {}
     for verb in case.verbs:
         torch.manual_seed(0)
         vae = build(case.model) if case.model in PRESETS else load(case.model)
@@ -103,11 +104,13 @@ def serve(way: str, case: argparse.Namespace, folder: Path) -> None:
         channels = vae.config["in_channels" if verb == "encode" else "latent_channels"]
         x = torch.randn(1, channels, side, side).clamp(-1, 1)
         start = time.perf_counter()
-        run = prepare(way, vae, verb, x, case.precision, folder)
-        torch.save(run(x).double(), folder / f"{verb}.pt")
-        first[verb] = time.perf_counter() - start
+        with Peak() as needed:
+            run = prepare(way, vae, verb, x, case.precision, folder)
+            result = run(x)
+        first[verb], peak[verb] = time.perf_counter() - start, needed.bytes
+        torch.save(result.double(), folder / f"{verb}.pt")
         runs[verb] = functools.partial(run, x)
-    print(json.dumps(first), flush=True)
+    print(json.dumps({"first": first, "peak": peak}), flush=True)
     clock = time.process_time if case.cpu else time.perf_counter
     for line in sys.stdin:
         start = clock()
@@ -133,7 +136,7 @@ class Way:
         late.start()
         said = self.child.stdout.readline()  # type: ignore[union-attr]
         late.cancel()
-        self.first = json.loads(said) if said else {}
+        self.ready = json.loads(said) if said else {}
         if not said and not self.failed:
             self.failed = f"ended with {self.child.wait()}"
 
@@ -162,20 +165,19 @@ class Way:
                 continue
             wanted, got = (torch.load(each / f"{verb}.pt") for each in (reference, self.place))
             error = ((got - wanted).abs().max() / (wanted.max() - wanted.min())).item()
-            found.append(
-                {**figures, "first": self.first[verb], "seconds": min(times), "all": times, "error": error}
-            )
+            figures |= {name: of_verb[verb] for name, of_verb in self.ready.items()}
+            found.append({**figures, "seconds": min(times), "all": times, "error": error})
         return found
 
 
 def rows(results: list[Figures]) -> list[str]:
     """Lines of a Markdown table."""
-    lines = ["| case | s | x stock fp32 | x the fastest peer | ready after, s | error of range |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines = ["| case | s | x stock fp32 | x the fastest peer | ready after, s | peak GB | error of range |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for each in results:
         name = f"{each['verb']} {each.get('precision', '')} {each['way']}"
         if "failed" in each:
-            lines.append(f"| {name} | {each['failed']} | | | | |")
+            lines.append(f"| {name} | {each['failed']} | | | | | |")
             continue
         alike = [one for one in results if one["verb"] == each["verb"] and "failed" not in one]
         stock = next(one["seconds"] for one in alike if one["way"] == "stock")
@@ -183,7 +185,7 @@ def rows(results: list[Figures]) -> list[str]:
         beside = f"{min(peers) / each['seconds']:.2f}" if peers else ""
         lines.append(
             f"| {name} | {each['seconds']:.3f} | {stock / each['seconds']:.2f} | {beside} "
-            f"| {each['first']:.1f} | {each['error']:.1e} |"
+            f"| {each['first']:.1f} | {each['peak'] / 1e9:.2f} | {each['error']:.1e} |"
         )
     return lines
 

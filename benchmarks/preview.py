@@ -21,7 +21,7 @@ from machine import machine
 import latentvae
 from latentvae.models.loading import cast
 from latentvae.pipelines.preview import Preview
-from latentvae.training.machine import has_fast_bfloat16
+from latentvae.runtime.devices import has_fast_bfloat16
 
 # one that is small enough to be no excuse, and Stable Diffusion 1.5's
 UNETS: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
     python benchmarks/scale.py planning                     a million members of 1,000 tars: time and memory
     python benchmarks/scale.py reading                      a store beside a .npz for each image
     python benchmarks/scale.py object-store PHOTOS          tars in an object store, beside the bare model
+    python benchmarks/scale.py shuffling PHOTOS             crops from there, by images and by shards
     python benchmarks/scale.py ray PHOTOS                   two workers of Ray beside two processes
 
 The two sides of a ratio take turns in one run, and each round is said when it is done. The object store is
@@ -41,6 +42,7 @@ import latentvae
 from latentvae.cli.encode import equip_node, tile_large
 from latentvae.images.reading import find_images
 from latentvae.images.resizing import Preprocessing
+from latentvae.images.sources import open_source
 from latentvae.store.cluster import Ray
 from latentvae.store.dataset import LatentDataset
 from latentvae.store.encoding import Workload, encode_folder
@@ -56,6 +58,8 @@ from latentvae.store.format import (
 from latentvae.store.parts import Part
 from latentvae.store.planning import find_sources, plan_shards
 from latentvae.store.settings import SHARD_SIZE
+from latentvae.training.config import DataConfig
+from latentvae.training.data.crops import CropSequence
 
 MEMBERS = 1000  # of a tar
 SIDE, CHANNELS = 64, 4  # latents of 512 px, of SD
@@ -122,16 +126,16 @@ def reading(arguments: argparse.Namespace) -> str:
         for name, (folder, read) in sides.items():
             found = list(folder.iterdir())
             forget(found)
-            first = took(read, numbers)
-            again = took(read, numbers)
+            turns = [took(read, numbers) for _ in range(2)]
             total = sum(path.stat().st_size for path in found)
-            rows.append(f"| {name} | {len(found):,} | {total / 1e6:,.0f} | {first:.1f} | {again:.1f} |")
+            cells = [f"{seconds:.1f} | {cpu:.1f}" for seconds, cpu in turns]
+            rows.append(f"| {name} | {len(found):,} | {total / 1e6:,.0f} | {' | '.join(cells)} |")
         same = all(torch.equal(dataset[n]["moments"], read_npz(files, n)) for n in numbers[:100])
     assert same
     return "\n".join(
         [
-            f"| {count:,} images | files | MB | {len(numbers):,} at random, s | again, s |",
-            "|---|---|---|---|---|",
+            f"| {count:,} images | files | MB | {len(numbers):,} at random, s | CPU, s | again, s | CPU, s |",
+            "|---|---|---|---|---|---|---|",
             *rows,
         ]
     )
@@ -176,12 +180,12 @@ def forget(files: list[Path]) -> None:
         os.close(descriptor)
 
 
-def took(read: Callable[[int], Any], numbers: list[int]) -> float:
-    """Seconds to read these images."""
-    start = time.perf_counter()
+def took(read: Callable[[int], Any], numbers: list[int]) -> tuple[float, float]:
+    """Seconds to read these images, of the clock and of this process's CPU."""
+    start, cpu = time.perf_counter(), time.process_time()
     for number in numbers:
         read(number)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 class Side:
@@ -289,6 +293,21 @@ def pack(photos: list[Path], files: Any, count: int) -> None:
         files.pipe_file(f"bench/{number:03d}.tar", packed.getvalue())
 
 
+def shuffling(arguments: argparse.Namespace) -> str:
+    """An epoch of training's crops from tars in an object store, shuffled by images and by shards."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as place, served() as files:
+        os.environ["LATENTVAE_CACHE"] = place
+        pack(find_images(arguments.photos)[: arguments.images], files, 8)
+        source = open_source("s3://bench/*.tar")
+        for name, at_once in (("each image by a request", None), ("two of eight shards at a time", 2)):
+            sequence = CropSequence(source, DataConfig(shuffle_shards=at_once), 3, seed=0)
+            turns = [took(sequence.__getitem__, list(range(len(source)))) for _ in range(arguments.rounds)]
+            seconds, cpu = (statistics.median(each) for each in zip(*turns, strict=True))
+            rows.append(f"| {name} | {len(source) / seconds:.1f} | {1000 * cpu / len(source):.1f} |")
+    return "\n".join(["| | images/s | CPU ms an image |", "|---|---|---|", *rows])
+
+
 def ray(arguments: argparse.Namespace) -> str:
     """Two workers of Ray, and two processes, of one core each."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's are of lower priority otherwise
@@ -367,7 +386,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["planning", "reading", "object-store", "ray"])
+    parser.add_argument("what", choices=["planning", "reading", "object-store", "shuffling", "ray"])
     parser.add_argument("photos", type=Path, nargs="?", help="a folder of images")
     parser.add_argument("--tars", type=int, default=1000)
     parser.add_argument("--captions", action="store_true", help="every second member is one")
@@ -382,9 +401,15 @@ def main() -> None:
         measure_planning(arguments.measure)
         return
     arguments.images = arguments.images or (10_000 if arguments.what == "reading" else 64)
-    if arguments.what in ("object-store", "ray") and arguments.photos is None:
+    if arguments.what in ("object-store", "shuffling", "ray") and arguments.photos is None:
         parser.error("name a folder of images")
-    functions = {"planning": planning, "reading": reading, "object-store": object_store, "ray": ray}
+    functions = {
+        "planning": planning,
+        "reading": reading,
+        "object-store": object_store,
+        "shuffling": shuffling,
+        "ray": ray,
+    }
     print(functions[arguments.what](arguments), f"\n\n{machine()}")
 
 

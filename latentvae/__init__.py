@@ -25,7 +25,7 @@ _HOME = {
     "unscale": "models.latents",
     "PRESETS": "models.presets",
     "build": "models.presets",
-    "bundled": "models.loading",
+    "bundled": "models.shipped",
     "load": "models.loading",
     "optimize": "runtime.optimize",
     "restore": "runtime.patches",

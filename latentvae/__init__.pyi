@@ -12,10 +12,10 @@ from .models.latents import encode as encode
 from .models.latents import reconstruct as reconstruct
 from .models.latents import scale as scale
 from .models.latents import unscale as unscale
-from .models.loading import bundled as bundled
 from .models.loading import load as load
 from .models.presets import PRESETS as PRESETS
 from .models.presets import build as build
+from .models.shipped import bundled as bundled
 from .pipelines.agree import agree as agree
 from .pipelines.preview import preview as preview
 from .pipelines.swap import swap as swap

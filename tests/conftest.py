@@ -16,6 +16,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+pytest_plugins = ["demo_server"]  # fixtures of the tests in demo/
 SIZES = [(97, 131), (113, 101), (151, 99), (128, 96), (96, 160), (119, 143)]  # width, height
 
 

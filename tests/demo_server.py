@@ -1,4 +1,4 @@
-"""A demo on a tiny model, in this process, for tests: server, client, and files as uploads."""
+"""A demo on a tiny model, in this process, for tests: fixtures for all of them, which conftest.py loads."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import latentvae
-from latentvae.models.exporting import export
 
 
 def free_port() -> int:
@@ -25,7 +25,18 @@ def free_port() -> int:
 def tiny_export(folder: Path) -> Path:
     """An untrained tiny model, exported."""
     torch.manual_seed(0)
-    return export(latentvae.build("tiny"), folder / "tiny-model")
+    return latentvae.export(latentvae.build("tiny"), folder / "tiny-model")
+
+
+def tiny_peer(folder: Path) -> Path:
+    """An untrained AutoencoderTiny."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {f"{side}_block_out_channels": (8, 8, 8, 8) for side in ("encoder", "decoder")}
+    blocks = {f"num_{side}_blocks": (1, 1, 1, 1) for side in ("encoder", "decoder")}
+    AutoencoderTiny(**sizes, **blocks).save_pretrained(folder / "tiny-peer")
+    return folder / "tiny-peer"
 
 
 @contextmanager
@@ -38,12 +49,12 @@ def running(
     **options: Any,
 ) -> Iterator[Any]:
     """A page that is served, with the tiny model (and peers) alone, and without LPIPS."""
-    from latentvae.demo import loaded_models, server
+    from latentvae.demo import loaded_models, one_model, server
     from latentvae.demo.guard import Limits
 
     patch.setattr(loaded_models, "bundled", list)
     # as measured it is not the same on every run
-    patch.setattr(loaded_models, "_is_faster", lambda *_: False)
+    patch.setattr(one_model, "_is_faster", lambda *_: False)
     patch.setenv("LATENTVAE_LPIPS", str(model))  # a folder without its weights
     patch.setattr(torch.hub, "get_dir", lambda: str(model / "no-hub"))
     with server.workplace() as files:
@@ -52,12 +63,58 @@ def running(
         try:
             yield page
         finally:
-            page.close()
-            for thread in threading.enumerate():  # or it would write where the folder was
-                if thread.name == server.WARM_UP:
-                    thread.join()
+            close(page)
+
+
+def close(page: Any) -> None:
+    """Close a page, and wait for what it computes ahead: it would write where the folder was."""
+    from latentvae.demo import server
+
+    page.close()
+    for thread in threading.enumerate():
+        if thread.name == server.WARM_UP:
+            thread.join()
 
 
 def stored(folder: Path) -> list[Path]:
     """Every file below a folder."""
     return [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder."""
+    return tiny_export(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def page(model: Path) -> Iterator[Any]:
+    """The demo; a module that needs another one has its own."""
+    with pytest.MonkeyPatch.context() as patch, running(model, patch) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """gradio's own, of the page."""
+    from gradio_client import Client
+
+    return Client(page.local_url, download_files=str(tmp_path_factory.mktemp("downloads")), verbose=False)
+
+
+@pytest.fixture
+def web(page: Any) -> Iterator[Any]:
+    """Requests to the page, past any proxy."""
+    import httpx
+
+    with httpx.Client(base_url=page.local_url, timeout=30, trust_env=False) as session:
+        yield session
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A small picture, whose name has a space."""
+    from conftest import textured
+
+    Image.fromarray(textured(61, 45, 1)).save(tmp_path / "my photo.png")
+    return tmp_path / "my photo.png"

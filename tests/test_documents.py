@@ -1,8 +1,10 @@
 """Documents name files that are there, and the walks through the code name what stands in those files."""
 
 import ast
+import inspect
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import latentvae
 from latentvae.cli.main import VERBS, load_verb
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.models.presets import preset_config
+from latentvae.training.recipes import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -22,6 +25,7 @@ DOCUMENTS = [
     *(path for folder in ("docs", "train", "demo", "benchmarks") for path in (ROOT / folder).rglob("*.md")),
 ]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)")
+ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -32,6 +36,27 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
     assert not missing
     named = re.findall(r"`((?:latentvae|train|benchmarks|tests|docs|demo)/[\w./-]+\.(?:py|yaml|md))`", text)
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_link_into_a_page_leads_to_a_heading(document: Path) -> None:
+    for page, anchor in ANCHOR.findall(document.read_text(encoding="utf-8")):
+        target = document.parent / page if page else document
+        if "://" not in page and target.suffix == ".md":
+            assert anchor in anchors(target), f"{page}#{anchor}"
+
+
+def test_modules_that_are_called_are_commands() -> None:
+    for path in [*DOCUMENTS, ROOT / ".ci" / "run"]:
+        if path.name != "CHANGELOG.md":  # which names one that was
+            for module in re.findall(r"-m (latentvae[\w.]*)", path.read_text(encoding="utf-8")):
+                assert find_spec(f"{module}.__main__"), f"{path.name}: {module}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def test_where_a_pipeline_is_loaded_its_extra_is_named() -> None:
@@ -55,7 +80,15 @@ def test_how_to_tile_runs_as_written(
     names: dict[str, Any] = {}
     exec(python_blocks(ROOT / "docs" / "how-to" / "large-images.md"), names)
     assert names["image"].shape == (1, 3, 640, 128)
-    assert "2048 x 2048 px\nencode: " in capsys.readouterr().out  # the plan, of which the page speaks
+    page = (ROOT / "docs" / "how-to" / "large-images.md").read_text(encoding="utf-8")
+    settings = set(re.findall(r"^\| `(\w+)` \(", page, re.M))
+    assert settings
+    assert settings <= set(inspect.signature(latentvae.enable_exact_tiling).parameters)
+    printed = capsys.readouterr().out
+    assert "2048 x 2048 px\nencode: " in printed  # the plan, of which the page speaks
+    words = re.findall(r'\("(\w+)"\)', page)
+    assert words
+    assert all(f" {word} " in printed for word in words)
 
 
 def test_the_table_of_levels_says_what_each_shape_gives() -> None:
@@ -111,3 +144,24 @@ def test_every_command_in_a_document_is_a_verb_with_these_options() -> None:
                 assert given <= known | {"--help"}, f"{document.name}: {found[0]}"
                 checked += 1
     assert checked > 100
+
+
+def test_every_training_run_in_a_document_is_a_recipe_that_takes_these_settings() -> None:
+    checked = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for found in re.finditer(r"(?:latentvae train|train/train\.py) (--config [^`#|\n;]*)", text):
+            words = shlex.split(found[1])
+            load_config(words[1], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+            checked += 1
+    assert checked > 20
+
+
+def test_settings_that_the_training_guide_names_are_taken() -> None:
+    text = (ROOT / "train" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:--set )?((?:adversarial|data|loss|model|regularise|train)\.[^`]*=[^`]*)`", text)
+    assert len(named) > 15
+    for settings in named:
+        # the table of the adversary's is for runs that have one
+        one = ["adversarial.disc_weight=0.5"] if settings.startswith("adversarial.") else []
+        load_config("f8c4", [*one, *shlex.split(settings.replace(" --set ", " "))])

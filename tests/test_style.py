@@ -42,6 +42,15 @@ def test_no_module_hides_a_public_name() -> None:
     assert not names & modules, "importing latentvae.NAME would replace the function by the module"
 
 
+def test_no_script_hides_a_standard_module() -> None:
+    # a script's folder comes first: its neighbours are imported in place of what others mean by the name
+    standard = sys.stdlib_module_names | {"compression"}  # since 3.14; tifffile asks for it before
+    scripts = {
+        path.stem for folder in ("train", "demo", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    }
+    assert not scripts & standard
+
+
 def test_every_public_name_is_there_and_no_other() -> None:
     for name in latentvae.__all__:
         assert getattr(latentvae, name) is not None

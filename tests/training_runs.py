@@ -132,4 +132,10 @@ def assert_same(one: Path, other: Path, step: int) -> None:
     assert first.keys() == second.keys()
     different = [key for key in first if not torch.equal(first[key], second[key])]
     assert not different, f"{len(different)} of {len(first)} differ, e.g. {different[:3]}"
-    assert records(one) == records(other)
+    assert [*map(_figures, records(one))] == [*map(_figures, records(other))]
+
+
+def _figures(record: dict[str, object]) -> dict[str, str]:
+    """A record in which NaN equals NaN; a step that changed nothing had no rate."""
+    skipped = record.get("total") != record.get("total")
+    return {key: repr(value) for key, value in record.items() if not (skipped and key == "lr")}

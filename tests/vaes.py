@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from latentvae.models.presets import block_types
-from latentvae.runtime.kernels import groupnorm, winograd
+from latentvae.runtime.kernels import compiled, groupnorm, winograd
 
 
 def tiny_autoencoder(channels: int = 4, seed: int = 0, **options: Any) -> AutoencoderTiny:
@@ -53,6 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return counted
 
+    monkeypatch.setattr(compiled, "library", lambda: None)
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "MIN_PIXELS", 1)
     monkeypatch.setattr(groupnorm, "BLOCK", 40)

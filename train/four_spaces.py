@@ -33,7 +33,8 @@ from latentvae.base.errors import ConfigError, LatentVAEError
 from latentvae.models.card import Provenance
 from latentvae.models.exporting import export
 from latentvae.models.licences import check_licence
-from latentvae.models.loading import bundled, load
+from latentvae.models.loading import load
+from latentvae.models.shipped import bundled
 from latentvae.training.checkpoint import listing, newest
 from latentvae.training.config import Config
 from latentvae.training.recipes import load_config
@@ -183,7 +184,7 @@ def together(lines: list[list[str]], logs: list[Path], timeout: float) -> list[i
         for line, log in zip(lines, logs, strict=True):
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as written:
-                words = [sys.executable, "-m", "latentvae.cli", "train", *line]
+                words = [sys.executable, "-m", "latentvae", "train", *line]
                 processes.append(subprocess.Popen(words, stdout=written, stderr=written, env=environment))
         deadline = time.monotonic() + timeout
         for process in processes:

@@ -42,7 +42,7 @@ def call(*line: str | Path, printed: bool = True) -> subprocess.CompletedProcess
     print(f"$ latentvae {shlex.join(words)}", file=sys.stderr, flush=True)
     # a process of its own for each verb: what it held of memory and GPU is gone before the next one
     out = None if printed else subprocess.PIPE
-    return subprocess.run([sys.executable, "-m", "latentvae.cli", *words], stdout=out, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "latentvae", *words], stdout=out, text=True, check=False)
 
 
 def read_json(*line: str | Path) -> Any:

@@ -22,11 +22,14 @@ TRIES = 4
 PAUSE = 0.5  # seconds before the second try; doubled before each after it
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(//.*)", re.DOTALL)  # one letter is a drive of Windows
 WEB = ("http", "https")  # without folders, and with queries behind the name
-BUCKETS = ("s3", "s3a", "gs", "gcs")
+BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 HEADER = 1 << 16  # bytes that are fetched at once where a header is read
 # that the extra does not bring
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
+_AZURE = "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
 CREDENTIALS = {
+    "abfs": _AZURE,
+    "az": _AZURE,
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=1 for a public bucket",
     "gs": "run `gcloud auth application-default login`",
     "hf": "run `hf auth login`, or set HF_TOKEN",
@@ -295,12 +298,12 @@ class Address:
                 else "install it"
             )
             return f"a package is missing ({error}): {how}"
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or type(error).__name__ == "ResourceNotFoundError":  # azure's
             return f"it does not exist{self.why_missing()}"
         known = CREDENTIALS.get(self.scheme.replace("gcs", "gs"), "check who may do that")
-        if "Credentials" in type(error).__name__:
+        if "Credentials" in type(error).__name__ or "with credentials!" in str(error):  # adlfs's ValueError
             return f"there are no credentials ({error}): {known}"
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or "failed to authenticate" in str(error):  # azure's
             return f"these credentials do not allow it ({error}): {known}"
         if isinstance(error, ValueError) and "rotocol" in str(error):  # fsspec's "Protocol not known: ..."
             return f"{self.scheme}:// is no kind of address that is known ({error})"
@@ -368,6 +371,13 @@ def _changed(info: dict[str, Any]) -> int:
         if isinstance(found, int | float):
             return int(found * 1e9)
     tag = str(
-        next((info[name] for name in ("updated", "ETag", "etag", "Last-Modified") if info.get(name)), "")
+        next(
+            (
+                info[name]
+                for name in ("updated", "ETag", "etag", "Last-Modified", "blob_id")
+                if info.get(name)
+            ),
+            "",
+        )
     )
     return int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7]) if tag else 0

@@ -276,14 +276,18 @@ def make_folder(folder: Path, error: Kind = LatentVAEError, message: str = CANNO
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again, ours in `latentvae`; it need not be there."""
-    if sys.platform == "win32":
-        default = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        default = Path.home() / "Library" / "Caches"
-    else:
-        default = Path.home() / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "latentvae"
+    """Where this user's programs keep what can be made again, ours in `latentvae`; it need not be there.
+
+    Raises:
+        LatentVAEError: this user has no home, as in a container that runs under any number.
+    """
+    kept = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
+    names = ("XDG_CACHE_HOME", "LOCALAPPDATA") if sys.platform == "win32" else ("XDG_CACHE_HOME",)
+    named = next(filter(None, map(os.environ.get, names)), None)
+    try:
+        return (Path(named) if named else Path.home() / kept) / "latentvae"
+    except RuntimeError as error:
+        raise LatentVAEError(f"{error}: set XDG_CACHE_HOME to a folder of yours.") from error
 
 
 def partial_path(path: Path) -> Path:

@@ -1,6 +1,8 @@
 """Packages that only some need, imported when they are needed, and how each copy of ours gets them."""
 
+import re
 from importlib import import_module, metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,15 @@ def install_command(extra: str) -> str:
 
 
 def _required(extra: str) -> list[str]:
-    """What the installed copy's extra asks for, such as gradio>=6.20."""
+    """What the installed copy's extra asks for, such as gradio>=6.20, by way of other extras too."""
     try:
         lines = metadata.requires("latentvae") or []
     except metadata.PackageNotFoundError:  # on the path, but never installed
         lines = []
     split = [line.partition(";") for line in lines]
     wanted = (f'extra == "{extra}"', f"extra == '{extra}'")
-    found = [spec.strip() for spec, _, marker in split if any(each in marker for each in wanted)]
+    found: list[str] = []
+    for spec in (spec.strip() for spec, _, marker in split if any(each in marker for each in wanted)):
+        ours = re.fullmatch(r"latentvae\[(.+)\]", spec)
+        found += chain.from_iterable(map(_required, ours[1].split(","))) if ours else [spec]
     return found or [package for package, one in EXTRAS.values() if one == extra]

@@ -45,6 +45,7 @@ def fit(
     """Learn from normal images what is usual: quantiles of every term, for this model."""
     judging.calibration.check_place(calibration)
     files = session.find_images(normal)
+    judging.calibration.check_count(len(files))
     make_folder(calibration.parent)  # before minutes of looking
     vae = session.load()
     network, reason = session.find_lpips() if lpips else (None, "--no-lpips")
@@ -99,7 +100,13 @@ def score(
         Path | None,
         typer.Option(help="CSV of name,label (1 odd, 0 normal) for each image: adds the ROC and its area."),
     ] = None,
-    by: Annotated[str, typer.Option(help="Rank by this term instead: layout, alone, pixel, ...")] = "score",
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Rank by this term instead: pixel, patch, lpips, alone, kl, latent, neighbour, layout. "
+            "Higher is odder of each."
+        ),
+    ] = "score",
 ) -> None:
     """Rank images from odd to usual: writes NAME.heat.png, anomalies.csv and .json, and with labels roc.png.
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 SUFFIX = ".lvae"
 CANNOT_WRITE = "{path} cannot be written ({reason}): use a folder that exists, yours."
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there; in a folder, what is not as asked for.")
+]
 
 
 @takes("model", ..., "lpips_net", "lpips_weights", "device", "tile_size", "scratch", "json")
@@ -70,6 +72,8 @@ def compress(
     todo = jobs.remaining(planned, _made_by(session, quality), overwrite, CodecError) if folder else planned
     lpips, reason = session.find_lpips()
     comparing = folder if compare is None else compare
+    if reason and comparing:
+        reason = f"{reason} So JPEG and WebP, which are compared at equal LPIPS, are left out."
     run = _Compression(session, measure.metrics.Metrics(lpips, reason), quality, lpips if comparing else None)
     places = {job.source: job for job in todo}
     for path, image, info in session.read_images([job.source for job in todo]):

@@ -29,7 +29,7 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the weights. Default: as in IN.")
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Type of the weights. Default: as in IN.")
     ] = None,
     prefix: Annotated[
         Literal["", "first_stage_model.", "vae."],

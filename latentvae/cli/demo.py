@@ -1,5 +1,6 @@
 """`latentvae demo`: the page in the browser."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -30,11 +31,15 @@ def demo(
     ] = False,
 ) -> None:
     """Open a page to try it all in the browser: reconstruct, compare, compress, interpolate, fill in."""
-    need("gradio", message="the demo needs {package}, which is not installed: {install}")
-    if mcp:
-        need("mcp", message="tools need {package}, which is not installed: {install}")
-    typer.echo("latentvae demo: loading gradio and PyTorch", err=True)  # which takes seconds
-    if not page.server.serve(model or [], host, port, mcp=mcp):
-        # a picture is computed in a thread that nothing stops, and Python would wait for it
-        sys.stdout.flush()
-        os._exit(0)
+    typer.echo("latentvae demo: loading gradio", err=True)  # which takes seconds
+    gc.disable()  # until the page is up, which is a seventh sooner: what is imported stays
+    try:
+        need("gradio", message="the demo needs {package}, which is not installed: {install}")
+        if mcp:
+            need("mcp", message="tools need {package}, which is not installed: {install}")
+        page.server.serve(model or [], host, port, mcp=mcp)
+    finally:
+        gc.enable()
+    # a picture may be computed in a thread that nothing stops, and Python would wait for it
+    sys.stdout.flush()
+    os._exit(0)

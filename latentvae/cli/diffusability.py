@@ -29,7 +29,12 @@ def diffusability(
         list[str], typer.Argument(metavar="VAE...", help="Models, each as --model of the other verbs.")
     ],
     photos: Annotated[Path, typer.Argument(help="Folder of images; every tenth is not trained on.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Diffusion models of each VAE: how much is noise.")] = 2,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Diffusion models trained for each VAE: their spread says how much is chance."
+        ),
+    ] = 2,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each.")] = 300,
     size: Annotated[int, typer.Option(min=32, help="Pixels of the images' middle squares.")] = 128,
     samples: Annotated[int, typer.Option(min=2, help="Pictures that each model draws.")] = 128,
@@ -37,8 +42,8 @@ def diffusability(
 ) -> None:
     """Train a small diffusion model on each VAE's latents, and compare how well it learns them.
 
-    Prints denoising loss and Frechet distance of samples (of LPIPS's features, not FID), each with its spread
-    over seeds. Ctrl-C ends it with what is finished, and exit code 130.
+    Prints denoising loss and Frechet distance of samples (of LPIPS's features, not FID), lower is better of
+    both, each with its spread over seeds. Ctrl-C ends it with what is finished, and exit code 130.
     """
     bench_of = priors.diffusability
     settings = replace(

@@ -60,7 +60,7 @@ def doctor(
 
     Ends with exit code 5 where fp16 overflows or is inexact, unless --fix wrote a copy where it is neither.
     """
-    session.model = name = model or same or models.loading.DEFAULT_MODEL
+    session.model = name = model or same or models.shipped.DEFAULT_MODEL
     if speed:
         if images or fix:
             raise LatentVAEError("--speed came with --images or --fix, which it has no use for: drop them.")
@@ -125,7 +125,7 @@ def _read_probes(
     # synthetic extremes have any number of channels, so that such a model can be examined too
     if channels not in (1, 3) and named:
         raise LatentVAEError(f"this model takes {channels} channels; image files have 1 or 3. Omit --images.")
-    found = named or [models.loading.SAMPLE_PICTURE]
+    found = named or [models.shipped.SAMPLE_PICTURE]
     # the sample picture is a photograph, and no measurement
     readable = channels in (1, 3) and (named or models.loading.window_of(session.vae) is None)
     paths = session.find_images(found) if readable else []

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,7 +28,9 @@ TILE = 1024
 TILED_MEMORY = 1e9
 SHOWN = 20  # vanished, dropped or damaged ones, and captions, that are named; --json has all
 
-
+Dtype = Annotated[
+    Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments: fp32 takes twice the room.")
+]
 NoUpscale = Annotated[
     bool,
     typer.Option(
@@ -36,16 +38,12 @@ NoUpscale = Annotated[
         help="With --size: smaller images keep their size, cropped to multiples of 8 latents (64 px).",
     ),
 ]
-
-
 Size = Annotated[
     int | None,
     typer.Option(
         help="Scale and crop to aspect ratios of about SIZE x SIZE pixels. Default: images as they are."
     ),
 ]
-
-
 Preview = Annotated[
     bool, typer.Option("--preview", help="Write STORE/preview.png: images beside their decoded latents.")
 ]
@@ -53,16 +51,12 @@ Rehash = Annotated[
     bool,
     typer.Option("--rehash", help="Read all files again: finds those replaced at the same size and time."),
 ]
-
-
 Folder = Annotated[
     str,
     typer.Argument(
         help="Folder of the latents, or its address: new, or to be brought up to date.", metavar="STORE"
     ),
 ]
-
-
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -71,8 +65,6 @@ BatchSize = Annotated[
         "filled up. Default: 1 on a CPU, else 8.",
     ),
 ]
-
-
 Sources = Annotated[
     list[str],
     typer.Argument(
@@ -81,26 +73,22 @@ Sources = Annotated[
         show_default=False,
     ),
 ]
-
-
 Column = Annotated[
     str | None,
     typer.Option(
-        help="With the images: of tables and lists; the members' extension, of shards. Default: found."
+        help="Which column holds the images (tables, lists), or the extension of the members to take (tars). "
+        "Default: found by itself."
     ),
 ]
-
-
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Try images again that failed, though they are unchanged.")
 ]
-
-
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Batches at once on a CPU. Default: one per core, if memory allows.")
 ]
-
-
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads that read images. Default: one per core, at most 16.")
+]
 PartOf = Annotated[
     str | None,
     typer.Option(
@@ -110,29 +98,21 @@ PartOf = Annotated[
         "WORLD_SIZE or a Slurm array say, else all.",
     ),
 ]
-
-
 Finish = Annotated[
     bool,
     typer.Option("--finish", help="Encode nothing: write store.json once all parts are done, or name them."),
 ]
-
-
 EngineName = Annotated[
     Literal["local", "ray"],
     typer.Option(help="Who encodes: this process, or the nodes of a Ray cluster, and this one writes."),
 ]
-
-
 RayAddress = Annotated[
     str | None,
     typer.Option(
-        help="Of the cluster: auto, ray://HOST:10001. Default: $RAY_ADDRESS, else the one that runs on this "
+        help="The cluster: auto, ray://HOST:10001. Default: $RAY_ADDRESS, else the one that runs on this "
         "machine, else a new one here."
     ),
 ]
-
-
 RayGpus = Annotated[
     float | None,
     typer.Option(min=0, help="GPUs of a task, 0.5 for two on one. Default: 1 where the cluster has some."),
@@ -144,7 +124,7 @@ def encode(
     session: Session,
     sources: Sources,
     folder: Folder,
-    dtype: Annotated[Literal["bf16", "fp32", "fp16"], typer.Option(help="Of the stored moments.")] = "bf16",
+    dtype: Dtype = "bf16",
     size: Size = None,
     crop: Annotated[bool, typer.Option("--crop", help="Crop the middle SIZE x SIZE instead.")] = False,
     no_upscale: NoUpscale = False,
@@ -157,7 +137,7 @@ def encode(
     rehash: Rehash = False,
     preview: Preview = False,
     threads: Threads = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that load images.")] = None,
+    workers: Workers = None,
     part: PartOf = None,
     finish: Finish = False,
     engine: EngineName = "local",
@@ -172,15 +152,13 @@ def encode(
     if finish:
         return _tell(store.encoding.finish_store(sources, folder, column=column), folder, session.json)
     own = store.parts.parse(part) if part else store.parts.of_environment()
-    if own.rank == 0:  # the first part speaks for all
-        for line in store.handing.found_caches(sources):
-            typer.echo(line, err=True)
+    _tell_caches(sources, own)
     if engine == "ray":
         vae, weights, work = _cluster(session, threads, workers, ray_address, ray_gpus, own)
         batch_size = _batch_size(work.engine, folder, batch_size)
     else:
         vae, weights, work = _machine(session, threads, workers, (folder, batch_size), own)
-    with _pausable():
+    with _pausable(), _result_alone(engine):
         report = store.encoding.encode_folder(
             vae,
             sources,
@@ -201,6 +179,12 @@ def encode(
         )
     _draw(vae, folder, preview and bool(report.images) and not (report.missing or report.others))
     _tell(report, folder, session.json)
+
+
+def _tell_caches(sources: list[str], part: store.parts.Part) -> None:
+    """Name what other tools have cached among the images; the first part speaks for all."""
+    for line in store.handing.found_caches(sources) if part.rank == 0 else ():
+        typer.echo(line, err=True)
 
 
 def _has_bar() -> bool:
@@ -229,6 +213,11 @@ def _pausable() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("stopped: finished shards are kept, and the same command goes on after them.", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _result_alone(engine: str) -> AbstractContextManager[object]:
+    """Keep standard output for the result: Ray says there what becomes of its nodes."""
+    return redirect_stdout(sys.stderr) if engine == "ray" else nullcontext()
 
 
 def _machine(
@@ -350,10 +339,10 @@ def _tell(report: store.encoding.EncodeReport, folder: str, as_json: bool) -> No
     for line in [*left_out, *(f"failed: {failure.reason}" for failure in report.failures), *_changes(report)]:
         typer.echo(line, err=True)  # standard output is for the result
     if report.failures and not report.images:
-        raise LatentVAEError(
-            f"none of the {len(report.failures)} images could be encoded; the first: "
-            f"{report.failures[0].reason}"
-        )
+        count, first = len(report.failures), report.failures[0].reason
+        if count == 1:
+            raise LatentVAEError(f"the only image could not be encoded: {first}")
+        raise LatentVAEError(f"none of the {count} images could be encoded; the first: {first}")
     rate = f", {report.images_per_second:.1f} images/s" if report.encoded else ""
     waited = f", {report.waiting:.0%} of the time waiting for data" if report.encoded else ""
     left = [note for note in report.captions if " left out: " in note]

@@ -49,14 +49,10 @@ def evaluate(
     files = session.find_images(paths)
     # first: without it, or its weights, what was asked for is not measured
     inception, rfid_reason = _find_inception(inception_weights) if rfid else (None, None)
-    processes = runtime.processes.Processes()
-    try:
+    with runtime.processes.Processes() as processes:
         summary = _measured(
             session, files, short_names(files, paths), sample, seed, inception, rfid_reason, processes
         )
-    except BaseException as error:  # Ctrl-C too: the others would wait for this process
-        processes.fail(error)
-        raise
     if processes.is_main:
         tell({**summary.as_dict(), **session.passed_over}, [summary.table()], session.json)
     session.finish(len(summary.images))

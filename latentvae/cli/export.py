@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from latentvae import images, measure, models, runtime, training
 from latentvae.base.errors import LatentVAEError
+from latentvae.base.files import check_folder
 from latentvae.cli.options import Program, output_folder, tell
 from latentvae.cli.session import Session, takes
 
@@ -18,40 +20,27 @@ if TYPE_CHECKING:
 
 STATISTICS_IMAGES = 200  # latent statistics move by under 1 % from there on
 
-
 PushToHub = Annotated[
     str | None,
     typer.Option(metavar="OWNER/NAME", help="Upload to this hub repository. Default: nowhere."),
 ]
-
-
-Subfolder = Annotated[str, typer.Option(help="Of the hub repository, for the model; vae in a pipeline's.")]
-
-
+Subfolder = Annotated[
+    str, typer.Option(help="Folder of the hub repository to put the model into: vae in a pipeline's.")
+]
 BaseModel = Annotated[
     str | None, typer.Option(help="Hub id of the parent, for the card. Default: the run's model.init.")
 ]
-
-
 ShardSize = Annotated[
     str | None, typer.Option(help="Split weights into files of at most this, such as 300MB.")
 ]
-
-
 ProgramOption = Annotated[
     Program | None,
     typer.Option("--for", help="Add PROGRAM.safetensors, folded as this program reads it right."),
 ]
-
-
 Source = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="Run folder, checkpoint folder, or any model.")
 ]
-
-
 Out = Annotated[Path | None, typer.Argument(metavar="OUT", help="The same as --output.", show_default=False)]
-
-
 To = Annotated[
     Literal["diffusers", "onnx", "openvino"],
     typer.Option(
@@ -59,27 +48,17 @@ To = Annotated[
         "number by number (extras `onnx`, `openvino`). No card and no upload."
     ),
 ]
-
-
 Decoder = Annotated[
     str | None,
     typer.Option(help="Run, checkpoint or model to take the decoder from, where the halves learned apart."),
 ]
-
-
 Images = Annotated[
     Path | None, typer.Option(help="Images for the latent statistics of a model trained from scratch.")
 ]
-
-
 Licence = Annotated[
-    str, typer.Option(help="Of the weights, for the card: an identifier of the hub, such as mit.")
+    str, typer.Option(help="Licence of the weights, for the card: an identifier of the hub, such as mit.")
 ]
-
-
 TrainedOn = Annotated[str, typer.Option(help="The data and its terms, for the model card.")]
-
-
 Metrics = Annotated[
     Path | None, typer.Option(help="Output of `latentvae evaluate --json`, for the model card.")
 ]
@@ -112,6 +91,10 @@ def export(
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     models.licences.check_licence(licence)
     output = out or output
+    # before anything is measured; again when it is written
+    check_folder(
+        output, "export", models.loading.SIDECAR, overwrite=overwrite, instead="Choose another --output"
+    )
     vae, state = _load_halves(source, decoder, ema)
     if to != "diffusers":
         given = {"--half": half, "--for": program, "--max-shard-size": max_shard_size}
@@ -139,10 +122,8 @@ def export(
         force_upcast=measure.diagnosis.wants_upcast(vae),
     )
     url = _upload(folder, push_to_hub, subfolder, private)
-    exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # with its own factors
-    notes = [*models.formats.programs.program_notes(exported), *_unlinked(provenance)]
-    notes += [f"Uploaded to {url}."] if url else []
-    lines = [f"Exported {folder}, reloaded in diffusers without a difference.", *notes]
+    done = f"Exported {folder}, reloaded in diffusers without a difference."
+    lines = [done, *_notes(folder, provenance, url)]
     _finish(session, {"export": str(folder), "hub": url}, lines, statistics)
 
 
@@ -195,12 +176,15 @@ def _export_graphs(
     _finish(session, {"export": str(output), "to": to, "differences": differences}, lines, statistics)
 
 
-def _unlinked(provenance: models.card.Provenance) -> list[str]:
-    """What to say of a parent that the card cannot link to."""
+def _notes(folder: Path, provenance: models.card.Provenance, url: str | None) -> Iterator[str]:
+    """What to say of an export: who reads it otherwise, a parent without a link, its address."""
+    exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # with its own factors
+    yield from models.formats.programs.program_notes(exported)
     parent = provenance.base_model
-    if not parent or models.card.is_hub_id(parent):
-        return []
-    return [f"The card names {Path(parent).name!r} as the parent, but links to none: that is no hub id."]
+    if parent and not models.card.is_hub_id(parent):
+        yield f"The card names {Path(parent).name!r} as the parent, but links to none: that is no hub id."
+    if url:
+        yield f"Uploaded to {url}."
 
 
 def _upload(folder: Path, repository: str | None, subfolder: str, private: bool) -> str | None:

@@ -23,8 +23,12 @@ def hand_over(
         ),
     ],
     to: Annotated[
-        Literal["ai-toolkit", "npz", "sd-scripts", "simpletuner", "webdataset"],
-        typer.Option(help="The tool; npz: one file an image, for whoever reads NumPy.", show_default=False),
+        Literal["ai-toolkit", "diffusers", "npz", "onetrainer", "sd-scripts", "simpletuner", "webdataset"],
+        typer.Option(
+            help="The tool; npz: one file an image, for whoever reads NumPy. diffusers and onetrainer say "
+            "why not.",
+            show_default=False,
+        ),
     ],
     family: Annotated[
         Literal["flux", "sd", "sd3", "sdxl"] | None,

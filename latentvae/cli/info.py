@@ -20,7 +20,7 @@ def info(
     wrote, or its address): its images, its VAE, and what its latents are like.
     """
     # named here, because the sidecar is looked for under it
-    model = model or same or models.loading.DEFAULT_MODEL
+    model = model or same or models.shipped.DEFAULT_MODEL
     if Path(model).suffix.lower() == ".lvae":
         file = codec.compression.describe(model)
         tell(file, _file_lines(file), json)
@@ -31,7 +31,7 @@ def info(
         return
     figures = models.loading.describe(models.loading.load(model))
     figures["latent_statistics"] = read_sidecar(model).get("latent_statistics")
-    figures["bundled_models"] = models.loading.bundled()
+    figures["bundled_models"] = models.shipped.bundled()
     figures["other_programs"] = models.formats.programs.program_notes(figures["config"])
     tell(figures, _lines(figures), json)
 

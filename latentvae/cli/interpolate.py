@@ -36,10 +36,11 @@ def interpolate(
     paths: Paths,
     output: Annotated[Path, output_folder("Folder for what is written.")] = OUTPUT,
     frames: Annotated[
-        int, typer.Option("--frames", "-n", min=2, help="From one image to the next, both counted.")
+        int, typer.Option("--frames", "-n", min=2, help="Frames from one image to the next, both counted.")
     ] = 9,
     route: Annotated[
-        Literal["spherical", "linear", "both"], typer.Option(help="Through the latents.")
+        Literal["spherical", "linear", "both"],
+        typer.Option(help="Through the latents: spherical keeps the contrast half-way, linear fades."),
     ] = "spherical",
     closed: Annotated[bool, typer.Option("--closed", help="Go back to the first image at the end.")] = False,
     fit: Annotated[

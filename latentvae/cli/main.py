@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     # a line for each request to the hub, and for each place where credentials are, says nothing to people
-    for chatty in ("httpx", "botocore", "aiobotocore"):
+    for chatty in ("httpx", "botocore", "aiobotocore", "azure"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # a broken or offline hub must not hold up a run that never needed it
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

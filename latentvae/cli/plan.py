@@ -10,7 +10,7 @@ import typer
 
 from latentvae import runtime
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.options import TileSize, tell
+from latentvae.cli.options import TileSize, duration, tell
 from latentvae.cli.session import Session, takes
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="As --model of the other verbs.")]
 Size = Annotated[str, typer.Argument(metavar="SIDE|WxH", help="Pixels: 2048, or 1920x1080.")]
 Memory = Annotated[
-    float | None, typer.Option(metavar="GB", help="That an image may take. Default: what is free now.")
+    float | None, typer.Option(metavar="GB", help="Memory that an image may take. Default: what is free now.")
 ]
 Stages = Annotated[bool, typer.Option("--stages", help="Also a line for each stage of exact tiling.")]
 
@@ -112,10 +112,3 @@ def table(ways: list[runtime.tiling.fitting.Way]) -> list[str]:
             f"{duration(way.seconds):>10}"
         )
     return lines
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words that are as rough as an estimate."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

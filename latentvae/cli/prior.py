@@ -39,35 +39,47 @@ KindOption = Annotated[
         "256 px ones on a CPU (lower --steps, --batch-size); Ctrl-C ends it and keeps what was learned.",
     ),
 ]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="STORE", help="Store that `encode` wrote, or a folder of images.", show_default=False
+    ),
+]
+Components = Annotated[
+    int, typer.Option(min=2, help="Gaussians of a mixture; more are closer to the images, if many.")
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Principal components of a Gaussian or mixture; more keep more. Default: at most 256."
+    ),
+]
+Width = Annotated[
+    int, typer.Option(min=16, help="Channels of its network, a multiple of 8; more learn more, and slower.")
+]
 
 
 @prior.command()
 @takes(..., "model", "device", "json")
 def fit(
     session: Session,
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="STORE", help="Store that `encode` wrote, or a folder of images.", show_default=False
-        ),
-    ],
+    source: Source,
     folder: Annotated[Path, typer.Argument(metavar="PRIOR", help="Folder to write.", show_default=False)],
     kind: KindOption = "mixture",
-    components: Annotated[int, typer.Option(min=2, help="Gaussians of a mixture.")] = 10,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Principal components of a Gaussian or mixture. Default: all, at most 256."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of a diffusion prior.")] = 2000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of those.")] = 64,
-    width: Annotated[int, typer.Option(min=16, help="Channels of its network; a multiple of 8.")] = 64,
+    components: Components = 10,
+    rank: Rank = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of a diffusion prior: more learn more.")
+    ] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in each of those steps.")] = 64,
+    width: Width = 64,
     lr: Annotated[float, typer.Option(help="Its learning rate at the beginning.")] = 1e-3,
     by_class: Annotated[
         bool, typer.Option("--by-class", help="Learn each label's images apart (diffusion).")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the fit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the fit.")] = 0,
     size: Annotated[
-        int | None, typer.Option(min=8, help="Pixels of the middle crop of a folder's images.")
+        int | None, typer.Option(min=8, help="Pixels of the middle crop; a folder of images needs it.")
     ] = None,
 ) -> None:
     """Learn a prior from the latents of a store: writes a folder that `sample` and diffusers read.

@@ -39,16 +39,20 @@ def project(
     sources: Sources,
     output: Annotated[Path, output_folder("Folder for page, pictures and tables.")] = OUTPUT,
     method: Annotated[
-        Literal["pca", "umap"], typer.Option(help="Of the map. umap: extra package umap-learn.")
+        Literal["pca", "umap"],
+        typer.Option(help="How images are laid out. umap keeps neighbours together (extra umap)."),
     ] = "pca",
     clusters: Annotated[
-        int | None, typer.Option(min=1, help="Their number. Default: the best of 2 to 12 by silhouette.")
+        int | None,
+        typer.Option(min=1, help="Number of clusters. Default: the best of 2 to 12 by silhouette."),
     ] = None,
     grid: Grid = 4,
     labels: Labels = None,
     size: Size = 256,
-    title: Annotated[str | None, typer.Option(help="Of the page.", show_default="the folder's name")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of UMAP, k-means and the labels drawn.")] = 0,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the page.", show_default="the folder's name")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of UMAP, k-means and the labels drawn.")] = 0,
 ) -> None:
     """Map images by their latents: writes projection.html to hover over, .png, .json, and clusters.csv.
 
@@ -223,13 +227,14 @@ def _lines(found: Gathering, mapped: Projection, grouped: Clustering, result: di
     chosen = (
         f", chosen by silhouette ({grouped.silhouettes[grouped.count]:.2f})" if grouped.silhouettes else ""
     )
-    lines.append(f"{counted(grouped.count, 'cluster')}{chosen}, of {sizes} images.")
+    lines.append(f"{counted(grouped.count, 'cluster')}{chosen}; images in each: {sizes}.")
     if gallery.labels_from is None:
         lines.append("No labels: --labels, captions or subfolders would give them.")
     else:
         names = len(set(gallery.labels) - {""})
         labelled = atlas.labels.count_labelled(gallery.labels)
-        lines.append(f"{names} labels of {labelled} images, from {SOURCES[gallery.labels_from]}.")
+        of = f"{counted(names, 'label')} of {counted(labelled, 'image')}"
+        lines.append(f"{of}, from {SOURCES[gallery.labels_from]}.")
     if rows := _figure_rows(result):
         lines += ["", f"{'':34}{'latents':>16}{'pixels':>16}"]
         lines += [f"{what:34}{latents:>16}{pixels:>16}" for what, latents, pixels in rows]

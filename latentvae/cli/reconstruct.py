@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,13 +18,23 @@ if TYPE_CHECKING:
     import torch
 
 
-@takes("model", ..., *LPIPS_OPTIONS, *IMAGE_OPTIONS, bundled=CLOSEST_MODEL)
+@takes("model", ..., *LPIPS_OPTIONS, "device", "precision", *IMAGE_OPTIONS[2:], bundled=CLOSEST_MODEL)
 def reconstruct(
     session: Session,
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Images or folders. Default: a sample picture.")
     ] = None,
     output: Annotated[Path, output_folder("Folder for the pictures.")] = OUTPUT,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        typer.Option(
+            help="Arithmetic of the model. auto: fp32; above 4 megapixels bf16 where the CPU computes in it."
+        ),
+    ] = "auto",
+    size: Annotated[
+        int | None,
+        typer.Option(min=16, help="Shrink larger images to this longer side first, in pixels. Default: not."),
+    ] = None,
     sample: Sample = False,
     seed: Seed = 0,
 ) -> None:
@@ -32,17 +42,22 @@ def reconstruct(
 
     Of scans, whose model has an intensity range, NAME.reconstruction.tif: their samples as 32-bit floats.
     """
-    sources = paths or [models.loading.SAMPLE_PICTURE]
+    sources = paths or [models.shipped.SAMPLE_PICTURE]
     files = session.find_images(sources)
     names = short_names(files, sources)
+    if precision == "auto":
+        session.by_size = True
+    else:
+        session.precision = precision
     vae = session.load()
     make_folder(output)
     lpips, reason = session.find_lpips()
     window = models.loading.window_of(vae)
     evaluator = measure.evaluate.Evaluator(vae, lpips, reason, "sample" if sample else "mode", seed)
     written: list[dict[str, Any]] = []
-    for path, image, info in session.read_images(files):
+    for path, image, info in session.read_images(files, size):
         name = names[path]
+        evaluator.vae = session.vae  # in the precision that this image is computed in
         try:
             rebuilt, row = evaluator.add(name.as_posix(), image)
         except LatentVAEError as error:  # NaN: half precision overflows in many VAEs

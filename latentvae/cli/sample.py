@@ -34,7 +34,7 @@ def sample(
         typer.Argument(metavar="[PRIOR]", help="Folder that `prior fit` wrote. Default: standard normal."),
     ] = None,
     output: Annotated[Path, output_folder("Folder for the images.")] = OUTPUT,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Of images.")] = 16,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds, other images.")] = 0,
     label: Annotated[
         int | None, typer.Option(help="Draw this class alone, from a prior that was fitted --by-class.")

@@ -18,6 +18,7 @@ from typer.models import ArgumentInfo
 from latentvae import images, measure, models, runtime
 from latentvae.base.errors import ImageError, LatentVAEError, MissingWeightsError, TooManyPixels
 from latentvae.cli import options
+from latentvae.models.shipped import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # for `takes`, of verbs that measure, and of verbs that work on images of any size
 LPIPS_OPTIONS = ("lpips_net", "lpips_weights")
+LARGE = 4_000_000  # pixels above which an image takes minutes on a CPU, and its time is told first
 IMAGE_OPTIONS = ("device", "precision", "tile_size", "scratch", "max_pixels", "json")
 
 
@@ -37,10 +39,12 @@ class Session:
         skipped: path and reason of each input that could not be used, as --json shows them.
         left_out: files of folders that are no image that can be read, by suffix.
         of_verb: names of the options that this verb has.
+        by_size: whether an image's size decides the precision, as --precision auto has it.
+        told: pixels above which an image's time is told.
         bundled: the model where none is named.
     """
 
-    model: options.model_option(options.DEFAULT_MODEL) = None  # type: ignore[valid-type]
+    model: options.model_option(DEFAULT_MODEL) = None  # type: ignore[valid-type]
     lpips_net: options.LPIPSNet = "alex"
     lpips_weights: options.LPIPSWeights = None
     device: options.Device = None
@@ -54,7 +58,10 @@ class Session:
     skipped: list[dict[str, str]] = field(init=False, default_factory=list)
     left_out: Counter[str] = field(init=False, default_factory=Counter)
     of_verb: frozenset[str] = field(init=False, default=frozenset())
-    bundled: str = field(init=False, default=options.DEFAULT_MODEL)
+    by_size: bool = field(init=False, default=False)
+    told: int = field(init=False, default_factory=lambda: LARGE)
+    _models: "dict[str, AutoencoderKL]" = field(init=False, default_factory=dict)
+    bundled: str = field(init=False, default=DEFAULT_MODEL)
 
     @property
     def passed_over(self) -> dict[str, Any]:
@@ -79,8 +86,16 @@ class Session:
 
     def load(self) -> "AutoencoderKL":
         """The model: it takes seconds, so whatever can be refused without it is refused before."""
-        self.vae = runtime.devices.load_model(self.chosen, self.device, self.precision)
+        if self.scratch is not None:
+            runtime.tiling.maps.check_scratch_folder(self.scratch)
+        self.vae = self._loaded(self.precision)
         return self.vae
+
+    def _loaded(self, precision: str) -> "AutoencoderKL":
+        """The model in a precision; it stays, for a folder may hold images of all sizes."""
+        if precision not in self._models:
+            self._models[precision] = runtime.devices.load_model(self.chosen, self.device, precision)
+        return self._models[precision]
 
     def find_lpips(self) -> "tuple[measure.lpips.LPIPS | None, str | None]":
         """The LPIPS network, or None and the reason. Named weights that cannot be used are an error."""
@@ -95,6 +110,53 @@ class Session:
     def fit(self, path: Path, height: int, width: int) -> None:
         """Have the model tile an image of so many pixels if it must; ImageError where even that fails."""
         runtime.tiling.fitting.tile_to_fit(self.vae, path, height, width, self.tile_size, self.scratch)
+
+    def _prepare(self, path: Path, height: int, width: int) -> list[str]:
+        """As `fit`, in the precision for its size where that decides; tells the time of a large image first.
+
+        Returns:
+            A note on the precision, where it is not that of other images.
+        """
+        if self.by_size:
+            half = height * width > LARGE and self._halves_well()
+            self.vae = self._loaded("bf16" if half else "fp32")
+        if height * width > self.told:
+            # an image little larger than one before takes little longer
+            self.told = 2 * height * width
+            self._tell_time(path, height, width)
+        self.fit(path, height, width)
+        halved = self.by_size and self._models.get("bf16") is self.vae
+        return ["computed in bf16, as it is large (--precision fp32: exactly)"] if halved else []
+
+    def _halves_well(self) -> bool:
+        """Whether this is a CPU that computes in bf16, up to four times as fast; GPUs need no help."""
+        device = self.vae.device
+        return device.type == "cpu" and runtime.devices.has_fast_bfloat16(device)
+
+    def _tell_time(self, path: Path, height: int, width: int) -> None:
+        """How long encoding and decoding an image takes at least, and what would be faster.
+
+        Large maps leave the caches that a small image fits in, and figures and files are not counted.
+        """
+        seconds = runtime.tiling.fitting.estimate(
+            self.vae, height, width, self.tile_size, on_disk=self.scratch is not None
+        )
+        exact = self.vae.dtype.itemsize == 4
+        faster = [
+            option
+            for option, helps in (
+                ("--precision bf16", exact and self._halves_well()),
+                (f"--model {DEFAULT_MODEL}", self.chosen == options.CLOSEST_MODEL),
+                ("--size 2048", "size" in self.of_verb),
+            )
+            if helps and option.split()[0][2:] in self.of_verb
+        ]
+        words = (
+            f"{path}: {height * width / 1e6:.1f} megapixels take at least {options.duration(seconds)} to "
+            f"encode and decode here{'' if exact else ' in half precision'}"
+        )
+        if options.is_first_process():
+            tqdm.write(words + (f"; faster: {', '.join(faster)}." if faster else "."), file=sys.stderr)
 
     def read_images(
         self, paths: list[Path], longest: int | None = None
@@ -111,9 +173,10 @@ class Session:
                 most = self.max_pixels or images.reading.MAX_PIXELS
                 window = models.loading.window_of(self.vae)
                 image, info = images.scans.load(path, channels, window, max_pixels=most)
-                if longest is not None:
+                if longest is not None and max(image.shape[-2:]) > longest:
                     image = images.resizing.thumbnail(image, longest)
-                self.fit(path, *image.shape[-2:])
+                    info.notes.append(f"shrunk from {info.width}x{info.height} px (--size)")
+                info.notes.extend(self._prepare(path, *image.shape[-2:]))
             except ImageError as error:
                 self.skip(path, error)
                 continue
@@ -183,7 +246,7 @@ class Session:
 
 
 def takes(
-    *order: str | EllipsisType, bundled: str = options.DEFAULT_MODEL
+    *order: str | EllipsisType, bundled: str = DEFAULT_MODEL
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb, whose first parameter is its `session`, options of Session on the command line.
 
@@ -229,7 +292,7 @@ def takes(
             given.apply_defaults()
             of_session = {name: given.arguments.pop(name) for name in shared}
             session = Session(**of_session)
-            session.of_verb, session.bundled = frozenset(shared), bundled
+            session.of_verb, session.bundled = frozenset(looks.parameters), bundled
             verb(session, **given.arguments)
 
         # both: Typer looks at the signature, and then at the annotations for types
@@ -262,7 +325,7 @@ def read_sidecar(source: str) -> dict[str, Any]:
     """What an export says of itself beside its weights; empty for models that say nothing."""
     place = Path(source)
     # a bundled name, an export, a pipeline with one
-    folders = [models.loading.WEIGHTS_DIR / source, place, place / "vae"]
+    folders = [models.shipped.WEIGHTS_DIR / source, place, place / "vae"]
     # of files alone: a folder in an export is another model, and the parent of a name is where we are
     if place.is_file():
         folders.append(place.parent)

@@ -22,7 +22,7 @@ def load_same_model(session: Session, dataset: store.dataset.LatentDataset) -> A
     """
     wanted, candidates = dataset.manifest.weights_sha256, [session.chosen]
     if session.model is None:
-        candidates += [name for name in models.loading.bundled() if name != session.chosen]
+        candidates += [name for name in models.shipped.bundled() if name != session.chosen]
     for name in candidates:
         # rounded weights have another hash
         vae = runtime.devices.load_model(name, session.device, "fp32")

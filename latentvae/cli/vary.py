@@ -33,14 +33,15 @@ def vary(
     session: Session,
     paths: Photos,
     output: Annotated[Path, output_folder("Folder; the copies go below its folder 'copies'.")] = OUTPUT,
-    copies: Annotated[int, typer.Option("--copies", "-n", min=1, help="Of each image.")] = 4,
+    copies: Annotated[int, typer.Option("--copies", "-n", min=1, help="Copies of each image.")] = 4,
     temperature: Annotated[
         list[float] | None,
         typer.Option(
             "--temperature",
             "-t",
             min=0,
-            help="In multiples of the posterior's standard deviation; give it several times to compare.",
+            help="Strength, in multiples of the posterior's standard deviation: 0 changes nothing. Give it "
+            "several times to compare.",
             show_default="1",
         ),
     ] = None,

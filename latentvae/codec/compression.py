@@ -16,7 +16,8 @@ from latentvae.codec.container import HASH_BYTES, VERSION, Header, pack, read_lv
 from latentvae.codec.quantisation import dequantise, in_steps, steps
 from latentvae.models.fingerprint import weight_hash
 from latentvae.models.latents import decode, encode
-from latentvae.models.loading import bundled, load, spatial_compression_ratio
+from latentvae.models.loading import load, spatial_compression_ratio
+from latentvae.models.shipped import bundled
 
 __all__ = ["check_model", "compress", "decode_payload", "decompress", "describe", "read_lvae", "unpack"]
 
@@ -28,8 +29,10 @@ RELEASED = {
     "6c32fffc57779617": ("f8c16-small", "0.1.0"),
     "e2ff97b2c74fd32a": ("sd-small", "0.1.0"),
     "d9a642ec8a12e13c": ("flux-small", "0.1.0"),
+    "bd16be308854ff03": ("flux-small", "0.1.0"),
     "c00d295f7b91f220": ("sdxl-small", "0.1.0"),
     "937ad7dab5f35ea9": ("sdxl-small", "0.1.0"),
+    "7ffea0e76b292efd": ("sd3-small", "0.1.0"),
 }
 RATE_WEIGHT = 0.05  # measured: more saves bits at equal PSNR, and costs some at equal LPIPS
 

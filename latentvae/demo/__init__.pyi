@@ -9,6 +9,7 @@ from . import latents_file as latents_file
 from . import loaded_models as loaded_models
 from . import odd as odd
 from . import on_page as on_page
+from . import one_model as one_model
 from . import page as page
 from . import reconstruct as reconstruct
 from . import sample as sample

@@ -1,28 +1,32 @@
 """The tab Compare: up to six ways there and back, side by side, with their errors and a table that sorts."""
 
+from __future__ import annotations
+
 import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import numpy as np
-import torch
-from PIL import Image
 
+from latentvae import demo, images, measure
 from latentvae.base.errors import LatentVAEError
-from latentvae.demo import views, ways
+from latentvae.codec import rivals
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import Photo
 from latentvae.demo.widgets import Pane, panes_html, sorting_table, zoom_panes
-from latentvae.images.drawing import colour_error, error_map, grid
-from latentvae.images.saving import to_pil
-from latentvae.images.tensors import from_uint8
-from latentvae.measure.metrics import Metrics
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from latentvae.demo.ways import Trip
 
 MOST = 6
-STANDARD = (ways.LVAE, *ways.CODECS)
+STANDARD = (snippets.LVAE, *rivals.WITHIN)
 
 Row = dict[str, Any]
 # of the table: what the column is called, and each row's words and what they are sorted by
@@ -60,9 +64,9 @@ class Compare(Tab):
             read = self.desk.read(photo, used.channels)
             file = None
             # the .lvae file's bytes are the other files' budget, even where it is not shown itself
-            if {ways.LVAE, *ways.CODECS} & set(chosen):
+            if set(STANDARD) & set(chosen):
                 progress((0, len(chosen) + 1), "Compressing")
-                file = ways.by_lvae(used, read.image, int(quality))
+                file = demo.ways.by_lvae(snippets.LVAE, used, read.image, int(quality))
         size = f"{read.info.width} x {read.info.height} pixels"
         panes, small, rows = [_pane(read, "Original", read.image, size)], [views.view(read.image)], []
         for number, name in enumerate(chosen):
@@ -75,19 +79,20 @@ class Compare(Tab):
         shown = panes_html(panes, sorting_table(HEAD, [_cells(row) for row in rows]))
         return shown, rows, _sheet(read, small, rows), _csv(read, rows)
 
-    def _go(self, name: str, image: torch.Tensor, model: str, file: ways.Trip | None) -> ways.Trip:
+    def _go(self, name: str, image: torch.Tensor, model: str, file: Trip | None) -> Trip:
         models = self.desk.models
         peer = models.peers.get(name)
         # a model is lent to all of them: what else the server does then waits, and takes no time or memory
         with models.use(model if peer or (file and name in STANDARD) else name) as used:
             if peer:
-                return ways.by_peer(peer, image)
+                return demo.ways.by_peer(peer, image)
             if file is None or name not in STANDARD:
-                return ways.by_model(used, image)
-            return file if name == ways.LVAE else ways.by_codec(image, name, len(file.file or b""))
+                return demo.ways.by_model(used, image)
+            return file if name == snippets.LVAE else demo.ways.by_codec(image, name, len(file.file or b""))
 
-    def _measure(self, trip: ways.Trip, read: Photo) -> Row:
-        (found,) = Metrics(self.desk.models.lpips).add(trip.name, read.image[None], trip.image[None])
+    def _measure(self, trip: Trip, read: Photo) -> Row:
+        metrics = measure.metrics.Metrics(self.desk.models.lpips)
+        (found,) = metrics.add(trip.name, read.image[None], trip.image[None])
         size = None if trip.file is None else len(trip.file)
         return {
             "name": trip.name,
@@ -117,7 +122,7 @@ class Compare(Tab):
                     scale=3,
                 )
                 with gr.Column(scale=1, min_width=240):
-                    quality = gr.Slider(1, 100, 40, step=1, label="Quality of the .lvae file")
+                    quality = gr.Slider(1, 100, 40, step=1, label="Quality of .lvae")
                     button = gr.Button("Compare", variant="primary")
             with desk.results() as message:
                 view = zoom_panes("lv-compare")
@@ -133,12 +138,12 @@ class Compare(Tab):
         inputs, outputs = [photo, model, against, quality], [view, rows, sheet, table]
         live = [tab.select, against.input, quality.release]
         events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}
-        desk.connect(self.run, inputs, outputs, "compare", **events)
+        desk.connect(self.run, inputs, outputs, "compare", snippet=snippets.compare, **events)
 
 
 def _pane(read: Photo, title: str, image: torch.Tensor, caption: str, file: bytes | None = None) -> Pane:
     """A picture of the page, whole, as the page zooms to its pixels; and what is taken home of it."""
-    picture = views.keep_view(to_pil(image).convert("RGB"), f"{read.stem}.{_bare(title)}.png")
+    picture = views.keep_view(images.saving.to_pil(image).convert("RGB"), f"{read.stem}.{_bare(title)}.png")
     links = [("PNG", picture)]
     if file is not None:
         suffix = _bare(title)
@@ -194,8 +199,12 @@ def _csv(read: Photo, rows: Sequence[Row]) -> str:
 
 def _sheet(read: Photo, pictures: Sequence[Image.Image], rows: Sequence[Row]) -> str:
     """Pictures, the first being the original, over error maps, as a file of the page."""
-    errors = [from_uint8(colour_error(error_map(pictures[0], each))) for each in pictures[1:]]
-    shown = [from_uint8(np.asarray(each)) for each in pictures]  # (3, H, W) each
+    errors = [views.error_view(pictures[0], each) for each in pictures[1:]]
+    # (3, H, W) each
+    shown, below = (
+        [images.tensors.from_uint8(np.asarray(each)) for each in row] for row in (pictures, errors)
+    )
     titles = ["Original", *(_caption(row, how=False) for row in rows)]
-    drawn = grid([shown, [torch.ones_like(shown[0]), *errors]], titles)
+    blank = shown[0].new_ones(shown[0].shape)
+    drawn = images.drawing.grid([shown, [blank, *below]], titles)
     return views.keep_view(drawn, f"{read.stem}.compared.png")

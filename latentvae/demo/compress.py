@@ -1,19 +1,21 @@
 """The tab Compress: an image as a small file and back, and files of latents opened again."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import torch
 
+from latentvae import codec, demo, measure
 from latentvae.base.errors import CodecError, LatentVAEError
-from latentvae.codec import compression as codec
-from latentvae.codec.container import MAGIC
-from latentvae.demo import latents_file, snippets, views
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import read_bytes
-from latentvae.demo.loaded_models import Model
-from latentvae.measure.metrics import Metrics
-from latentvae.models.latents import decode
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.demo.one_model import Model
 
 INVITATION = (
     "An .lvae file, or latents that were downloaded in the tab Reconstruct (or any safetensors file with "
@@ -45,12 +47,12 @@ class Compress(Tab):
             read = self.desk.read(photo, chosen.channels)
             images = read.image[None]
             progress((0, 2), "Encoding")
-            # exact encodes: the file is the same on every machine
-            data = codec.compress(chosen.exact, images, quality=int(quality))
+            # exact encodes: the file does not depend on what this machine is fast at
+            data = codec.compression.compress(chosen.exact, images, quality=int(quality))
             progress((1, 2), "Decoding")
-            header, payload = codec.unpack(data)
-            decoded = codec.decode_payload(chosen.swift, header, payload)
-            metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason)
+            header, payload = codec.compression.unpack(data)
+            decoded = codec.compression.decode_payload(chosen.swift, header, payload)
+            metrics = measure.metrics.Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason)
             (row,) = metrics.add(read.name, images, decoded)
         bpp = 8 * len(data) / (read.info.width * read.info.height)
         raw = read.image.numel()  # bytes at 8 bits
@@ -85,7 +87,7 @@ class Compress(Tab):
             The picture; figures as HTML; the picture as PNG.
         """
         data, name = read_bytes(file, "file", self.desk.limits)
-        if data.startswith(MAGIC):  # by its content: names lie
+        if data.startswith(codec.container.MAGIC):  # by its content: names lie
             image, used = self._open_lvae(data, name)
         else:
             image, used = self._open_latents(data, name, model)
@@ -100,21 +102,20 @@ class Compress(Tab):
 
     def _open_lvae(self, data: bytes, name: str) -> tuple[torch.Tensor, str]:
         # the header is checked before memory is taken for what it claims
-        header, payload = codec.unpack(data, name=name, max_pixels=self.desk.limits.pixels)
+        header, payload = codec.compression.unpack(data, name=name, max_pixels=self.desk.limits.pixels)
         self.desk.limits.check_side(name, header.width, header.height)
         with self.desk.models.use(self._model_of(header.weights.hex(), name)) as chosen:
-            codec.check_model(chosen.exact, header)
-            return codec.decode_payload(chosen.swift, header, payload)[0], chosen.name
+            codec.compression.check_model(chosen.exact, header)
+            return codec.compression.decode_payload(chosen.swift, header, payload)[0], chosen.name
 
     def _open_latents(self, data: bytes, name: str, model: str) -> tuple[torch.Tensor, str]:
-        weights = latents_file.weights_of(data)
+        weights = demo.latents_file.weights_of(data)
         with self.desk.models.use(self._model_of(weights, name) if weights else model) as chosen:
             return self._decode(chosen, data, name), chosen.name
 
-    @torch.no_grad()
     def _decode(self, model: Model, data: bytes, name: str) -> torch.Tensor:
-        found = latents_file.latents_from_bytes(data, name, model, self.desk.limits)
-        image = decode(model.swift, found.latents, found.padding)[0]
+        found = demo.latents_file.latents_from_bytes(data, name, model, self.desk.limits)
+        image = model.decode(found.latents, found.padding)[0]
         if not bool(image.isfinite().all()):  # finite latents, but so large that activations overflow
             raise LatentVAEError(f"{name} decodes to values that are no numbers: its latents are far off.")
         return image
@@ -144,6 +145,11 @@ class Compress(Tab):
                 made = gr.DownloadButton("Download the file (.lvae)", size="md", elem_id="lv-lvae-file")
                 with gr.Accordion("Figures as JSON", open=False):
                     facts = gr.JSON(label="Figures as JSON", show_label=False)
+        outputs = [pair, shown, facts, made]
+        live = [tab.select, quality.release]
+        events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}
+        events["snippet"] = snippets.compress
+        desk.connect(self.run, [photo, model, quality], outputs, "compress", **events)
         gr.HTML('<h3 class="lv-part">Open a file</h3>')
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
@@ -158,11 +164,6 @@ class Compress(Tab):
                 with gr.Column(visible=False) as result:
                     picture = desk.picture("Decoded", elem_id="lv-opened")
                     saved = gr.DownloadButton("Download the picture (PNG)", size="md")
-        outputs = [pair, shown, facts, made]
-        live = [tab.select, quality.release]
-        events: dict[str, Any] = {"button": button, "message": message, "live": live, "whole": True}
-        events["snippet"] = snippets.compress
-        desk.connect(self.run, [photo, model, quality], outputs, "compress", **events)
         opened = [picture, about, saved]
         opening_events: dict[str, Any] = {"button": opening, "message": refusal, "live": [file.upload]}
         done = desk.connect(self.open, [file, model], opened, "decode", follows=False, **opening_events)

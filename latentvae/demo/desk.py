@@ -1,5 +1,7 @@
 """What the tabs share: models, limits, the example, and components that look and behave alike."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -10,26 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
+from latentvae import images
 from latentvae.demo import views
-from latentvae.demo.guard import Limits, Photo, guarded, read_photo
+from latentvae.demo.guard import HEAVY, Limits, Photo, guarded, read_photo
 from latentvae.demo.jobs import KINDS, stop
 from latentvae.demo.loaded_models import Models
 from latentvae.demo.on_page import Copied, on_page
 from latentvae.demo.snippets import curl
-from latentvae.images.kinds import FORMATS
-from latentvae.images.reading import load_image
-from latentvae.images.resizing import thumbnail
-from latentvae.models.loading import SAMPLE_PICTURE
+from latentvae.models.shipped import SAMPLE_PICTURE
 
 PART = 160  # pixels of a side of the odd example's parts
 SESSION_SECONDS = 3600  # what a visitor saw last is kept
 COPIES = 64  # of large pictures that are found again
 PHOTO = "lv-photo"  # the class of inputs for one picture
 SIMPLE = (gr.Dropdown, gr.Radio, gr.CheckboxGroup, gr.Slider, gr.Number)  # whose values are JSON as they are
-HEAVY = "heavy"  # the queue of all that computes: one job at a time
 
 
 # beside the cat, by what each is hard for: latentvae/models/assets/README.md has their sources
@@ -55,19 +53,19 @@ class Desk:
         """An uploaded image, whole, within this server's limits: wider ones if it will be `shrunk`."""
         return read_photo(photo, self.limits, channels, shrunk=shrunk)
 
-    def read_small(self, photo: str | None, channels: int = 3) -> Photo:
-        """The same, shrunk for tabs that decode many pictures of it."""
+    def read_small(self, photo: str | None, channels: int = 3, side: int | None = None) -> Photo:
+        """The same, shrunk for tabs that decode many pictures of it, or to a longer side of `side` pixels."""
         read = self.read(photo, channels, shrunk=True)
-        return replace(read, image=thumbnail(read.image, self.limits.explore_side))
+        return replace(read, image=images.resizing.thumbnail(read.image, side or self.limits.explore_side))
+
+    @staticmethod
+    def size(photo: str) -> tuple[int, int]:
+        """Width and height by a picture's header; 0 where it has none: reading it says what is wrong."""
+        return images.reading.read_size(Path(photo)) or (0, 0)
 
     def copied(self, photo: str | None) -> Copied:
         """A picture of at most `limits.copy_pixels` in place of a larger one, by its header."""
-        try:
-            with Image.open(photo or "", formats=FORMATS) as opened:
-                size = opened.size
-        except Exception:  # whoever reads it whole says what is wrong with it
-            return Copied(photo)
-        if photo is None or size[0] * size[1] <= self.limits.copy_pixels:
+        if photo is None or math.prod(self.size(photo)) <= self.limits.copy_pixels:
             return Copied(photo)
         found = self._copies(photo)
         if not Path(found.path or "").is_file():  # swept
@@ -79,7 +77,8 @@ class Desk:
         read = read_photo(photo, self.limits, shrunk=True)
         high, wide = read.image.shape[-2:]
         shrink = math.sqrt(self.limits.copy_pixels / (high * wide))
-        small = thumbnail(read.image, int(shrink * max(high, wide)))
+        side = int(shrink * max(high, wide))
+        small = images.resizing.thumbnail(read.image, side)
         size = f"{small.shape[2]} x {small.shape[1]}"
         words = f"{read.name} has {wide} x {high} pixels; this is of a copy of {size}."
         possible = high * wide <= self.limits.pixels
@@ -87,6 +86,8 @@ class Desk:
             views.keep_png(small, f"{read.stem}.png"),
             words if possible else f"{words} The whole is too large for this server.",
             1 / shrink**2 if possible else 0.0,
+            side,
+            (wide, high),
         )
 
     @staticmethod
@@ -141,15 +142,20 @@ class Desk:
         return photo
 
     @staticmethod
-    def second_example() -> torch.Tensor:
-        """The example (C, H, W) in its mirror, for a way from one to the other."""
-        return load_image(SAMPLE_PICTURE).flip(2)
+    def example_picture() -> Image.Image:
+        """The example; by Pillow, as the page is laid out before there is PyTorch."""
+        with Image.open(SAMPLE_PICTURE) as opened:
+            return opened.convert("RGB")
+
+    def second_example(self) -> str:
+        """The example in its mirror, for a way from one to the other, as a file of the page."""
+        return views.keep_view(ImageOps.mirror(self.example_picture()), "chelsea-turned.png")
 
     @staticmethod
-    def photos(label: str, images: Sequence[torch.Tensor]) -> gr.Gallery:
+    def photos(label: str, pictures: Sequence[Image.Image]) -> gr.Gallery:
         """An input for several pictures, those given in it already. Handlers get their paths, unread."""
         return gr.Gallery(
-            [views.keep_png(image, f"part {number}.png") for number, image in enumerate(images, 1)],
+            [views.keep_view(each, f"part {number}.png") for number, each in enumerate(pictures, 1)],
             label=label,
             type="filepath",
             format="png",
@@ -162,15 +168,14 @@ class Desk:
             buttons=[],
         )
 
-    @staticmethod
-    def parts(painted: int | None = None) -> list[torch.Tensor]:
-        """Nine parts (C, H, W) of the example, one of them painted over if its number is given."""
-        image = load_image(SAMPLE_PICTURE)
+    def parts(self, painted: int | None = None) -> list[Image.Image]:
+        """Nine parts of the example, one of them painted over if its number is given."""
+        picture = self.example_picture()
         # squares of one picture that overlap: alike, as what an odd one is found among must be
-        places = [(top, left) for top in (0, 70, 140) for left in (20, 110, 200)]
-        parts = [image[:, top : top + PART, left : left + PART].clone() for top, left in places]
+        places = [(left, top) for top in (0, 70, 140) for left in (20, 110, 200)]
+        parts = [picture.crop((left, top, left + PART, top + PART)) for left, top in places]
         if painted is not None:
-            parts[painted][:, 60:84, 40:120] = torch.tensor([-0.9, 0.2, 0.9])[:, None, None]
+            ImageDraw.Draw(parts[painted]).rectangle((40, 60, 119, 83), fill=(13, 153, 242))
         return parts
 
     @staticmethod
@@ -228,12 +233,18 @@ class Desk:
     def _shrinker(self, inputs: Sequence[Any], whole: bool) -> Callable[[list[Any]], Copied]:
         """Puts copies of large pictures among a handler's values, and tells of the first where `whole`."""
         places = [place for place, each in enumerate(inputs) if each.elem_classes == [PHOTO]]
+        model = next(place for place, each in enumerate(inputs) if each.elem_id == "lv-model")
 
         def shrink(values: list[Any]) -> Copied:
             copies = [self.copied(values[place]) for place in places]
             for place, each in zip(places, copies, strict=True):
                 values[place] = each.path
-            return copies[0] if copies and whole else Copied(None)
+            if not copies or not whole:
+                return Copied(None)
+            (first, *_) = copies
+            return replace(
+                first, peak_bytes=self.models.peak_bytes(values[model], first.size) if first.larger else 0
+            )
 
         return shrink
 

@@ -1,22 +1,25 @@
 """The tab Fill in: paint over what is missing, and have it completed."""
 
+from __future__ import annotations
+
 import base64
 import binascii
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gradio as gr
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
+from latentvae import images
 from latentvae.base.errors import ImageError, LatentVAEError
-from latentvae.demo import views
-from latentvae.demo.desk import HEAVY, Tab
-from latentvae.demo.guard import guarded
+from latentvae.demo import snippets, views
+from latentvae.demo.desk import Tab
+from latentvae.demo.guard import HEAVY, guarded
 from latentvae.demo.widgets import brush, brush_html, png_data_url
-from latentvae.images.reading import load_image
-from latentvae.images.saving import to_pil
-from latentvae.toolbox.editing.fill import STEPS, fill
+from latentvae.toolbox import editing
+
+if TYPE_CHECKING:
+    import torch
 
 MASK_BYTES = 4 << 20  # in base64; `Limits.input_bytes` leaves room for it
 SHAPE_SLACK = 0.03  # of the ratio of width to height, in which mask and picture may differ
@@ -45,7 +48,8 @@ class FillIn(Tab):
                 pixels, which takes about a minute.
 
         Returns:
-            The picture with its hole, and completed; figures as HTML; the completed picture as PNG.
+            The picture with its hole, and completed; figures as HTML; the completed picture, and the mask of
+            its size, as PNG.
         """
         with self.desk.models.use(model) as chosen:
             read = self.desk.read_small(photo, chosen.channels)
@@ -55,9 +59,9 @@ class FillIn(Tab):
                 raise ImageError("Nothing is painted yet: paint over what should be filled in.")
             # gradients need float32; one pass after the other does not
             vae = chosen.exact if method == "optimise" else chosen.swift
-            total = 2 * STEPS[method]  # for the trial on hidden pixels, and for the picture
+            total = 2 * editing.fill.STEPS[method]  # for the trial on hidden pixels, and for the picture
             done = iter(range(total + 1))
-            result = fill(
+            result = editing.fill.fill(
                 vae,
                 image[None],
                 missing,
@@ -74,7 +78,8 @@ class FillIn(Tab):
         ]
         picture = views.keep_png(result.images[0], f"{read.stem}.filled.png")
         pair = (views.show(hole, "hole.png"), views.show(result.images[0], "filled.png"))
-        return pair, views.tiles(shown), picture
+        white = missing[None].float() * 2 - 1
+        return pair, views.tiles(shown), picture, views.keep_png(white, f"{read.stem}.mask.png")
 
     def show(self, photo: str | None) -> tuple[Any, Any]:
         """The picture under the brush, with nothing painted yet.
@@ -90,14 +95,15 @@ class FillIn(Tab):
             return brush_html(None, str(error)), ""
 
     def _small(self, photo: str) -> Image.Image:
-        return to_pil(self.desk.read_small(photo).image)
+        return images.saving.to_pil(self.desk.read_small(photo).image)
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
         desk = self.desk
         photo = desk.shared
         self._example = photo.value["path"]
-        small = self._small(str(desk.example))
+        small = desk.example_picture()
+        small.thumbnail((desk.limits.explore_side,) * 2)
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
                 method = gr.Radio(
@@ -111,7 +117,9 @@ class FillIn(Tab):
                 view, mask = brush(small, _scratches(*small.size))
                 pair = desk.slider("lv-filled", "With its hole and Filled in")
                 shown = gr.HTML(label="Figures")
-                saved = gr.DownloadButton("Download the picture (PNG)", size="md")
+                with gr.Row(elem_classes="lv-downloads"):
+                    saved = gr.DownloadButton("Download the picture (PNG)", size="md")
+                    white = gr.DownloadButton("Download the mask (PNG)", size="md")
         photo.change(
             guarded(self.show),
             photo,
@@ -123,8 +131,9 @@ class FillIn(Tab):
             concurrency_limit=1,
         )
         # not live on a new picture: it has to be painted on first
-        inputs, outputs = [photo, mask, model, method], [pair, shown, saved]
-        desk.connect(self.run, inputs, outputs, "fill", button=button, message=message, live=[tab.select])
+        inputs, outputs = [photo, mask, model, method], [pair, shown, saved, white]
+        events: dict[str, Any] = {"button": button, "message": message, "live": [tab.select]}
+        desk.connect(self.run, inputs, outputs, "fill", snippet=snippets.fill, **events)
 
 
 def _read_mask(mask: str, height: int, width: int) -> torch.Tensor:
@@ -142,15 +151,16 @@ def _read_mask(mask: str, height: int, width: int) -> torch.Tensor:
         data = base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise ImageError(f"The mask is no base64 ({error}): encode the PNG again.") from error
-    white = load_image(data, name="the mask", background=(0, 0, 0), max_pixels=1 << 22, channels=1)[0] > 0
+    read = images.reading.load_image
+    white = read(data, name="the mask", background=(0, 0, 0), max_pixels=1 << 22, channels=1)[0] > 0
     high, wide = white.shape  # of the brush's canvas, or of whatever a client sends
     if abs(wide / high * height / width - 1) > SHAPE_SLACK:
         raise ImageError(
             f"The mask is {wide} x {high} pixels and the picture {width} x {height}: paint on this one."
         )
     # the nearest pixel, in whole numbers: nothing is half painted
-    rows = (torch.arange(height) * high) // height
-    columns = (torch.arange(width) * wide) // width
+    rows = (np.arange(height) * high) // height
+    columns = (np.arange(width) * wide) // width
     return white[rows][:, columns]
 
 

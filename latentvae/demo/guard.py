@@ -4,6 +4,8 @@ In the order in which a request passes: by its route and size (`Gate`), by its i
 an uploaded file holds (`read_photo`), and by what goes wrong with it (`guarded`).
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import json
@@ -13,18 +15,22 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Seque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 import anyio.to_thread
 import gradio as gr
-import torch
 from gradio.utils import get_upload_folder
 from starlette.responses import JSONResponse
 
+from latentvae import images
 from latentvae.base.errors import ImageError, LatentVAEError, TooManyPixels
 from latentvae.demo.jobs import Stopped
-from latentvae.images.reading import ImageInfo, load_image_with_info
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.images.reading import ImageInfo
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +39,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 PREFIX = "/gradio_api"
+HEAVY = "heavy"  # the queue of all that computes: one job at a time
 # Routes of gradio that this page does not use, by their beginnings.
 CLOSED = (
     *("/proxy=", "/stream", "/component_server", "/process_recording", "/vibe-", "/undo-vibe", "/dev/"),
@@ -177,6 +184,7 @@ class LocalBlocks(gr.Blocks):
         super().__init__(**options)
         self.limits = limits
         self.beforehand: list[Callable[[], object]] = []  # called in a thread once the page is up
+        self.ready: Callable[[], object] = lambda: None  # waits until there is all that computing needs
 
     def get_api_info(self, *args: Any, **options: Any) -> Any:
         """What endpoints take: files have to be given, and examples name local ones.
@@ -204,6 +212,9 @@ class LocalBlocks(gr.Blocks):
             raise _refusal("These inputs are too large: pictures are uploaded, and their names sent.")
         for path in _files_in(inputs):
             check_uploaded(path)
+        # two threads that import modules which import each other can see halves of them
+        if block_fn.concurrency_id == HEAVY:
+            await anyio.to_thread.run_sync(self.ready)
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except gr.Error as error:
@@ -313,7 +324,7 @@ def read_photo(path: str | None, limits: Limits, channels: int = 3, *, shrunk: b
     data, name = read_bytes(path, "picture", limits)
     most = limits.photo_pixels if shrunk else limits.pixels
     try:
-        image, info = load_image_with_info(data, name=name, max_pixels=most, channels=channels)
+        image, info = images.reading.load_image_with_info(data, name=name, max_pixels=most, channels=channels)
     except TooManyPixels as error:
         raise ImageError(f"{error}, or {OWN_MACHINE}") from error
     limits.check_side(name, info.width, info.height)

@@ -1,5 +1,7 @@
 """The tab Interpolate: the way from one image to another through the latents."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -7,7 +9,7 @@ import gradio as gr
 
 from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
-from latentvae.toolbox.editing.interpolate import interpolate, match_size, step_sizes, strip
+from latentvae.toolbox import editing
 
 FPS = 8.0
 
@@ -39,18 +41,20 @@ class Interpolate(Tab):
             one = self.desk.read_small(first, chosen.channels)
             # whole: it is cropped before it is shrunk
             other = self.desk.read(second, chosen.channels, shrunk=True)
-            end = match_size(other.image, *one.image.shape[-2:])
+            end = editing.interpolate.match_size(other.image, *one.image.shape[-2:])
             progress(0.1, "Encoding both")
             count = max(2, min(int(frames), 17))  # not left to gradio's check of the slider
-            found = interpolate(chosen.swift, [one.image, end], count, route, progress=True)
-            steps = step_sizes(found.frames, self.desk.models.lpips)
+            found = editing.interpolate.interpolate(
+                chosen.swift, [one.image, end], count, route, progress=True
+            )
+            steps = editing.interpolate.step_sizes(found.frames, self.desk.models.lpips)
         # there and back, the ends once: the animation has no end
         turned = [*range(len(found.frames)), *range(len(found.frames) - 2, 0, -1)]
         name = f"{one.stem}-{other.stem}.webp"
         facts = {"model": chosen.name, "route": route, "positions": found.positions}
         return (
             views.keep_animation(found.frames[turned], name, FPS),
-            views.keep_view(strip(found, steps), "frames.png"),
+            views.keep_view(editing.interpolate.strip(found, steps), "frames.png"),
             {**facts, "steps": [asdict(step) for step in steps]},
         )
 
@@ -60,7 +64,7 @@ class Interpolate(Tab):
         first = desk.shared
         with gr.Row(elem_classes="lv-split"):
             with desk.controls():
-                second = desk.photo("To", views.keep_png(desk.second_example(), "chelsea-turned.png"), False)
+                second = desk.photo("To", desk.second_example(), False)
                 frames = gr.Slider(3, 17, 9, step=1, label="Frames")
                 route = gr.Radio(
                     ["spherical", "linear"],

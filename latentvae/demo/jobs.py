@@ -10,11 +10,10 @@ from weakref import WeakKeyDictionary, WeakSet
 import gradio as gr
 from gradio.context import LocalContext
 from gradio.helpers import TrackedIterable
-from torch import nn
 
 # An endpoint's events on the page; page.js and `Desk.connect` know them too.
 KINDS = ("live", "pressed", "full")
-MODULE_CALL = nn.Module._call_impl.__code__
+MODULE_CALL = "_call_impl"  # of torch.nn.Module: what every call of one goes through
 ALONE = ("decode",)  # tabs' second parts, which follow no picture
 
 _stopped: WeakSet[Any] = WeakSet()  # events whose visitor pressed Stop
@@ -54,7 +53,7 @@ def _watched(queue: Any, event: Any) -> Iterator[None]:
 
     def ask(frame: Any, kind: str, _: Any) -> None:
         # nowhere else: a lock that is taken must be given back
-        if kind == "call" and frame.f_code is MODULE_CALL:
+        if kind == "call" and frame.f_code.co_name == MODULE_CALL:
             _check()
 
     _here.event, _here.queue = event, queue

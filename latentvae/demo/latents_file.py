@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.demo.guard import Limits
-from latentvae.demo.loaded_models import Model
+from latentvae.demo.one_model import Model
 from latentvae.images.tensors import Padding
 from latentvae.models.latents import Posterior
 from latentvae.models.loading import spatial_compression_ratio

@@ -1,88 +1,32 @@
 """The models that visitors choose from, loaded once, used by one request at a time."""
 
+from __future__ import annotations
+
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from latentvae import demo
+from latentvae import models as room
+from latentvae.base.errors import ModelError
+from latentvae.models.shipped import DEFAULT_MODEL, bundled
 
-from latentvae.base.errors import LatentVAEError, MissingWeightsError, ModelError
-from latentvae.measure.lpips import LPIPS, load_lpips
-from latentvae.models.fingerprint import weight_hash
-from latentvae.models.loading import DEFAULT_MODEL, bundled, describe, load
-from latentvae.models.spaces import Autoencoder, load_autoencoder
-from latentvae.runtime.optimize import optimize
-from latentvae.runtime.tiling.switch import enable_exact_tiling
+if TYPE_CHECKING:
+    from latentvae.demo.one_model import Model, Peer
+    from latentvae.measure.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
-
-TRIAL_SIDE = 256  # pixels of the image that precisions are timed on
-FIRST_SIDE = 64  # and of one that they are timed on before
-FASTER = 0.85  # of float32's time that bfloat16 must stay below to be worth its rounding
-HOPELESS = 2.0  # times of float32's: a CPU without bfloat16 may take ten, which are not waited for
-
-
-@dataclass(frozen=True)
-class Model:
-    """One choice of the picker.
-
-    Attributes:
-        name: what visitors call it.
-        exact: in float32: encodes, so that latents and files are the same on every machine.
-        swift: the same weights, or those in bfloat16 once this machine was found faster at it: draws
-            pictures.
-        weights_sha256: of `exact`.
-    """
-
-    name: str
-    exact: AutoencoderKL
-    swift: AutoencoderKL
-    weights_sha256: str
-
-    @property
-    def channels(self) -> int:
-        """Of its images: 1 or 3."""
-        return int(self.exact.config["in_channels"])
-
-    @property
-    def precision(self) -> str:
-        """What pictures are decoded in, for people."""
-        return "bf16" if self.swift.dtype == torch.bfloat16 else "fp32"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An AutoencoderTiny, which takes part in comparisons alone: it has no posterior.
-
-    Attributes:
-        name: what visitors call it.
-        vae: in float32.
-        tile_above: pixels of a side above which images go in its own tiles, which overlap.
-    """
-
-    name: str
-    vae: AutoencoderTiny
-    tile_above: int
-
-    @property
-    def channels(self) -> int:
-        """Of its images: 1 or 3."""
-        return int(self.vae.config["in_channels"])
-
-    @property
-    def ratio(self) -> int:
-        """Pixels of a side that become one position."""
-        return int(self.vae.spatial_scale_factor)
 
 
 class Models:
     """All models of a server: the bundled ones and those named at its start.
+
+    The bundled ones are right, and are loaded when they are first needed, or by `ready`: PyTorch comes with
+    them, which takes longer than all else before a page is up.
 
     Args:
         sources: folders or files, as `load_autoencoder` takes them; an AutoencoderTiny is a peer.
@@ -90,7 +34,7 @@ class Models:
         say: is told what is loading.
 
     Raises:
-        ModelError: one that cannot be loaded, or whose images are neither grey nor RGB.
+        ModelError: one of the sources cannot be loaded, or its images are neither grey nor RGB.
     """
 
     def __init__(
@@ -102,25 +46,36 @@ class Models:
         # a plain lock can be taken again and again by one thread while another one waits for it
         self._turn = threading.Condition()
         self._taken, self._visitors = False, 0  # who computes now; those who do or wait for it
-        self._tile_above = tile_above
+        self._tile_above, self._say = tile_above, say
         self._models: dict[str, Model] = {}
         self.peers: dict[str, Peer] = {}
         self._cold: dict[str, str | Path] = {}  # whose precision is not chosen yet, and where from
-        own = _default_first(bundled())
-        loaded = {}
-        for source in (*sources, *own):  # those named at the start first: they may be wrong
-            say(f"loading {source}")
-            loaded[source] = self._load(source)
-        for source in (*own, *sources):
-            self._add(source, loaded[source])
-        if not self._models:
+        self._sources: dict[str, str | Path] = {}
+        for source in (*_default_first(bundled()), *sources):
+            self._sources[self._free_name(source)] = source
+        for name in list(self._sources)[len(bundled()) :]:  # before there is a page: they may be wrong
+            self._load(name)
+        if not self.names:
             raise ModelError("no model is bundled and none was named: give one with --model.")
-        self.lpips, self.lpips_missing_reason = _find_lpips()
+        self._loading, self.loaded = threading.Lock(), False
+        self.lpips: LPIPS | None = None
+        self.lpips_missing_reason: str | None = None
+
+    def ready(self) -> None:
+        """Load what is not loaded yet, or wait until it is: nothing is computed before."""
+        with self._loading:
+            if self.loaded:
+                return
+            for name in self.names:
+                if name not in self._models:
+                    self._load(name)
+            self.lpips, self.lpips_missing_reason = demo.one_model.find_lpips()
+            self.loaded = True
 
     @property
     def names(self) -> list[str]:
         """What the picker offers, the first being its choice."""
-        return list(self._models)
+        return [name for name in self._sources if name not in self.peers]
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[Model]:
@@ -129,8 +84,9 @@ class Models:
         Raises:
             ModelError: no such model here.
         """
-        if name not in self._models:
+        if name not in self.names:
             raise ModelError(f"there is no model {name!r} here: choose one of {', '.join(self.names)}.")
+        self.ready()
         with self._turn:
             self._visitors += 1
         try:
@@ -154,13 +110,17 @@ class Models:
                 self._taken = False
                 self._turn.notify_all()
 
-    def warm_up(self) -> None:
-        """Choose every model's precision, in turns that are short and come after every visitor's."""
+    def warm_up(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Choose every model's precision, in turns that are short and come after every visitor's.
+
+        Args:
+            wanted: asked before each model; if not, the others stay as they are.
+        """
         for name, source in list(self._cold.items()):
-            exact = self._models[name].exact
-            swift = optimize(load(source, dtype=torch.bfloat16))
-            if _is_faster(swift, exact, self._aside):  # or the copy in bfloat16 is freed
-                _tile(swift, self._tile_above)
+            if not wanted():
+                return
+            swift = demo.one_model.swifter(self._models[name], source, self._tile_above, self._aside)
+            if swift is not None:
                 self._models[name] = replace(self._models[name], swift=swift)
             del self._cold[name]
 
@@ -174,10 +134,15 @@ class Models:
             (name for name, each in self._models.items() if each.weights_sha256.startswith(start)), None
         )
 
+    def peak_bytes(self, name: str, size: tuple[int, int]) -> int:
+        """What a picture of this width and height takes with a model; 0 where that is not known."""
+        return self._models[name].peak_bytes(*size) if name in self._models else 0
+
     def summary(self, name: str) -> str:
         """What a model is, in a line."""
+        self.ready()
         model = self._models[name]
-        facts = describe(model.exact)
+        facts = room.loading.describe(model.exact)
         ratio = facts["spatial_compression_ratio"]
         precision = "" if name in self._cold else f" · pictures in {model.precision}"
         return (
@@ -185,23 +150,14 @@ class Models:
             f"{model.exact.config['latent_channels']} channels{precision}"
         )
 
-    def _load(self, source: str | Path) -> Autoencoder:
-        found = load_autoencoder(source)
-        if found.config["in_channels"] not in (1, 3):
-            raise ModelError(
-                f"{source} takes {found.config['in_channels']} channels; pictures have 1 or 3. Leave it out."
-            )
-        if not isinstance(found, AutoencoderTiny):
-            _tile(optimize(found), self._tile_above)
-        return found
-
-    def _add(self, source: str | Path, exact: Autoencoder) -> None:
-        name = self._free_name(source)
-        if isinstance(exact, AutoencoderTiny):
-            self.peers[name] = Peer(name, exact, self._tile_above)
-            return
-        self._models[name] = Model(name, exact, exact, weight_hash(exact))
-        self._cold[name] = source
+    def _load(self, name: str) -> None:
+        source = self._sources[name]
+        self._say(f"loading {source}")
+        found = demo.one_model.load_either(name, source, self._tile_above)
+        if isinstance(found, demo.one_model.Peer):
+            self.peers[name] = found
+        else:
+            self._models[name], self._cold[name] = found, source
 
     def _free_name(self, source: str | Path) -> str:
         """The end of a path; a folder called vae, or a file, says little without its parent."""
@@ -212,72 +168,16 @@ class Models:
             name = "/".join(path.resolve().parts[-2:])
         else:
             name = path.resolve().name
-        taken = sum(each == name or each.startswith(f"{name} (") for each in (*self._models, *self.peers))
+        taken = sum(each == name or each.startswith(f"{name} (") for each in self._sources)
         return f"{name} ({taken + 1})" if taken else name
 
 
 def _default_first(names: list[str]) -> list[str]:
     """The model that the page opens with, then the others.
 
-    It is the quickest and writes the smallest files. `flux-small` is closer to the original (Kodak: 26.7 dB
-    and LPIPS 0.139, for 25.0 and 0.247), but takes 2.3 times as long there and back (benchmarks/demo.py, 512
-    px), and the first picture after an upload should be there in 2 s, that of a copy of 2 megapixels in 4.
-    Who stays can choose it; who has to wait leaves.
+    It is the quickest and writes the smallest files. `sd3-small` is closer to the original (Kodak: 28.7 dB
+    and LPIPS 0.087, for 25.0 and 0.247), but takes 1.6 times as long there and back, as `flux-small` does,
+    whose shape it has (benchmarks/demo.py, 512 px), and the first picture after an upload should be there in
+    2 s, that of a copy of 2 megapixels in 4. Who stays can choose it; who has to wait leaves.
     """
     return sorted(names, key=lambda name: (name != DEFAULT_MODEL, name))
-
-
-def _find_lpips() -> tuple[LPIPS | None, str | None]:
-    try:
-        return load_lpips("alex", download=False), None  # the page fetches nothing
-    except MissingWeightsError as error:
-        logger.info("LPIPS is left out: %s", error)
-        return None, "the weights of its network are not installed on this server"
-
-
-def _tile(vae: AutoencoderKL, tile_above: int) -> None:
-    """Tile large images exactly; a model with blocks that cannot be tiled takes them whole."""
-    try:
-        enable_exact_tiling(vae, tile_above, progress=True)
-    except LatentVAEError as error:
-        logger.warning("large images are not tiled: %s", error)
-
-
-def _is_faster(
-    swift: AutoencoderKL, exact: AutoencoderKL, turn: Callable[[], AbstractContextManager[None]]
-) -> bool:
-    """Whether bfloat16 pays, measured after a first time that warms both up, each time in a `turn`."""
-    both = (swift, exact)
-
-    def least(side: int, times: int) -> tuple[float, float]:
-        # the least of each: what else the machine does only ever adds
-        fast, slow = (
-            min(each) for each in zip(*(_times(both, side, turn) for _ in range(times)), strict=True)
-        )
-        return fast, slow
-
-    fast, slow = least(FIRST_SIDE, 2)
-    if fast > HOPELESS * slow:
-        return False
-    least(TRIAL_SIDE, 1)
-    fast, slow = least(TRIAL_SIDE, 2)
-    return fast < FASTER * slow
-
-
-def _times(
-    models: Sequence[AutoencoderKL], side: int, turn: Callable[[], AbstractContextManager[None]]
-) -> list[float]:
-    """Seconds that each takes for a round trip, in their order."""
-    found = []
-    for vae in models:
-        with turn():
-            start = time.perf_counter()
-            _round_trip(vae, side)
-            found.append(time.perf_counter() - start)
-    return found
-
-
-@torch.no_grad()
-def _round_trip(vae: Any, side: int) -> None:
-    images = torch.zeros(1, vae.config["in_channels"], side, side, dtype=vae.dtype)
-    vae.decode(vae.encode(images).latent_dist.mode())

@@ -1,19 +1,24 @@
 """The tab Find the odd one: several images, each judged by all the others."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-import torch
 
+from latentvae import images
 from latentvae.base.errors import LatentVAEError
-from latentvae.demo import views
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
 from latentvae.demo.guard import Photo
-from latentvae.images.drawing import colour_heat
-from latentvae.images.tensors import from_uint8
-from latentvae.toolbox.anomaly.calibration import LEAST, Verdict, calibrate
-from latentvae.toolbox.anomaly.terms import LPIPS_TERMS, TERMS, Look, look
+from latentvae.toolbox import anomaly
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.toolbox.anomaly.calibration import Verdict
+    from latentvae.toolbox.anomaly.terms import Look
 
 SHADE = 0.55  # how much of a heat map covers its picture
 
@@ -36,11 +41,11 @@ class FindOdd(Tab):
         Returns:
             Heat maps, the oddest first; figures of the oddest as HTML; all as JSON, ranked.
         """
-        files = [path for path, _ in photos or []]
+        files, least = [path for path, _ in photos or []], anomaly.calibration.LEAST
         most = self.desk.limits.images
-        if not LEAST < len(files) <= most:
+        if not least < len(files) <= most:
             raise LatentVAEError(
-                f"{len(files)} pictures came: each is compared with the others, so {LEAST + 1} to {most} are "
+                f"{len(files)} pictures came: each is compared with the others, so {least + 1} to {most} are "
                 "needed. Add some that are alike, and the one you wonder about."
             )
         with self.desk.models.use(model) as chosen:
@@ -49,19 +54,19 @@ class FindOdd(Tab):
             for number, file in enumerate(files):
                 progress((number, len(files)), "Looking")
                 read.append(self.desk.read_small(file, chosen.channels))  # whole they would be gigabytes
-                images = read[-1].image[None]
-                looks.append(look(chosen.swift, images, self._network(images)))
+                image = read[-1].image[None]
+                looks.append(anomaly.terms.look(chosen.swift, image, self._network(image)))
             # terms are compared, so all have LPIPS or none: a picture can be too small for it
             if any("lpips" not in one.terms for one in looks):
                 for one in looks:
-                    for term in LPIPS_TERMS:
+                    for term in anomaly.terms.LPIPS_TERMS:
                         one.terms.pop(term, None)
             net = "alex" if "lpips" in looks[0].terms else None
             verdicts = []
             for number, one in enumerate(looks):
                 progress((number, len(looks)), "Comparing")
                 others = looks[:number] + looks[number + 1 :]  # not itself: it would look usual
-                verdicts.append(calibrate(chosen.swift, others, net).judge(one))
+                verdicts.append(anomaly.calibration.calibrate(chosen.swift, others, net).judge(one))
         order = sorted(range(len(read)), key=lambda number: -verdicts[number].score)
         return self._show([(read[number], verdicts[number]) for number in order], chosen.name)
 
@@ -88,7 +93,11 @@ class FindOdd(Tab):
             {"rank": rank, "name": photo.name, "score": verdict.score, "terms": verdict.terms}
             for rank, (photo, verdict) in enumerate(ranked, 1)
         ]
-        return maps, views.tiles(shown), {"model": model, "terms": TERMS, "images": rows}
+        return maps, views.tiles(shown), {"model": model, "terms": anomaly.terms.TERMS, "images": rows}
+
+    def lines(self, photos: snippets.Photos, model: str, side: int = 0) -> str:
+        """Of "Show Python"."""
+        return snippets.odd(photos, model, side, net=None if self.desk.models.lpips is None else "alex")
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
@@ -99,7 +108,7 @@ class FindOdd(Tab):
                 button = gr.Button("Find the odd one", variant="primary")
             with desk.results() as message:
                 shown = gr.HTML(label="Figures")
-                maps = desk.gallery("The oddest first", columns=4)
+                maps = desk.gallery("The oddest first", columns=3)
                 gr.HTML(
                     '<p class="lv-note">Bright is where a picture is rebuilt worse than the others are in '
                     "their worst place or, where no two pictures are alike, where it is unlike the rest of "
@@ -109,12 +118,13 @@ class FindOdd(Tab):
                 with gr.Accordion("Ranking as JSON", open=False):
                     facts = gr.JSON(label="Ranking as JSON", show_label=False)
         inputs, outputs = [photos, model], [maps, shown, facts]
-        desk.connect(self.run, inputs, outputs, "odd", button=button, message=message, live=[tab.select])
+        events: dict[str, Any] = {"button": button, "message": message, "live": [tab.select]}
+        desk.connect(self.run, inputs, outputs, "odd", snippet=self.lines, **events)
 
 
 def _heat_map(photo: Photo, verdict: Verdict, name: str) -> str:
     """A picture, darkened and greyed, with its heat over it, as a file of the page."""
-    heat = from_uint8(colour_heat(verdict.heat.numpy()))
+    heat = images.tensors.from_uint8(images.drawing.colour_heat(verdict.heat.numpy()))
     grey = photo.image.mean(0, keepdim=True).expand(3, -1, -1)
     # grey, so that colours are the heat's alone
-    return views.show(torch.lerp(grey, heat, SHADE), name)
+    return views.show(grey.lerp(heat, SHADE), name)

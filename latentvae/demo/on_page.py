@@ -23,11 +23,17 @@ class Copied:
         path: the upload's own, or its copy's.
         words: for the visitor; empty where nothing was copied.
         larger: how many times more pixels the upload has, if it can be had in full size; or 0.
+        side: pixels of the copy's longer side; 0 where nothing was copied.
+        size: the upload's width and height.
+        peak_bytes: what it takes in full size; 0 where that is not known.
     """
 
     path: str | None
     words: str = ""
     larger: float = 0.0
+    side: int = 0
+    size: tuple[int, int] = (0, 0)
+    peak_bytes: int = 0
 
 
 def on_page(
@@ -65,10 +71,12 @@ def on_page(
                 # always a generator itself, so that gradio treats both kinds of handlers alike
                 results = run(*used) if inspect.isgeneratorfunction(run) else (run(*used) for _ in range(1))
                 for result in stoppable(results):
-                    lines = [each(*values[:inputs]) for each in snippets]  # of inputs that are there
+                    # of inputs that are there
+                    lines = [each(*values[:inputs], side=copied.side) for each in snippets]
                     part = None in result  # what fails after a part can be tried again
-                    seconds = (time.perf_counter() - start) * copied.larger
-                    yield (gr.skip() if part else shown, *_notice(copied.words, seconds), *lines, *result)
+                    seconds = 0.0 if part else (time.perf_counter() - start) * copied.larger
+                    said = _notice(copied.words, seconds, copied.peak_bytes)
+                    yield (gr.skip() if part else shown, *said, *lines, *result)
         except Stopped as end:  # what was shown before stays, and can be asked for again
             said = _notice("Stopped.", kind="stopped") if end.asked else (gr.skip(), gr.skip())
             yield (gr.skip(), *said, *(gr.skip() for _ in (*before, *empty)))
@@ -83,10 +91,13 @@ def on_page(
     return live
 
 
-def _notice(words: str = "", seconds: float = 0.0, *, kind: str = "status") -> tuple[gr.HTML, gr.Button]:
+def _notice(
+    words: str = "", seconds: float = 0.0, peak_bytes: int = 0, *, kind: str = "status"
+) -> tuple[gr.HTML, gr.Button]:
     """The panel's message, or none; and the button "full size", where that would take so many seconds."""
     role = "alert" if kind == "alert" else "status"
     named = ' class="lv-stopped"' if kind == "stopped" else ""  # page.js looks for it
     said = f'<p role="{role}"{named}>{html.escape(words)}</p>' if words else ""
     took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    took += f" and {peak_bytes / 1e9:.1f} GB" if peak_bytes else ""
     return gr.HTML(said, visible=bool(words)), gr.Button(f"Full size, about {took}", visible=seconds > 0)

@@ -46,18 +46,19 @@ def build_page(models: Models, limits: Limits) -> LocalBlocks:
     desk = Desk(models, limits)
     with LocalBlocks(limits, title=TITLE, analytics_enabled=False) as page:
         desk.opened = page.load
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="lv-top"):
             with gr.Column(scale=3, min_width=300):
                 gr.HTML(HEAD)
                 model = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="lv-model")
-                about = gr.HTML(_describe(models, models.names[0]))
+                about = gr.HTML('<div class="lv-model-line">Loading PyTorch and the models</div>')
             with gr.Column(scale=2, min_width=280):
                 desk.shared = desk.photo()
         with gr.Tabs(overflow_behavior="wrap"):  # on a phone none hides behind three dots
             for title, name, tab in TABS:
                 with gr.Tab(title, id=name, elem_id=f"lv-tab-{name}") as place:
                     tab(desk).build(model, place)
-        page.beforehand += [*desk.beforehand, models.warm_up]
+        page.ready = models.ready
+        page.beforehand += [models.ready, *desk.beforehand, lambda: models.warm_up(lambda: page.is_running)]
         # in the browser alone: it knows which tab is open, and that one's button "follow" asks the server
         gr.on([desk.shared.change, model.change], None, js="() => lvFollow()")
         # model and tab stand in the address: it can be kept and sent on, and "back" stays on the page
@@ -72,6 +73,7 @@ def build_page(models: Models, limits: Limits) -> LocalBlocks:
             about,
             api_name="describe_model",
             api_visibility="undocumented",
+            show_progress="hidden",
             queue=False,
         )
     # api_open would let requests past the queue, and so past its limits
@@ -106,5 +108,5 @@ def head(page: LocalBlocks) -> str:
 
 
 def _describe(models: Models, name: str) -> str:
-    """The line below the picker."""
+    """The line below the picker, once the models are loaded."""
     return f'<div class="lv-model-line">{models.summary(name)}</div>'

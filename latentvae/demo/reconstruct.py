@@ -1,22 +1,29 @@
 """The tab Reconstruct: an image through the model and back."""
 
+from __future__ import annotations
+
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gradio as gr
-import torch
 
+from latentvae import demo, measure
 from latentvae.base.errors import LatentVAEError
-from latentvae.demo import latents_file, snippets, views
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Desk, Tab
-from latentvae.images.drawing import ERROR_WHITE
-from latentvae.measure.metrics import ImageMetrics, Metrics, MetricsSummary
-from latentvae.models.latents import decode, encode
 
+if TYPE_CHECKING:
+    from latentvae.measure.metrics import ImageMetrics, MetricsSummary
+
+ERROR_WHITE = 32  # as in images.drawing, which would have to be loaded for it
+
+PREVIEW_ABOVE = 1_000_000  # pixels: what takes longer than about two seconds on two cores
+PREVIEW_SIDE = 640  # pixels of a preview's longer side
 SCALE = f"Error: black is none, white is {ERROR_WHITE} of 255 levels or more."
 
 
@@ -29,7 +36,6 @@ class Reconstruct(Tab):
         self._once = threading.Lock()
         self._known: tuple[Any, ...] | None = None  # the example's result
 
-    @torch.no_grad()
     def run(
         self,
         photo: str | None,
@@ -57,21 +63,21 @@ class Reconstruct(Tab):
             read = self.desk.read(photo, chosen.channels)
             images, start = read.image[None], time.perf_counter()
             progress((0, 2), "Encoding")
-            # exact encodes: the latents to take home are the same on every machine
-            posterior, padding = encode(chosen.exact, images)
-            generator = torch.Generator().manual_seed(int(seed or 0))
-            drawn = posterior.sample(generator) if latents == "sample" else posterior.mode()
+            posterior, padding = chosen.encode(images)
+            drawn = chosen.draw(posterior, latents, int(seed or 0))
             progress((1, 2), "Decoding")
-            rebuilt = decode(chosen.swift, drawn, padding)
+            rebuilt = chosen.decode(drawn, padding)
             seconds = time.perf_counter() - start
         # kept as files at once: gradio would pack both again for the second part
         before, after = views.view(read.image), views.view(rebuilt[0])
         pair = (views.keep_view(before, "original.png"), views.keep_view(after, "reconstruction.png"))
         # None clears what belongs to the picture before, and `desk.on_page` tells a part by it
         yield pair, None, None, views.tiles(_figures(None, seconds)), None, None, None
-        metrics = Metrics(self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents)
+        metrics = measure.metrics.Metrics(
+            self.desk.models.lpips, self.desk.models.lpips_missing_reason, latents
+        )
         (row,) = metrics.add(read.name, images, rebuilt, posterior.known_kl())
-        file = latents_file.latents_to_bytes(chosen, posterior, drawn, padding)
+        file = demo.latents_file.latents_to_bytes(chosen, posterior, drawn, padding)
         yield (
             pair,
             views.keep_view(views.error_view(before, after), "error.png"),
@@ -92,6 +98,7 @@ class Reconstruct(Tab):
     ) -> Iterator[tuple[Any, ...]]:
         """`run` for the page, on which everybody sees the example first: that is computed once."""
         if (photo, model, latents) != (self._example, self.desk.models.names[0], "mode"):
+            yield from self._preview(photo, model)
             yield from self.run(photo, model, latents, seed, progress)
             return
         with self._once:
@@ -105,6 +112,19 @@ class Reconstruct(Tab):
             if self._known is None:
                 *_, self._known = self.run(photo, model, latents, seed, progress)
         yield self._known
+
+    def _preview(self, photo: str | None, model: str) -> Iterator[tuple[Any, ...]]:
+        """A small copy, there and back, before a picture that would be waited for; roughly."""
+        pixels = math.prod(self.desk.size(photo)) if photo else 0
+        # in full size there has been a better one
+        if not PREVIEW_ABOVE <= pixels <= self.desk.limits.copy_pixels:
+            return
+        with self.desk.models.use(model) as chosen:
+            small = self.desk.read_small(photo, chosen.channels, PREVIEW_SIDE).image
+            rebuilt = chosen.sketch(small[None])[0]
+        pair = (views.show(small, "original.png"), views.show(rebuilt, "reconstruction.png"))
+        words = f"A preview of {small.shape[2]} x {small.shape[1]} pixels; the picture follows."
+        yield pair, None, None, views.tiles(_figures(None, None), words), None, None, None
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening the page shows the example's result."""
@@ -126,9 +146,10 @@ class Reconstruct(Tab):
                         "Download the latents (safetensors)", size="md", elem_id="lv-latents-file"
                     )
                 with gr.Row():
-                    error_view = desk.picture("Error map", elem_id="lv-error")
+                    with gr.Column(min_width=280):
+                        error_view = desk.picture("Error map", elem_id="lv-error")
+                        gr.HTML(f'<p class="lv-note">{SCALE}</p>')
                     channels_view = desk.gallery("Latent channels")
-                gr.HTML(f'<p class="lv-note">{SCALE}</p>')
                 with gr.Accordion("Figures with their protocol", open=False):
                     protocol_view = gr.JSON(label="Figures with their protocol", show_label=False)
         latents.change(
@@ -155,7 +176,7 @@ def _show_seed(latents: str) -> gr.Number:
     return gr.Number(visible=latents == "sample")
 
 
-def _figures(row: ImageMetrics | None, seconds: float) -> list[views.Figure]:
+def _figures(row: ImageMetrics | None, seconds: float | None) -> list[views.Figure]:
     """The figures of one reconstruction for the page; dashes where they are not measured yet."""
     return [
         *views.distances(row),

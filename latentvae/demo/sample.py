@@ -1,22 +1,22 @@
 """The tab Sample: new images from a prior over latents."""
 
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import gradio as gr
 
+from latentvae import images, store
 from latentvae.base.errors import LatentVAEError
-from latentvae.demo import views
+from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
-from latentvae.demo.loaded_models import Model
-from latentvae.images.saving import save_image
-from latentvae.store.encoding import encode_folder
-from latentvae.toolbox.editing.interpolate import match_size
-from latentvae.toolbox.priors.latent_set import LatentSet
-from latentvae.toolbox.priors.mixture import fit_mixture
-from latentvae.toolbox.priors.prior import Prior, StandardNormal
-from latentvae.toolbox.priors.sampling import sample
+from latentvae.toolbox import editing, priors
+
+if TYPE_CHECKING:
+    from latentvae.demo.one_model import Model
+    from latentvae.toolbox.priors.prior import Prior
 
 MOST = 12
 Side = Literal["64", "128", "256"]  # as text: so gradio describes choices to clients
@@ -55,15 +55,15 @@ class Sample(Tab):
         wanted = max(1, min(int(count), MOST))  # not left to gradio's check of the slider
         with self.desk.models.use(model) as chosen:
             if prior == "standard":
-                drawn_from: Prior = StandardNormal(chosen.exact, int(side), int(side))
+                drawn_from: Prior = priors.prior.StandardNormal(chosen.exact, int(side), int(side))
             else:
                 progress(0.1, "Encoding the pictures")
                 drawn_from = self._fit([path for path, _ in photos or []], chosen, int(side))
             progress(0.6, "Drawing")
-            images = sample(chosen.exact, drawn_from, wanted, int(seed or 0))
+            drawn = priors.sampling.sample(chosen.exact, drawn_from, wanted, int(seed or 0))
         pictures = [
             (views.show(image, f"draw {number}.png"), f"draw {number}")
-            for number, image in enumerate(images, 1)
+            for number, image in enumerate(drawn, 1)
         ]
         facts = {"model": chosen.name, "prior": prior, "learned_from": drawn_from.card.images, "seed": seed}
         return pictures, {**facts, "fit": drawn_from.card.fit}
@@ -78,15 +78,19 @@ class Sample(Tab):
             )
         # a store in a folder of its own: priors learn from stores, and all of it goes at the end
         with tempfile.TemporaryDirectory() as folder:
-            pictures, store = Path(folder, "pictures"), Path(folder, "store")
+            pictures, latents = Path(folder, "pictures"), Path(folder, "store")
             pictures.mkdir()
             for number, file in enumerate(files):
-                image = match_size(self.desk.read(file, model.channels, shrunk=True).image, side, side)
+                image = editing.interpolate.match_size(
+                    self.desk.read(file, model.channels, shrunk=True).image, side, side
+                )
                 # mirrored too: twice the latents to fit; (C, H, W)
                 for name, each in (("a", image), ("b", image.flip(2))):
-                    save_image(each, pictures / f"{number:02d}{name}.png")
-            encode_folder(model.exact, pictures, store, dtype="fp32", weights_sha256=model.weights_sha256)
-            return fit_mixture(LatentSet(store))
+                    images.saving.save_image(each, pictures / f"{number:02d}{name}.png")
+            store.encoding.encode_folder(
+                model.exact, pictures, latents, dtype="fp32", weights_sha256=model.weights_sha256
+            )
+            return priors.mixture.fit_mixture(priors.latent_set.LatentSet(latents))
 
     def build(self, model: gr.Dropdown, tab: gr.Tab) -> None:
         """Lay the tab out and connect it; opening it shows the example's result."""
@@ -114,4 +118,5 @@ class Sample(Tab):
                     facts = gr.JSON(label="What was drawn from", show_label=False)
         inputs, outputs = [photos, model, prior, side, count, seed], [pictures, facts]
         live = [tab.select, prior.input, side.input, count.release, seed.input]
-        desk.connect(self.run, inputs, outputs, "sample", button=button, message=message, live=live)
+        events: dict[str, Any] = {"button": button, "message": message, "live": live}
+        desk.connect(self.run, inputs, outputs, "sample", snippet=snippets.sample, **events)

@@ -1,5 +1,7 @@
 """Serving the page on one machine, with a folder of its own that goes when the server does."""
 
+import errno
+import gc
 import inspect
 import logging
 import os
@@ -32,7 +34,7 @@ HOST, PORT = "127.0.0.1", 7860
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # as `ipv6` leaves them; browsers write [::1]
 LPIPS = "LATENTVAE_LPIPS"
 WARM_UP = "warm-up"  # the name of a thread
-PATIENCE = 1.0  # seconds that a page is given to end
+PATIENCE = 0.5  # seconds that a page is given to end
 # gradio reads these while it builds and launches a page: no telemetry, no sharing, no second server.
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -54,13 +56,12 @@ def serve(
     port: int = PORT,
     limits: Limits | None = None,
     mcp: bool = False,
-) -> bool:
+) -> None:
     """Serve the page until Ctrl-C, SIGTERM or the terminal closes; each way visitors' files are deleted.
 
-    Args: as those of `start`.
+    What is computed goes on in its thread, for which a process waits that ends in the usual way.
 
-    Returns:
-        Whether nothing is computed any more. If False, a thread still works, and the process waits for it.
+    Args: as those of `start`.
     """
     if threading.current_thread() is threading.main_thread():  # Python sets signals in no other
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -70,6 +71,8 @@ def serve(
     resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
     with workplace():
         page = start(resolved, host, port, limits, say=_say, mcp=mcp)
+        gc.freeze()  # what is there by now stays, and need not be looked at again
+        gc.enable()  # who starts the page may have disabled it
         if mcp:
             _say(f"tools (MCP) on {address(page)}{PLACE}")
         # flushed: who starts the server from a program waits for this line
@@ -79,8 +82,7 @@ def serve(
                 time.sleep(0.1)
         except KeyboardInterrupt:
             _say("ending")
-        ended = end(page)
-    return ended
+        end(page)
 
 
 def _say(what: str) -> None:
@@ -88,8 +90,8 @@ def _say(what: str) -> None:
     print(f"latentvae demo: {what}", file=sys.stderr, flush=True)
 
 
-def end(page: LocalBlocks) -> bool:
-    """End a page, whoever has it open; gives whether all that computes for it has ended in a second."""
+def end(page: LocalBlocks) -> None:
+    """End a page, whoever has it open, in half a second or less."""
     page.is_running = False  # so that heartbeats stop
     page.app.stop_event.set()
     page._queue.close()
@@ -99,10 +101,8 @@ def end(page: LocalBlocks) -> bool:
     # AnyIO's are those that handlers run in
     names = ("AnyIO", WARM_UP)
     working = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
-    threads = [page.server.thread, *working]
-    for thread in threads:
+    for thread in (page.server.thread, *working):
         thread.join(max(0.0, deadline - time.monotonic()))
-    return not any(thread.is_alive() for thread in threads)
 
 
 def start(
@@ -113,7 +113,9 @@ def start(
     say: Callable[[str], None] = logger.info,
     mcp: bool = False,
 ) -> LocalBlocks:
-    """Load the models, lay the page out and serve it in a thread; call it inside `workplace`.
+    """Lay the page out and serve it in a thread, then load the models; call it inside `workplace`.
+
+    Models that are named are loaded before: what is wrong with them is to be said at once.
 
     Args:
         sources: models beside the bundled ones: folders or files.
@@ -133,7 +135,10 @@ def start(
     limits = limits or default_limits(host)
     page = build_page(Models(sources, limits.tile_above, say), limits)
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    page.launch(**_launch_options(page, host, port, folder, limits), mcp_server=mcp)
+    try:
+        page.launch(**_launch_options(page, host, port, folder, limits), mcp_server=mcp)
+    except OSError as error:  # taken since it was checked, or a machine so busy that it took five seconds
+        raise LatentVAEError(f"{host}:{port} could not be served ({error}): try again.") from error
     if mcp:
         offer_tools(page)
     # after the launch: what is in the folder by now belongs to the page
@@ -221,6 +226,11 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, OverflowError) as error:  # OverflowError: no port has such a number
+        if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            raise LatentVAEError(
+                f"{host} is no address of this machine ({getattr(error, 'strerror', error)}): give "
+                "--host 127.0.0.1 or, for the network, 0.0.0.0."
+            ) from error
         raise LatentVAEError(
             f"{host}:{port} cannot be served ({getattr(error, 'strerror', None) or error}): another program "
             "may use it. Choose another one with --port, or end that program."

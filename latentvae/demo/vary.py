@@ -1,13 +1,14 @@
 """The tab Vary: samples of an image's posterior, spread by a temperature."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import gradio as gr
-import torch
 
 from latentvae.demo import snippets, views
 from latentvae.demo.desk import Tab
-from latentvae.toolbox.editing.vary import Reference, Variations
+from latentvae.toolbox import editing
 
 FPS = 3.0
 MOST = 9
@@ -40,14 +41,14 @@ class Vary(Tab):
         count = max(1, min(int(copies), MOST))  # not left to gradio's check of the slider
         with self.desk.models.use(model) as chosen:
             read = self.desk.read_small(photo, chosen.channels)
-            found = Variations(chosen.swift, read.image, seed=int(seed or 0))
+            found = editing.vary.Variations(chosen.swift, read.image, seed=int(seed or 0))
             made = []
             for copy in range(count):
                 progress((copy, count), "Decoding")
                 made.append(found.image(float(temperature), copy))
-            original = Reference(read.image, self.desk.models.lpips)
+            original = editing.vary.Reference(read.image, self.desk.models.lpips)
             rebuilt = found.reconstruction
-            plain = Reference(rebuilt, self.desk.models.lpips)
+            plain = editing.vary.Reference(rebuilt, self.desk.models.lpips)
             near = [(original.distance(each), plain.distance(each)) for each in made]
         spread = found.spread
         pictures = [
@@ -73,7 +74,7 @@ class Vary(Tab):
             "lpips_to_reconstruction": [each.lpips for _, each in near],
         }
         # the reconstruction first: copies spread around it, not around the picture
-        frames = torch.stack([rebuilt, *made]).cpu()
+        frames = [rebuilt, *made]
         animation = views.keep_animation(frames, f"{read.stem}.copies.webp", FPS)
         return pictures, animation, views.tiles(shown), facts
 

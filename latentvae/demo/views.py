@@ -1,22 +1,26 @@
 """Pictures and figures as the page shows them."""
 
+from __future__ import annotations
+
 import html
 import io
 import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from latentvae.images.drawing import colour_error, error_map
-from latentvae.images.resizing import thumbnail
-from latentvae.images.saving import to_pil
-from latentvae.measure.metrics import ImageMetrics
-from latentvae.toolbox.editing.interpolate import save_animation
+from latentvae import images
+from latentvae.toolbox import editing
+
+if TYPE_CHECKING:
+    import torch
+
+    from latentvae.measure.metrics import ImageMetrics
 
 VIEW_SIDE = 1600  # pixels that a screen shows of a picture's longer side; downloads are whole
 CHANNEL_SIDE = 256  # pixels to which channels of latents are enlarged
@@ -28,7 +32,7 @@ Figure = tuple[str, str, str]  # value, name, what it means
 
 def view(image: torch.Tensor) -> Image.Image:
     """One image (C, H, W) near [-1, 1] for the screen."""
-    return to_pil(thumbnail(image, VIEW_SIDE)).convert("RGB")
+    return images.saving.to_pil(images.resizing.thumbnail(image, VIEW_SIDE)).convert("RGB")
 
 
 def show(image: torch.Tensor, name: str) -> str:
@@ -45,7 +49,7 @@ def keep_view(picture: Image.Image, name: str) -> str:
 
 def error_view(original: Image.Image, other: Image.Image) -> Image.Image:
     """The error map of two pictures, black where they are equal."""
-    return Image.fromarray(colour_error(error_map(original, other)))
+    return Image.fromarray(images.drawing.colour_error(images.drawing.error_map(original, other)))
 
 
 def channel_views(latents: torch.Tensor) -> list[tuple[str, str]]:
@@ -124,12 +128,12 @@ def keep(data: bytes, name: str) -> str:
 
 def keep_png(image: torch.Tensor, name: str) -> str:
     """The same for an image (C, H, W), whole, as PNG."""
-    return keep_view(to_pil(image), name)
+    return keep_view(images.saving.to_pil(image), name)
 
 
-def keep_animation(frames: torch.Tensor, name: str, fps: float) -> str:
+def keep_animation(frames: torch.Tensor | Sequence[torch.Tensor], name: str, fps: float) -> str:
     """The same for frames (F, C, H, W) as an endless WebP."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.webp")  # a name can be too long for a file
-        save_animation(frames, path, fps)
+        editing.interpolate.save_animation(frames, path, fps)
         return keep(path.read_bytes(), name)

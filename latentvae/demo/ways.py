@@ -1,35 +1,24 @@
 """What a picture goes through in the tab Compare, there and back: models, peers, and files of equal bytes."""
 
 import ctypes
-import io
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
-from PIL import Image
 
 from latentvae.codec import compression as codec
-from latentvae.demo.loaded_models import Model, Peer
-from latentvae.images.kinds import HAS_AVIF
+from latentvae.codec import rivals
+from latentvae.demo.one_model import Model, Peer
 from latentvae.images.reading import load_image
 from latentvae.images.saving import to_pil
 from latentvae.images.tensors import crop_padding, pad_to_multiple
-from latentvae.models.latents import decode, encode
 
-LVAE, JPEG, WEBP, AVIF = ".lvae", "JPEG", "WebP", "AVIF"
-QUALITIES = {JPEG: (1, 95), WEBP: (0, 100)}  # above 95 JPEG only grows, says Pillow
-OPTIONS: dict[str, dict[str, Any]] = {JPEG: {"optimize": True}, WEBP: {"method": 6}}
-if HAS_AVIF:  # not in every build of Pillow
-    QUALITIES[AVIF], OPTIONS[AVIF] = (0, 100), {"speed": 6}
-# what makes each smallest at its quality, or the comparison would flatter the model; but AVIF's next slower
-# speed gains at most 0.4 dB at equal bytes (two Kodak images), and takes five times as long
-CODECS = tuple(QUALITIES)
 SAMPLED = 0.002  # seconds between two looks at the memory
 
 Result = TypeVar("Result")
@@ -96,21 +85,20 @@ class Meter:
         return Trip(name, how, image, file, there, back, self.peak_bytes)
 
 
-def by_lvae(model: Model, image: torch.Tensor, quality: int) -> Trip:
+def by_lvae(name: str, model: Model, image: torch.Tensor, quality: int) -> Trip:
     """Through an .lvae file; image (C, H, W) in [-1, 1] with the model's channels."""
     meter = Meter()
-    # exact encodes: the file is the same on every machine
+    # exact encodes: the file does not depend on what this machine is fast at
     data = meter(lambda: codec.compress(model.exact, image[None], quality=quality))
     back = meter(lambda: codec.decode_payload(model.swift, *codec.unpack(data))[0])
-    return meter.trip(LVAE, f"{model.name}, quality {quality}", back, data)
+    return meter.trip(name, f"{model.name}, quality {quality}", back, data)
 
 
-@torch.no_grad()
 def by_model(model: Model, image: torch.Tensor) -> Trip:
     """Through a model's latents, which are not quantised; image (C, H, W) in [-1, 1]."""
     meter, shown = Meter(), as_channels(image, model.channels)[None]
-    posterior, padding = meter(lambda: encode(model.exact, shown))
-    back = meter(lambda: decode(model.swift, posterior.mode(), padding)[0])
+    posterior, padding = meter(lambda: model.encode(shown))
+    back = meter(lambda: model.decode(posterior.mode(), padding)[0])
     return meter.trip(model.name, "latents, not quantised: no file", as_channels(back, image.shape[0]))
 
 
@@ -131,22 +119,17 @@ def by_codec(image: torch.Tensor, name: str, budget: int) -> Trip:
 
     Args:
         image: (C, H, W) in [-1, 1], C of 1 or 3.
-        name: one of CODECS (JPEG is optimised, 4:2:0).
+        name: one of rivals.WITHIN (JPEG is optimised, 4:2:0).
         budget: bytes.
     """
-    picture = to_pil(image)
-    low, high = QUALITIES[name]
-    best, fits = low, len(_written(picture, name, low)) <= budget
-    while fits and low < high:  # sizes grow with quality, so halving finds the best
-        middle = (low + high + 1) // 2  # rounded up, or low and its neighbour would never end
-        if len(_written(picture, name, middle)) <= budget:
-            low = best = middle
-        else:
-            high = middle - 1
-    meter = Meter()  # of the one that was found: searching is the comparison's matter
-    data = meter(lambda: _written(picture, name, best))
+    picture, meter = to_pil(image), Meter()
+    file, quality = rivals.best_within(picture, name, budget)
+    # of the one that was found: searching is the comparison's matter
+    data = meter(lambda: rivals.write(picture, name, quality))
     back = meter(lambda: load_image(data, name=name, channels=image.shape[0]))
-    return meter.trip(name, f"quality {best}" + ("" if fits else ", its smallest"), back, data)
+    return meter.trip(
+        name, f"quality {quality}" + (", its smallest" if len(file) > budget else ""), back, data
+    )
 
 
 def as_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
@@ -154,9 +137,3 @@ def as_channels(image: torch.Tensor, channels: int) -> torch.Tensor:
     if image.shape[0] == channels:
         return image
     return image.mean(0, keepdim=True) if channels == 1 else image.expand(3, -1, -1)
-
-
-def _written(picture: Image.Image, name: str, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=name.upper(), quality=quality, **OPTIONS[name])
-    return buffer.getvalue()

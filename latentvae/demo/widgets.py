@@ -1,5 +1,7 @@
 """Widgets that gradio lacks: panes that zoom together, and a brush. Their CSS and scripts: static/."""
 
+from __future__ import annotations
+
 import base64
 import html
 import io
@@ -13,7 +15,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from latentvae.images.drawing import ERROR_WHITE, colour_error
+from latentvae import images
 
 
 def static(name: str) -> str:
@@ -54,7 +56,7 @@ def zoom_panes(elem_id: str) -> gr.HTML:
 def panes_html(panes: Sequence[Pane], table: str) -> str:
     """Pictures of one size, the first being the original; below the others their errors; then a table."""
     # panes.js colours sums of three channels' errors, of which the last one stands for all that are larger
-    colours = colour_error(np.arange(3 * ERROR_WHITE + 1) / 3).tobytes().hex()
+    colours = images.drawing.colour_error(np.arange(3 * images.drawing.ERROR_WHITE + 1) / 3).tobytes().hex()
     # and reads the steps: factors, 0 for the whole picture again, "1:1" for its pixels
     buttons = "".join(
         f'<button data-step="{step}" aria-label="{label}" type="button">{words}</button>'
@@ -70,7 +72,7 @@ def panes_html(panes: Sequence[Pane], table: str) -> str:
         f'<div class="lv-panes" data-colours="{colours}" role="group" tabindex="0" aria-label="Pictures: '
         f'plus and minus zoom, arrow keys move">{figures}</div><div class="lv-zoom">{buttons}'
         f"<output>Whole</output><label>Tolerance of the error maps "
-        f'<input type="range" min="0" max="{ERROR_WHITE}" value="0"><b>0 levels</b></label>'
+        f'<input type="range" min="0" max="{images.drawing.ERROR_WHITE}" value="0"><b>0 levels</b></label>'
         "<span>Click, wheel or pinch to zoom, drag to move: all pictures follow.</span></div>"
         f'<div class="lv-table" role="region" tabindex="0" aria-label="Figures">{table}</div>'
     )
@@ -82,8 +84,8 @@ def _figure(pane: Pane, with_error: bool) -> str:
     below = (
         f'{window}<canvas role="img" aria-label="Error map of {title}"></canvas></div>'
         if with_error
-        else f'<p class="lv-legend">Errors, mean of the channels: black is none, white is {ERROR_WHITE} of '
-        "255 levels or more. What is within the tolerance is black.</p>"
+        else '<p class="lv-legend">Errors, mean of the channels: black is none, white is '
+        f"{images.drawing.ERROR_WHITE} of 255 levels or more. What is within the tolerance is black.</p>"
     )
     links = "".join(
         f'<a href="{address(file)}" download="{html.escape(Path(file).name)}">{html.escape(words)}</a>'

@@ -193,8 +193,14 @@ def icc_conversion(profile: bytes, mode: str) -> tuple[str, str, ImageCms.ImageC
         raise ValueError(f"a profile for {space} cannot describe {mode} pixels")
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), wanted, "RGB", intent, flags)
-    name = ImageCms.getProfileDescription(source).strip()
-    return name, wanted, None if _changes_nothing(transform, wanted) else transform
+    return _name_of(source), wanted, None if _changes_nothing(transform, wanted) else transform
+
+
+def _name_of(profile: ImageCms.ImageCmsProfile) -> str:
+    try:
+        return ImageCms.getProfileDescription(profile).strip()
+    except ImageCms.PyCMSError:  # an accent that is not in ASCII, say: the colours are described all the same
+        return "(a name that cannot be read)"
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:

@@ -108,8 +108,9 @@ def unreadable(name: object, head: bytes) -> ImageError:
     what = ABOUT.get(kind, kind)
     if kind in OPTIONAL:
         return ImageError(f"{name} is {what}: {remedy(OPTIONAL[kind][0])}, or convert it to PNG")
-    advice = "" if ":" in what else f": convert it to one of {', '.join(FORMATS)}"
-    return ImageError(f"{name} is {what}, which is not read{advice}")
+    what, _, advice = what.partition(": ")
+    advice = advice or f"convert it to one of {', '.join(FORMATS)}"
+    return ImageError(f"{name} is {what}, which is not read: {advice}")
 
 
 def remedy(module: str) -> str:
@@ -143,8 +144,7 @@ def _is_foreign(name: str) -> bool:
 
 def openers(kind: str | None, head: bytes) -> Iterator[Callable[[IO[bytes], str], ImageFile.ImageFile]]:
     """What may open a file, first ours, then what others have registered with Pillow, then optional ones."""
-    if any(name not in Image.OPEN for name in FORMATS):
-        Image.init()
+    _fill_registry()
     for name in (*FORMATS, *filter(_is_foreign, list(Image.ID))):
         factory, accept = Image.OPEN[name]
         if name == "AVIF" and kind == "HEIC":  # one container, and brands that both have
@@ -157,10 +157,17 @@ def openers(kind: str | None, head: bytes) -> Iterator[Callable[[IO[bytes], str]
         yield Image.OPEN["JXL"][0]  # importing it registers it
 
 
+def _fill_registry() -> None:
+    """Have Pillow know its formats, which it imports late."""
+    if any(name not in Image.OPEN for name in FORMATS):
+        Image.init()
+
+
 def format_name(kind: str | None, head: bytes) -> str | None:
     """What to call the format of a file that could not be read."""
     if kind is not None:
         return kind
+    _fill_registry()
     return next(
         (name for name in FORMATS if (accept := Image.OPEN[name][1]) and accept(head[:16]) is True), None
     )

@@ -18,7 +18,7 @@ from warnings import catch_warnings, filterwarnings, simplefilter
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, _imaging
+from PIL import Image, ImageFile, ImagePalette, _imaging
 
 from latentvae.base.errors import ImageError, NoMemoryError, ran_out_of_memory
 from latentvae.base.files import check_local
@@ -199,7 +199,9 @@ def _reason(error: Exception) -> str:
     """What an error says, in words also where it is a bare key or number."""
     if isinstance(error, KeyError):
         return f"the value {error} in it has no meaning"
-    said = (str(error) or type(error).__name__).rstrip(".")
+    first = error.args[0] if error.args else None
+    said = first.decode("utf-8", "replace") if isinstance(first, bytes) else str(error)  # LibRaw's are bytes
+    said = (said or type(error).__name__).rstrip(".")
     return f"{said} (it is damaged, or packed in a way that is not known)" if said.endswith("-2") else said
 
 
@@ -209,7 +211,7 @@ def _open(path: Source) -> IO[bytes]:
     if not path.is_file():
         check_local(path, ImageError)
         came = "is no file" if path.exists() else "does not exist"
-        raise ImageError(f"{path} {came}, but one image file was wanted: use find_images for a folder")
+        raise ImageError(f"{path} {came}: name one image file, no folder")
     return path.open("rb")
 
 
@@ -222,7 +224,7 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
     head = file.read(HEAD)
     if not head:
         raise ImageError(f"{path} is empty (0 bytes), but an image was wanted: fetch the file again")
-    kind = kinds.recognise(head)
+    kind = _kind(file, head)
     try:
         # only where Pillow would warn: catch_warnings resets what Python has shown once already
         with _quiet() if tiffs.is_tiff(head) else nullcontext():
@@ -241,10 +243,18 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
         ) from error
 
 
+def _kind(file: IO[bytes], head: bytes) -> str | None:
+    """What `kinds.recognise` says; "raw" also of a TIFF that is a camera's raw file."""
+    if not tiffs.is_tiff(head):
+        return kinds.recognise(head)
+    with _quiet():
+        return "raw" if tiffs.is_raw(file) else kinds.recognise(head)
+
+
 def _read_kind(file: IO[bytes], path: Source, max_pixels: int, kind: str | None, head: bytes) -> Picture:
     """A file's picture by the reader that its kind needs, which raises what it may."""
     is_tiff = tiffs.is_tiff(head)
-    if kind == "raw" or (is_tiff and tiffs.is_raw(file)):
+    if kind == "raw":
         return tiffs.develop(file, path, max_pixels)
     if kind in light.ENDINGS:
         return light.read_light(file, path, str(kind), max_pixels)
@@ -302,6 +312,8 @@ def _by_pillow(
     is_tiff = image.format == "TIFF"
     if is_tiff:
         _silence_libtiff()
+        if image.mode == "P" and (colours := tiffs.palette(image)) is not None:
+            image.palette = ImagePalette.raw("RGB;L", colours)
     many = image.width * image.height > (Image.MAX_IMAGE_PIXELS or max_pixels)
     with _quiet() if many else nullcontext():
         if profile is not None:
@@ -415,13 +427,14 @@ def _quiet() -> Iterator[None]:
                 each.disabled = False
 
 
-def _orientation(image: ImageFile.ImageFile, path: Source) -> tuple[int, str]:
-    """The orientation, 1 to 8, and where it stands: "EXIF" or "XMP"."""
+def _orientation(image: ImageFile.ImageFile, path: Source | None = None) -> tuple[int, str]:
+    """The orientation, 1 to 8, and where it stands: "EXIF" or "XMP". Without a path nothing is said."""
     # libjxl turns the picture itself, but not one that it gives back as the JPEG that it was made from
     if image.format == "JXL" and not getattr(image, "jpeg", False):
         return 1, ""
     try:
-        number = int(image.getexif().get(ORIENTATION_TAG, 1))
+        said = image.getexif().get(ORIENTATION_TAG, 1)
+        number = said[0] if isinstance(said, bytes) else int(said)  # some write a byte instead of 16 bits
         if not 2 <= number <= 8:
             return 1, ""
         own = Image.Exif()  # without what Pillow takes from XMP
@@ -434,7 +447,8 @@ def _orientation(image: ImageFile.ImageFile, path: Source) -> tuple[int, str]:
     except Exception as error:  # damaged EXIF says nothing about the pixels
         if ran_out_of_memory(error):
             raise
-        logger.warning("%s: unreadable EXIF data ignored (%s)", path, error)
+        if path is not None:
+            logger.warning("%s: unreadable EXIF data ignored (%s)", path, error)
         return 1, ""
 
 
@@ -455,15 +469,15 @@ def read_size(source: Path | IO[bytes]) -> tuple[int, int] | None:
     try:
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file, _quiet():
             head = file.read(HEAD)
-            kind = kinds.recognise(head)
+            kind = _kind(file, head)
             if kind == "JPEG XL":
                 return headers.jxl_size(file)
             if kind in light.ENDINGS:
                 return light.light_size(file, str(kind))
-            if kind == "raw" or (tiffs.is_tiff(head) and tiffs.is_raw(file)):
+            if kind == "raw":
                 return None
             image = _identify(file, NAMELESS, kind, head)
-            turned = 5 <= _orientation(image, NAMELESS)[0] <= 8
+            turned = 5 <= _orientation(image)[0] <= 8
             width, height = image.size
             if image.format == "AVIF" and (clean := headers.heif_boxes(file).clean):
                 width, height = clean[2] - clean[0], clean[3] - clean[1]

@@ -4,20 +4,22 @@ import io
 import logging
 import posixpath
 import tarfile
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from latentvae.base import addresses
-from latentvae.base.addresses import Place
+from latentvae.base.addresses import Address, Place
+from latentvae.base.cache import Cache, found_now
 from latentvae.base.errors import ImageError, SourceError
 from latentvae.base.files import portable
 from latentvae.images import captions, kinds
@@ -31,6 +33,9 @@ CAPTIONED = 16  # shards whose texts are sorted at once
 CACHES = ("_texts_of", "_resolved", "_prefix")
 BLOCK = 1 << 20  # bytes that are fetched at once where headers of a shard at an address are read
 GO_ON = "Restore it, then go on: a training with --resume latest, encoding with the same command."
+
+
+Answer = TypeVar("Answer")
 
 
 class Member(NamedTuple):
@@ -64,6 +69,7 @@ class TarSource:
 
     Attributes:
         left_out: what else is in the shards, by suffix.
+        cache: where shards at addresses are fetched to as a whole; None: each member is a request of its own.
 
     Raises:
         ImageError: a shard that is missing, damaged or cut short, or no image in any.
@@ -77,10 +83,9 @@ class TarSource:
         texts: bool = False,
     ) -> None:
         self.shards, self.root = shards, root
-        with ThreadPoolExecutor() as pool:
-            listing = pool.map(partial(_packed, extension=extension, texts=texts), shards)
-            bar = tqdm(listing, desc="listing shards", total=len(shards), delay=2, leave=False)
-            found = list(bar)
+        self.cache: Cache | None = None
+        listing = _in_turn(partial(_packed, extension=extension, texts=texts), shards)
+        found = list(tqdm(listing, desc="listing shards", total=len(shards), delay=2, leave=False))
         self.members = _Members.of([each.images for each in found])
         if not len(self.members):
             wanted = f"with the extension {extension!r} ({COLUMN})" if extension else " ".join(kinds.SUFFIXES)
@@ -127,8 +132,24 @@ class TarSource:
         return load_image(self.read(index), name=self.name(index), channels=channels)
 
     def read(self, index: int) -> bytes:
-        """The member's bytes; raises SourceError where the shard is gone or shorter than it was."""
-        return read_part(self._shard(index), *self._extent(index))
+        """The member's bytes.
+
+        Raises:
+            SourceError: the shard is gone or shorter than it was.
+            StoreError: the cache cannot hold it.
+        """
+        extent = self._extent(index)
+        return self._here(self._shard(index), lambda shard: read_part(shard, *extent))
+
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Have shards, by number, in the cache before they are asked for; raises as `read`."""
+        for number in numbers:
+            self._here(self.shards[number], lambda shard: None)
+
+    def _here(self, shard: Place, do: Callable[[Place], Answer]) -> Answer:
+        if self.cache is None or not isinstance(shard, Address):
+            return do(shard)
+        return self.cache.use(shard, found_now(shard), do, is_hash=False)
 
     def open(self, index: int) -> IO[bytes]:
         """The member as a file, of which only what is asked for is read."""
@@ -359,6 +380,21 @@ def _check_end(tar: tarfile.TarFile) -> None:
     tar.fileobj.seek(tar.offset)
     if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+
+
+def _in_turn(function: Callable[[Place], Answer], shards: Sequence[Place]) -> Iterator[Answer]:
+    """A function of each shard, in their order; side by side where the first one waited for its disk.
+
+    Where none waits, threads only get in one another's way: they take 1.7 times as long.
+    """
+    start, busy = time.perf_counter(), time.thread_time()
+    yield from map(function, shards[:1])
+    waited = time.thread_time() - busy < (time.perf_counter() - start) / 2
+    if not waited:
+        yield from map(function, shards[1:])
+        return
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(function, shards[1:])
 
 
 class _Listing(NamedTuple):

@@ -1,7 +1,10 @@
 """TIFFs that Pillow reads wrongly or not at all, through tifffile; and cameras' raw files, through LibRaw."""
 
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
+from warnings import catch_warnings, filterwarnings
 
 import numpy as np
 from PIL import TiffImagePlugin
@@ -11,13 +14,15 @@ from latentvae.images import kinds
 from latentvae.images.pixels import Picture, check_size, white_of_floats
 
 # tags of TIFF 6.0 and its supplements
-BITS, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR, SUBIFDS, FORMAT = 258, 262, 274, 277, 284, 330, 339
-PROFILE, DNG_VERSION = 34675, 50706
+BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR = 258, 259, 262, 274, 277, 284
+MAKE, STRIPS, COLOURS, TILES = 271, 273, 320, 324  # with STRIPS and TILES: where the picture's parts begin
+SUBIFDS, FORMAT, PROFILE, DNG_VERSION = 330, 339, 34675, 50706
 SENSOR = {32803, 34892}  # photometric: a colour filter array, and what was made of one
 UNSIGNED, FLOAT = 1, 3  # of FORMAT
 PLAIN, DEFLATE, PACKBITS = {1}, {8, 32946}, {32773}  # what tifffile reads without more packages
-GREY, RGB, INKS = {0, 1}, {2}, {5}
+GREY, RGB, INKS, YCBCR = {0, 1}, {2}, {5}, {6}
 MAX_IFDS = 32
+PHASE_ONE, BACKS = (b"IIII", b"MMMM"), ("Phase One", "Leaf")  # after the header, and who writes that
 LIBRAW = "developed from a camera's raw file by LibRaw, at the camera's white balance"
 
 
@@ -28,19 +33,37 @@ def is_tiff(head: bytes) -> bool:
 
 def is_raw(file: IO[bytes]) -> bool:
     """Whether a TIFF is a camera's raw file, of which an ordinary reader shows the small preview."""
-    file.seek(0)
-    head = file.read(16)
     try:
-        first = _directory(file, head, None)
+        pages = _directories(file)
+        first = next(pages)
         if DNG_VERSION in first:
             return True
-        pages = [first]
-        offsets = first.get(SUBIFDS, ())
-        for offset in (offsets if isinstance(offsets, tuple) else (offsets,))[:MAX_IFDS]:
-            pages.append(_directory(file, head, int(offset)))
-        return any(page.get(PHOTOMETRIC) in SENSOR for page in pages)
+        file.seek(8)
+        if file.read(4) in PHASE_ONE and str(first.get(MAKE)).startswith(BACKS):
+            return True
+        return any(page.get(PHOTOMETRIC) in SENSOR for page in (first, *pages))
     except Exception:  # a damaged one: what reads its pixels says so
         return False
+
+
+def _is_cut_off(file: IO[bytes]) -> bool:
+    """Whether parts of the sensor's picture would begin after the file's end: LibRaw makes them black."""
+    try:
+        pages = [page for page in _directories(file) if page.get(PHOTOMETRIC) in SENSOR]
+        end = file.seek(0, 2)
+        return any(place >= end for page in pages for tag in (STRIPS, TILES) for place in page.get(tag, ()))
+    except Exception:  # no TIFF, or one that LibRaw may know more of
+        return False
+
+
+def _directories(file: IO[bytes]) -> Iterator[Any]:
+    """The tags of a TIFF's first page, and of those below it."""
+    file.seek(0)
+    head = file.read(16)
+    yield (first := _directory(file, head, None))
+    offsets = first.get(SUBIFDS, ())
+    for offset in (offsets if isinstance(offsets, tuple) else (offsets,))[:MAX_IFDS]:
+        yield _directory(file, head, int(offset))
 
 
 def _directory(file: IO[bytes], head: bytes, offset: int | None) -> Any:
@@ -53,7 +76,8 @@ def _directory(file: IO[bytes], head: bytes, offset: int | None) -> Any:
 def is_beyond_pillow(file: IO[bytes]) -> bool:
     """Whether a TIFF is of those that Pillow refuses, or reads as noise.
 
-    These are planes of more than 8 bits; grey with alpha of so many or in planes; floats; unsigned 32 bits.
+    These are planes of more than 8 bits; grey with alpha of so many or in planes; floats; unsigned 32 bits;
+    and YCbCr that is not compressed, which it takes for RGB.
     """
     file.seek(0)
     try:
@@ -61,7 +85,7 @@ def is_beyond_pillow(file: IO[bytes]) -> bool:
         bits = max(tags.get(BITS, (1,)))
         sample = max(tags.get(FORMAT, (UNSIGNED,)))
         samples = tags.get(SAMPLES, 1)
-        if sample == FLOAT:
+        if sample == FLOAT or (tags.get(PHOTOMETRIC) in YCBCR and tags.get(COMPRESSION, 1) in PLAIN):
             return True
         deep = bits > 16 and sample == UNSIGNED
         if samples == 1:
@@ -70,6 +94,12 @@ def is_beyond_pillow(file: IO[bytes]) -> bool:
         return deep or (bits > 8) + (samples == 2) + (tags.get(PLANAR, 1) == 2) > 1
     except Exception:  # damaged, or of a kind that Pillow knows more of
         return False
+
+
+def palette(image: Any) -> bytes | None:
+    """The colours (3, N) of a TIFF's map, which some programs write with 8 bits instead of 16; else None."""
+    colours = image.tag_v2.get(COLOURS, ())
+    return bytes(colours) if colours and max(colours) < 256 else None
 
 
 def read_samples(file: IO[bytes], path: object, max_pixels: int) -> np.ndarray | None:
@@ -114,8 +144,8 @@ def read_tiff(file: IO[bytes], path: object, max_pixels: int) -> Picture | None:
             return None
         if page.photometric not in GREY | RGB | INKS or page.imagedepth > 1:
             raise ImageError(
-                f"{path} is a TIFF of {page.photometric.name}, {page.bitspersample} bits in planes or "
-                "floats, which is not read: save it as RGB"
+                f"{path} is a TIFF of {page.photometric.name} whose samples of {page.bitspersample} bits are "
+                "laid out in a way that is not read: save it as RGB"
             )
         _check_inflation(page, file, path)
         samples = np.asarray(page.asarray())
@@ -205,7 +235,7 @@ def develop(file: IO[bytes], path: object, max_pixels: int) -> Picture:
     """A camera's raw file, developed as LibRaw does by itself.
 
     Raises:
-        ImageError: the extra `raw` is not installed, or too many pixels.
+        ImageError: the extra `raw` is not installed, too many pixels, or a file that ends too early.
     """
     rawpy = kinds.optional("rawpy")
     if rawpy is None:
@@ -213,8 +243,16 @@ def develop(file: IO[bytes], path: object, max_pixels: int) -> Picture:
             f"{path} is a camera's raw file, of which only the small preview could be read: "
             f"{kinds.remedy('rawpy')}, or export it as TIFF or JPEG"
         )
+    if _is_cut_off(file):
+        raise ImageError(f"{path} is a camera's raw file that ends too early: fetch it again")
     file.seek(0)
-    with rawpy.imread(file) as raw:
+    # by its name where it has one that LibRaw takes: what that writes to standard error then says it
+    named = isinstance(path, Path) and str(path).isprintable()
+    with catch_warnings():
+        # of OpenMP after a fork, which workers of training do not use: each has one thread
+        filterwarnings("ignore", "rawpy is being used in a process", RuntimeWarning)
+        opened = rawpy.imread(str(path) if named else file)
+    with opened as raw:
         check_size(path, raw.sizes.width, raw.sizes.height, max_pixels)
         # sRGB's own curve; brightness and everything else as LibRaw has it
         samples = raw.postprocess(use_camera_wb=True, output_bps=16, gamma=(2.4, 12.92))

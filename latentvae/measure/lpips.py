@@ -224,7 +224,7 @@ def load_lpips(net: LPIPSNet, weights: str | Path | None = None, download: bool 
 def _find(net: LPIPSNet, weights: str | Path | None, download: bool | None) -> Path:
     """Look for weights at the given path, or else in the environment's, or else in torchvision's cache."""
     place = weights or os.environ.get(WEIGHTS_ENV)
-    reason = f"{WEIGHTS_ENV} is not set"
+    reason = ""
     if place:
         found = _in_place(net, Path(place).expanduser())
         if found is not None:
@@ -232,17 +232,18 @@ def _find(net: LPIPSNet, weights: str | Path | None, download: bool | None) -> P
         reason = f"{place} holds no {_BACKBONES[net].model}*.safetensors"
     if weights:  # a path was asked for: weights from elsewhere would be a surprise
         raise _missing(net, reason)
+    reason += ", " * bool(reason)
     url = str(models.get_model_weights(_BACKBONES[net].model).IMAGENET1K_V1.url)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if cached.is_file():
         return cached
     if not (_may_download(url) if download is None else download):
-        raise _missing(net, f"{reason}, torchvision's cache has no {cached.name}, and there is no connection")
+        raise _missing(net, f"{reason}torchvision's cache has no {cached.name}, and there is no connection")
     logger.info("fetching %s of LPIPS, once: %s to %s", _BACKBONES[net].model, url, cached)
     try:
         torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise _missing(net, f"{reason}, and downloading {url} failed ({error})") from error
+        raise _missing(net, f"{reason}downloading {url} failed ({error})") from error
     return cached
 
 
@@ -281,8 +282,8 @@ def _in_place(net: LPIPSNet, place: Path) -> Path | None:
 def _missing(net: LPIPSNet, reason: str) -> MissingWeightsError:
     model = _BACKBONES[net].model
     return MissingWeightsError(
-        f"no weights for LPIPS '{net}': {reason}. Run once online (or torchvision.models.{model}"
-        f"(weights='DEFAULT')), or name a path of {model}*.safetensors by an option or {WEIGHTS_ENV}."
+        f"no weights for LPIPS '{net}': {reason}. Once online: torchvision.models.{model}"
+        f"(weights='DEFAULT'); or a path of {model}*.safetensors in {WEIGHTS_ENV} or an option."
     )
 
 

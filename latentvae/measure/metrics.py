@@ -21,6 +21,7 @@ from latentvae.measure.lpips import LPIPS
 LatentsMode = Literal["mode", "sample"]
 
 SSIM_WINDOW = 11  # pixels; 11, 1.5, 0.01 and 0.03 below are those of the paper
+NO_RATE = "a KL tells one only where the model's deviations differ from place to place"
 # names of attributes of a row and of a summary, in the order of the table's columns
 FIGURES = ("psnr", "ssim", "lpips", "rate_bpp")
 
@@ -98,8 +99,8 @@ class MetricsSummary:
         rounding = self.protocol.rounding.partition(":")[0]  # 8-bit, or a number of levels
         foot = [f"{rounding} rounding; latents: {self.protocol.latents}; SSIM: Gaussian 11x11, sigma 1.5."]
         foot.append(f"Means: {self.protocol.mean}.")
-        if self.rate_bpp is not None:
-            foot.append(f"bpp: {self.protocol.rate}.")
+        bpp = f"bpp: {self.protocol.rate}" if self.rate_bpp is not None else f"No bpp: {NO_RATE}"
+        foot.append(f"{bpp}.")
         foot.extend(f"Note: {note}" for note in self.notes)
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", *foot])
 

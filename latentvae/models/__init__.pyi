@@ -7,4 +7,5 @@ from . import licences as licences
 from . import loading as loading
 from . import presets as presets
 from . import publishing as publishing
+from . import shipped as shipped
 from . import spaces as spaces

@@ -12,23 +12,21 @@ from diffusers import AutoencoderKL
 from latentvae.base.errors import ModelError
 from latentvae.base.files import check_local
 from latentvae.images.scans import Window
+from latentvae.models import shipped
 from latentvae.models.formats.deriving import derive_config
 from latentvae.models.formats.layout import file_names, is_attention_weight, to_convolution
 from latentvae.models.formats.stored import (
     CONFIG_NAME,
-    WEIGHTS_NAME,
     StoredVAE,
     config_in_metadata,
     read_shards,
     read_stored,
 )
 from latentvae.models.presets import PRESETS, nearest
+from latentvae.models.shipped import DEFAULT_MODEL, WEIGHTS_NAME, bundled
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_DIR = Path(__file__).parent / "weights"
-SAMPLE_PICTURE = Path(__file__).parent / "assets" / "chelsea.png"
-DEFAULT_MODEL = "f8c4-small"
 
 # unpickling runs whatever code the file names, so these are refused with the way out, never read
 PICKLED_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
@@ -38,7 +36,7 @@ OTHERS = {
     "AutoencoderTiny": " One of these is a teacher (model.teacher) or a side of `latentvae agree`; in place "
     "of TAESD, `sd-small` is an AutoencoderKL of the same latent space.",
     "AutoencoderKLFlux2": " FLUX.2's latents are patched and normalised outside of its VAE: use diffusers "
-    "for it. For FLUX.1's space there is the recipe `flux-small`.",
+    "for it. For FLUX.1's space there is `flux-small`.",
     "AutoencoderKLQwenImage": " This one is made for video, with 3-D convolutions: use diffusers for it.",
     "AutoencoderKLWan": " This one is made for video, with 3-D convolutions: use diffusers for it.",
     "AutoencoderDC": " Its latents have no distribution, and its blocks are others: use diffusers for it. "
@@ -49,11 +47,6 @@ SIDECAR = "latentvae.json"  # beside an export's config: what diffusers has no p
 WINDOW = "_latentvae_window"  # attribute of a loaded model: of what its images' samples are
 BELONGS = "Use the config.json that belongs to these weights."
 DAMAGED = "Its config was derived from the other tensors' shapes, so the file is damaged: download it again."
-
-
-def bundled() -> list[str]:
-    """Names of the models whose trained weights are installed with this package."""
-    return sorted(path.parent.name for path in WEIGHTS_DIR.glob(f"*/{WEIGHTS_NAME}"))
 
 
 def load(
@@ -85,7 +78,7 @@ def load(
 def _load(source: str | Path, dtype: torch.dtype | None) -> AutoencoderKL:
     name, path = str(source), Path(source)
     if name in bundled():
-        return _load_folder(WEIGHTS_DIR / name, dtype)
+        return _load_folder(shipped.WEIGHTS_DIR / name, dtype)
     if path.is_dir():
         return _load_folder(path, dtype)
     if path.suffix in PICKLED_SUFFIXES:

@@ -15,7 +15,7 @@ from latentvae.images.tensors import crop_padding, pad_to_multiple
 from latentvae.measure.activations import stock_copy
 from latentvae.measure.diagnosis import synthetic_probes
 from latentvae.models.latents import Scaling
-from latentvae.models.loading import SAMPLE_PICTURE
+from latentvae.models.shipped import SAMPLE_PICTURE
 from latentvae.models.spaces import Autoencoder, latent_shape, space_name
 from latentvae.runtime.patches import check_autoencoder
 

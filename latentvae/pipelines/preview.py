@@ -16,7 +16,8 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.base.files import make_folder
 from latentvae.images.saving import save_picture, to_pil
 from latentvae.models.latents import Scaling
-from latentvae.models.loading import bundled, load
+from latentvae.models.loading import load
+from latentvae.models.shipped import bundled
 from latentvae.models.spaces import Autoencoder, latent_shape, load_autoencoder, space_name, space_of
 from latentvae.pipelines.agree import measure_agreement
 from latentvae.pipelines.checks import SwapError, find_denoiser, find_vae, packs, pipeline_scaling

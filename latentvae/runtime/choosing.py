@@ -24,7 +24,7 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.runtime import measurements
 from latentvae.runtime.graphs import backend
-from latentvae.runtime.kernels import choices
+from latentvae.runtime.kernels import choices, compiled
 from latentvae.runtime.patches import on_restore, patch, underlying
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ def _choice(half: Any, sample: torch.Tensor) -> Choice:
         with _measuring:  # one at a time, or they would measure each other
             if key not in found:
                 name = f"{_name(half)} {sample.dtype} 2^{size} pixels"
+                # a compiler may come or go between two processes, and the fastest way with it
+                name += "" if compiled.library() else " without compiled kernels"
                 kept = Choice.of(measurements.read(name))
                 found[key] = kept or _measured(half, size, sample.dtype)
                 if kept is None:

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.models import loading
+from latentvae.runtime.measurements import capabilities
 from latentvae.runtime.optimize import optimize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,9 @@ def usable_device(device: str | None) -> torch.device:
         place = torch.device(named)
         torch.empty(1, device=place)  # a name that torch knows may be of a GPU that is not there
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        if named.partition(":")[0] not in ("cpu", "cuda", "mps"):  # torch would list twenty kinds
+            words = f"there is no device {device!r}: wanted cpu, cuda, cuda:1 or mps."
+            raise LatentVAEError(words) from error
         raise LatentVAEError(f"device {device!r} cannot be used: {error}. Try --device cpu.") from error
     return place
 
@@ -56,3 +60,16 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# of `capabilities`: x86 with AVX-512 or AMX, Arm with its own
+_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 pays on a device: CPUs without instructions for it are slower than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return any(capabilities().get(name) for name in _CPU_INSTRUCTIONS)
+    return False

@@ -13,8 +13,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from latentvae.runtime.kernels import blocks, choices, groupnorm, winograd
-from latentvae.runtime.patches import underlying
+from latentvae.runtime.kernels import blocks, choices, compiled, groupnorm, winograd
+from latentvae.runtime.patches import patches_of, underlying
 from latentvae.runtime.plain import is_3x3, is_changed, is_nearest, is_plain, is_simple, takes_ours
 
 # --- upsampling
@@ -29,7 +29,7 @@ def upsample(
     if asked or is_changed(self) or not is_nearest(self) or not _folds(conv_of(self), x):
         return underlying(self, "optimize")(x, output_size, *args, **kwargs)
     conv = conv_of(self)
-    return conv(x, upsample=True)  # (B, C, h, w) -> (B, K, 2h, 2w)
+    return _handed_on(self, conv(x, upsample=True))  # (B, C, h, w) -> (B, K, 2h, 2w)
 
 
 def conv_of(upsampler: Upsample2D) -> Any:
@@ -82,7 +82,15 @@ def resnet(
         x = self.conv_shortcut(x.contiguous() if self.training else x)
     hidden = _normed_conv(self.norm2, self.nonlinearity, self.conv2, hidden, plus=x)
     # dividing by 1, as stock does, is a pass over the map that changes nothing
-    return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+    return _handed_on(self, hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor)
+
+
+def _handed_on(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a module gives or gets; its statistics are forgotten where a hook might change it unseen."""
+    # compiled graphs measure nothing to forget, and cannot ask
+    if not torch.compiler.is_compiling() and (x.is_inference() or not is_plain(module)):
+        compiled.forget_statistics(x)
+    return x
 
 
 def _runs_unseen(self: ResnetBlock2D) -> bool:
@@ -99,10 +107,10 @@ def _normed_conv(
     overwrites = takes_ours(norm, activation)  # else somebody may have kept what the norm gave
     if overwrites and takes_ours(conv) and is_3x3(conv):
         hidden = norm(x, deferred=True)
-        if isinstance(hidden, groupnorm.Affine):  # the convolution applies it block by block, in the cache
+        if isinstance(hidden, blocks.Affine):  # the convolution applies it block by block, in the cache
             return conv(x, before=hidden, plus=plus)
     else:
-        hidden = norm(x)
+        hidden = norm(_handed_on(norm, x))
     hidden = conv(activation(hidden, overwrite=True) if overwrites else activation(hidden))
     return _sum(hidden, plus) if plus is None or is_plain(conv) else plus + hidden
 
@@ -117,9 +125,7 @@ def _sum(hidden: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
     return hidden.add_(plus)
 
 
-def group_norm(
-    self: nn.GroupNorm, x: torch.Tensor, deferred: bool = False
-) -> torch.Tensor | groupnorm.Affine:
+def group_norm(self: nn.GroupNorm, x: torch.Tensor, deferred: bool = False) -> torch.Tensor | blocks.Affine:
     """GroupNorm that measures large maps well; if `deferred`, it may say what to do to x, and not do it."""
     if is_changed(self) or not groupnorm.suits_norm(self, x):
         return underlying(self, "optimize")(x)
@@ -138,7 +144,7 @@ def conv(
     self: nn.Conv2d,
     x: torch.Tensor,
     upsample: bool = False,
-    before: groupnorm.Affine | None = None,
+    before: blocks.Affine | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A 3x3 convolution of x normalised and activated as `before` says, or upsampled, with `plus` added."""
@@ -150,17 +156,32 @@ def conv(
         given = x if before is None else groupnorm.apply(x, before, silu=True)
         return _sum(folding_conv(self, given, upsample), plus)
 
+    def in_blocks() -> torch.Tensor:
+        if is_compiled:
+            return compiled.convolve(x, self, upsample, before, plus)
+        return winograd.convolve(x, self, scheme, before, plus)
+
     # blocks write into plain buffers, where autograd cannot follow
     recorded = plus is not None and plus.requires_grad and torch.is_grad_enabled()
-    if recorded or not blocks.suits_blocks(self, x):
+    is_compiled = not recorded and compiled.suits_conv(self, x, plus)
+    if recorded or not (is_compiled or blocks.suits_blocks(self, x)):
         return directly()
+    faster = compiled if is_compiled else winograd
     return choices.run(
         f"{'upsample + conv' if upsample else 'conv'} {self.in_channels} to {self.out_channels}",
         winograd.pixels(x, scheme),
-        lambda: winograd.convolve(x, self, scheme, before, plus),
+        in_blocks,
         directly,
-        rule=winograd.is_likely_faster(self, x, scheme),
+        rule=faster.is_likely_faster(self, x, scheme),
     )
+
+
+def takes_norms(module: nn.Conv2d) -> bool:
+    """Whether a convolution takes what comes `before` it: `conv` is its forward, and nobody would see it."""
+    ours = patches_of(module)
+    if ours is None or not any(function is conv for _, function in ours.functions):
+        return False
+    return takes_ours(module) and is_3x3(module)
 
 
 # --- memory format

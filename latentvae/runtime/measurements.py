@@ -23,7 +23,7 @@ from latentvae.base.files import cache_folder, whole_file
 logger = logging.getLogger(__name__)
 
 FILE = "speed.json"
-VERSION = 1  # of the file's layout: another one is measured anew
+VERSION = 2  # of the file's layout: another one is measured anew
 
 
 def place() -> Path:
@@ -39,11 +39,11 @@ def machine() -> str:
         openvino = "none"
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
     versions = f"torch {torch.__version__}, openvino {openvino}, latentvae {__version__}"
-    return f"{_processor()}; {threads}; {versions}"
+    return f"{processor()}; {threads}; {versions}"
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """Name and instructions: a virtual machine may tell the same name for several processors."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
@@ -56,6 +56,14 @@ def _processor() -> str:
     return f"{name} ({zlib.crc32(' '.join(kind).encode()):08x})"
 
 
+def capabilities() -> dict[str, object]:
+    """What torch knows of this CPU; older versions know only two things."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {name: getattr(torch.cpu, test, bool)() for name, test in known.items()}
+
+
 def read(name: str) -> dict[str, Any] | None:
     """This machine's entry of that name, if there is one."""
     entry = _machines().get(machine(), {}).get(name)
@@ -64,9 +72,10 @@ def read(name: str) -> dict[str, Any] | None:
 
 def write(name: str, entry: dict[str, Any]) -> None:
     """Keep an entry; the log says where that cannot be."""
-    path, machines = place(), _machines()
+    machines = _machines()
     machines.setdefault(machine(), {})[name] = entry
     try:
+        path = place()
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             partial.write_text(json.dumps({"version": VERSION, "machines": machines}, indent=1), "utf-8")
@@ -81,7 +90,7 @@ def _machines() -> dict[str, dict[str, Any]]:
         if found["version"] == VERSION and all(isinstance(each, dict) for each in found["machines"].values()):
             return dict(found["machines"])
         reason = f"of version {found['version']}, or not as written"
-    except FileNotFoundError:
+    except (FileNotFoundError, LatentVAEError):  # no file, or no place for one
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"

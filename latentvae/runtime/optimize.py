@@ -57,8 +57,9 @@ def optimize(
         norm: SiLU in resnets overwrites its norm's output; on a CPU norms measure large maps by blocks, as
             torch's own channels_last norm loses three digits there. Without gradients.
         residual: resnets without steps that do nothing, and their sums in place (without gradients).
-        winograd: wide 3x3 convolutions with a quarter of the products, on a CPU in float32 and float64,
-            without gradients. Wants channels_last. Keeps buffers of 60 MB.
+        winograd: 3x3 convolutions with a quarter of the products, on a CPU without gradients: in kernels that
+            a C++ compiler makes (float32, bfloat16), or wide ones in torch's operations (float32, float64).
+            Wants channels_last. Keeps buffers: up to 40 MB, and 5 to 12 MB for each thread.
         channels_last: weights and maps in that memory format; what comes out is contiguous.
         compile: `torch.compile` both halves for sizes that vary, or warn where that cannot work.
         dtype: convert the weights first, which `restore` does not undo.

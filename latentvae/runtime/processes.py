@@ -1,7 +1,7 @@
 """Several processes that do one thing together, as torchrun and accelerate launch number them."""
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from torch import distributed
 
@@ -12,7 +12,11 @@ WAIT = timedelta(hours=24)  # for the slowest; a process that has died is notice
 
 
 class Processes:
-    """The processes of one run: each brings what it has to `share`, and waits there for the others."""
+    """The processes of one run: each brings what it has to `share`, and waits there for the others.
+
+    with Processes() as processes:  # an error of one ends all of them
+        parts = processes.share(part)
+    """
 
     def __init__(self) -> None:
         self.rank, self.world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
@@ -20,7 +24,9 @@ class Processes:
             raise LatentVAEError(
                 f"RANK={self.rank} and WORLD_SIZE={self.world} came: a rank is below the size."
             )
-        if self.world > 1 and not distributed.is_initialized():
+        self._told = False  # whether all know already that one has failed
+        self._met_here = self.world > 1 and not distributed.is_initialized()
+        if self._met_here:
             try:
                 distributed.init_process_group("gloo", timeout=WAIT)
             except (RuntimeError, ValueError) as error:
@@ -38,12 +44,13 @@ class Processes:
         """What every process brings, by rank, once all have come.
 
         Raises:
-            LatentVAEError: what `fail` was called with in another process, or one is gone.
+            LatentVAEError: another process failed, or is gone.
         """
         if self.world == 1:
             return [value]
         brought = self._gather((None, value))
         if errors := [error for error, _ in brought if error]:
+            self._told = True
             raise LatentVAEError(errors[0])
         return [each for _, each in brought]
 
@@ -59,10 +66,19 @@ class Processes:
                 "and the same model, and do not change the folder meanwhile."
             )
 
-    def fail(self, error: BaseException) -> None:
-        """Have the others stop too, when they come to share something."""
-        if self.world > 1:
-            self._gather((f"process {self.rank} stopped: {error or type(error).__name__}", None))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Part from the others; they stop too, when they come to share something, if this one failed."""
+        try:
+            if error is not None and self.world > 1 and not self._told:  # Ctrl-C too: others would wait
+                self._gather((f"process {self.rank} stopped: {error or type(error).__name__}", None))
+        except LatentVAEError:
+            pass  # they are gone already; what is raised here says why
+        finally:
+            if self._met_here:  # a process that ends with gloo's threads still running is aborted by C++
+                distributed.destroy_process_group()
 
     def _gather(self, value: Any) -> list[Any]:
         brought: list[Any] = [None] * self.world

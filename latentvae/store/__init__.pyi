@@ -1,5 +1,4 @@
 from . import buckets as buckets
-from . import cache as cache
 from . import cluster as cluster
 from . import dataset as dataset
 from . import encoding as encoding

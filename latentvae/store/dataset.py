@@ -15,13 +15,13 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from latentvae.base import cache as caches
 from latentvae.base.addresses import Address, Place, place, read_part
 from latentvae.base.errors import LatentVAEError, StoreError
 from latentvae.images.resizing import Geometry
 from latentvae.images.scans import load
 from latentvae.images.sources import read_origin
 from latentvae.models.latents import Posterior, Scaling, decode
-from latentvae.store import cache as caches
 from latentvae.store import format as layout
 from latentvae.store.format import Entry, Manifest, ShardRecord
 

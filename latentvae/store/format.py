@@ -141,7 +141,7 @@ def read_manifest(store: str | Place) -> Manifest:
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, SourceError) as error:
+    except (FileNotFoundError, NotADirectoryError, SourceError) as error:
         why = ""
         if isinstance(folder, Address):
             if not isinstance(error.__cause__, FileNotFoundError):

@@ -29,7 +29,7 @@ from latentvae.models.latents import Posterior, Scaling, seeded_noise
 from latentvae.store.dataset import StoreReader, caption, label
 from latentvae.store.format import Entry, Manifest
 
-ToolName = Literal["ai-toolkit", "npz", "sd-scripts", "simpletuner"]
+ToolName = Literal["ai-toolkit", "diffusers", "npz", "onetrainer", "sd-scripts", "simpletuner"]
 Family = Literal["sd", "sdxl", "sd3", "flux"]
 Size = tuple[int, int]  # width, height
 
@@ -39,6 +39,13 @@ FAMILIES: dict[Family, tuple[int, Scaling]] = {
     "sdxl": (4, Scaling(0.0, 0.13025)),
     "sd3": (16, Scaling(0.0609, 1.5305)),
     "flux": (16, Scaling(0.1159, 0.3611)),
+}
+REFUSED = {
+    "diffusers": "diffusers' scripts have no cache on disk; they take a store as it is, by LatentDataset in "
+    "its mode moments: docs/latents.md has the lines.",
+    "onetrainer": "OneTrainer knows its cache by the order in which its own run met the images, and asks "
+    "neither of which image an entry is nor of which VAE: one that another program wrote may train each "
+    "caption on another picture. Let it make its own.",
 }
 RATIO = 8  # pixels of a latent, in all these tools
 STEP = 64  # that the sides of their buckets are multiples of, by default
@@ -119,8 +126,8 @@ def hand_over(
         progress: called with 1 for each image.
 
     Raises:
-        StoreError: what `StoreReader` raises; the tool has no such latents, takes none of the images, or has
-            a file of that name already; a file cannot be written.
+        StoreError: what `StoreReader` raises; the tool takes no cache, has no such latents, takes none of the
+            images, or has a file of that name already; a file cannot be written.
     """
     reader, folder = StoreReader(store), Path(folder)
     tool = _tool(to, reader.manifest, family)
@@ -171,6 +178,8 @@ def _write(tool: Tool, reader: StoreReader, number: int, path: Path, sample: boo
 
 
 def _tool(to: ToolName, manifest: Manifest, family: Family | None) -> Tool:
+    if to in REFUSED:
+        raise StoreError(REFUSED[to])
     if to == "npz":
         return Npz(manifest)
     channels = manifest.config["latent_channels"]

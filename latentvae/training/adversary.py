@@ -104,10 +104,10 @@ class FeatureGAN(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, layers, side, side) of images (B, C, S, S) in [-1, 1], each of a patch of the model."""
+        """Logits (B, layers, h, w) of images (B, C, H, W) in [-1, 1], each of a patch of the model."""
         (vision,) = self.eyes
-        side = max(1, round(images.shape[-1] / vision.patch))
-        levels = vision.levels(images, side, len(self.heads))
+        height, width = (max(1, round(side / vision.patch)) for side in images.shape[-2:])
+        levels = vision.levels(images, (height, width), len(self.heads))
         return torch.cat([head(level) for head, level in zip(self.heads, levels, strict=True)], 1)
 
 

@@ -100,23 +100,23 @@ class VisionModel:
         return int(self.network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, side: int) -> torch.Tensor:
-        """Features (B, D, side, side) of images (B, 3 or 1, H, W) in [-1, 1], seen at `side` patches."""
-        (last,) = self.levels(images, side, 1)
+    def __call__(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Features (B, D, h, w) of images (B, 3 or 1, H, W) in [-1, 1], seen at h x w patches, `size`."""
+        (last,) = self.levels(images, size, 1)
         return last
 
-    def levels(self, images: torch.Tensor, side: int, count: int) -> list[torch.Tensor]:
+    def levels(self, images: torch.Tensor, size: tuple[int, int], count: int) -> list[torch.Tensor]:
         """Features of `count` layers, evenly spaced to the last; gradients go back to the images."""
         pixels = (images.expand(-1, 3, -1, -1) + 1) / 2
-        size = (side * self.patch, side * self.patch)
-        pixels = interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        seen = (size[0] * self.patch, size[1] * self.patch)
+        pixels = interpolate(pixels, seen, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         given = self.network((pixels - mean) / std, output_hidden_states=count > 1, **self.more)
         # what enters the first layer stands first; the last layer's, with its norm, is last_hidden_state
         chosen = [given.hidden_states[self.depth * number // count] for number in range(1, count)]
         chosen.append(given.last_hidden_state)
         # (B, tokens, D): those of the image come last, after a class token and registers
-        return [tokens[:, -side * side :].mT.unflatten(-1, (side, side)) for tokens in chosen]
+        return [tokens[:, -size[0] * size[1] :].mT.unflatten(-1, size) for tokens in chosen]
 
 
 class Alignment:
@@ -152,7 +152,7 @@ class Alignment:
         self, latents: torch.Tensor, projected: torch.Tensor, images: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The sum of both terms, and each: latents (B, c, h, w), as projected, of images (B, C, H, W)."""
-        features = self.vision(images, latents.shape[-1]).to(projected.dtype)
+        features = self.vision(images, (latents.shape[-2], latents.shape[-1])).to(projected.dtype)
         terms = {
             "align_cosine": marginal_cosine(projected, features, self.config.cosine_margin),
             "align_distance": marginal_distance(latents, features, self.config.distance_margin),

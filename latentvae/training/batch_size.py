@@ -33,8 +33,9 @@ class BatchFit:
             size / 1e9 for size in (self.fixed_bytes, self.bytes_per_image, self.memory_bytes)
         )
         return (
-            f"{fixed:.2f} GB + {each:.3f} GB per image of {memory:.1f} GB: up to {self.batch_size} images "
-            f"per process and pass (--set train.batch_size={self.batch_size})"
+            f"{fixed:.2f} GB, and {each:.3f} GB more for each image: into {SHARE:.0%} of the {memory:.1f} GB "
+            f"that there are go up to {self.batch_size} images per process and pass "
+            f"(--set train.batch_size={self.batch_size})"
         )
 
 

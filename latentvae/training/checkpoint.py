@@ -49,6 +49,7 @@ class TrainingState:
     skipped_steps: int = 0  # whose loss or gradient was not finite
     bad_steps: int = 0  # of those, how many in a row just now
     realigned: int = 0  # times that processes on different hardware had drifted apart
+    scaler: torch.amp.GradScaler | None = None  # Accelerate's, of losses in fp16
 
     @classmethod
     def build(
@@ -58,6 +59,7 @@ class TrainingState:
         start: Path | None,
         device: torch.device,
         alignment: Alignment | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> "TrainingState":
         """What training changes: fresh, or as the checkpoint `start` has it."""
         state = cls(
@@ -68,6 +70,7 @@ class TrainingState:
                 config, vae.config["in_channels"], device, alignment.vision if alignment else None
             ),
             alignment=alignment,
+            scaler=scaler,
         )
         if start is not None:
             restore(state, start)
@@ -86,10 +89,13 @@ class TrainingState:
         return [self.optimizer, *(each.optimizer for each in (self.adversary, self.alignment) if each)]
 
     def count_step(self, finite: bool) -> None:
-        """Count a step that was done, or one that was skipped."""
+        """Count a step that was done, or one that was skipped; as bad while no scale can be to blame."""
         self.step += 1
         self.skipped_steps += not finite
-        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if finite:
+            self.bad_steps = 0
+        elif self.scaler is None or self.scaler.get_scale() <= 1:
+            self.bad_steps += 1
 
 
 def write_whole(
@@ -152,6 +158,8 @@ def restore(state: TrainingState, checkpoint: Path) -> None:
     if state.alignment is not None and (checkpoint / PROJECTION).is_file():
         _load_module(state.alignment.projection, checkpoint / PROJECTION)
         _load_optimizer(state.alignment.optimizer, checkpoint / "align_optimizer.safetensors")
+    if state.scaler is not None and "scaler" in saved:
+        state.scaler.load_state_dict(saved["scaler"])
     for counter in COUNTERS:
         setattr(state, counter, saved.get(counter, 0))
 
@@ -243,6 +251,8 @@ def _write_state(state: TrainingState, folder: Path, config: dict[str, Any]) -> 
         "trainable": trainable(state.vae),
         "config": config,
     }
+    if state.scaler is not None:
+        scalars["scaler"] = state.scaler.state_dict()  # numbers, all of them
     (folder / "state.json").write_text(json.dumps(scalars), encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ only weights can tell is refused where they load (module.py).
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def _check_sizes(data: DataConfig) -> None:
         )
 
 
+def _least_crop(data: DataConfig, side: int) -> int:
+    """The data.crop of which no shape has a side below `side` pixels."""
+    # down to 1:2, in steps as coarse as a large compression ratio makes them
+    return math.ceil(1.5 * side) if data.max_aspect > 1 else side
+
+
+def _crops(data: DataConfig) -> str:
+    """The settings that decide the sides of crops, for messages."""
+    return f"data.crop={data.crop}" + (
+        f" with data.max_aspect={data.max_aspect:g}" if data.max_aspect > 1 else ""
+    )
+
+
 def _check_range(data: DataConfig) -> None:
     if data.range is not None and data.percentiles is not None:
         raise ConfigError(
@@ -216,10 +230,10 @@ def _check_distil(config: Config) -> None:
             "distil.cache keeps latents of images as they are, and those of a mirror image are others; set "
             "data.horizontal_flip=false, or leave the cache out"
         )
-    if config.distil.cache is not None and config.data.zoom is not None:
+    if config.distil.cache is not None and (config.data.zoom is not None or config.data.max_aspect > 1):
         raise ConfigError(
-            "distil.cache keeps latents of images at their own scale, and data.zoom scales crops; leave one "
-            "out"
+            "distil.cache keeps latents of images at their own scale for square crops; leave data.zoom and "
+            "data.max_aspect out, or the cache"
         )
     if config.distil.cache is not None and config.regularise.equivariance.probability:
         raise ConfigError(
@@ -258,11 +272,11 @@ def _check_adversary(config: Config) -> None:
                 "has none; set it, e.g. to 0.5, or leave adversarial.init out"
             )
         return
-    least = smallest_input(adversarial.layers)
+    least = _least_crop(config.data, smallest_input(adversarial.layers))
     if adversarial.features is None and config.data.crop < least:
         raise ConfigError(
-            f"data.crop={config.data.crop} leaves a discriminator of {adversarial.layers} layers no "
-            f"patch; use {least} or more, or fewer adversarial.layers"
+            f"{_crops(config.data)} leaves a discriminator of {adversarial.layers} layers no patch; use "
+            f"{least} or more, or fewer adversarial.layers"
         )
     if adversarial.width % GROUPS:
         raise ConfigError(
@@ -276,11 +290,12 @@ def _check_adversary(config: Config) -> None:
 
 
 def _check_perceptual(config: Config) -> None:
-    net, least = config.loss.perceptual_net, smallest_side(config.loss.perceptual_net)
+    net = config.loss.perceptual_net
+    least = _least_crop(config.data, smallest_side(net))
     if config.loss.perceptual_weight and config.data.crop < least:
         raise ConfigError(
-            f"data.crop={config.data.crop} is too small for loss.perceptual_net={net}, which needs {least} "
-            "pixels. Use larger crops, or another network."
+            f"{_crops(config.data)} is too small for loss.perceptual_net={net}, which needs {least}. Use "
+            "larger crops, or another network."
         )
 
 

@@ -54,6 +54,13 @@ class DataConfig(Section):
     # sides of crops as shares of an image's short side, drawn between these two and scaled down to `crop`:
     # 0.25, 1 shows fine detail and whole scenes. Never scaled up. None: crops at the image's own scale
     zoom: tuple[Share, Share] | None = None
+    # crops of about `crop` x `crop` pixels up to so many times as wide as high, or as high as wide: one shape
+    # for each step, drawn. 1: squares, which compile once
+    max_aspect: float = Field(1.0, ge=1, le=2)
+    # of .tar shards: go through so many at a time, drawn anew for each epoch, whose images are shuffled
+    # together; each is read once an epoch, and from an address fetched as a whole. None: all images shuffled,
+    # and each fetched on its own, which small images behind a slow connection wait for
+    shuffle_shards: int | None = Field(None, ge=1)
     horizontal_flip: bool = True  # free data: photographs have no handedness
     in_memory: bool = False  # decode everything once; for sets that fit in RAM
     workers: int = Field(1, ge=0)  # processes that decode; 0 is enough with in_memory
@@ -183,12 +190,14 @@ class TrainConfig(Section):
     batch_size: int = Field(32, ge=1)  # images per process and forward pass
     accumulation: int = Field(1, ge=1)  # forward passes per optimizer step
     # bf16: of autocast, with fp32 master weights; fp64: to prove what rounding would hide; auto: bf16 where
-    # the hardware computes it, else fp32, as emulated bf16 is four times slower than fp32
-    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    # the hardware computes it, else fp32, as emulated bf16 is four times slower than fp32. fp16: for GPUs
+    # without bf16 (before Ampere); losses are scaled, or small gradients would vanish. Not what auto takes:
+    # a VAE's activations can overflow in fp16, which no scale prevents
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     channels_last: bool = True  # several times faster convolutions on CPU and tensor cores
     gradient_checkpointing: bool = False  # a third slower, far less memory
     compile: bool = False  # pays on GPUs; minutes of compiling on a CPU gain a few per cent
-    # of CUDA: try which algorithm is fastest for a size, once; crops have one size, so it pays from the start
+    # of CUDA: try which algorithm is fastest for a size, once; crops have one size or few, so it pays at once
     cudnn_benchmark: bool = True
     # of CUDA: 19-bit products in what autocast leaves in fp32 (Muon's matrices), several times faster; bf16
     # autocast rounds more. false: fp32 to its last bit

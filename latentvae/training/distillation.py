@@ -105,25 +105,19 @@ def linear_start(vae: AutoencoderKL, teacher: Teacher, images: Iterable[torch.Te
     """Give a trained model the latents of a teacher as far as one matrix can, before the first step.
 
     A least-squares map between the two spaces, one matrix and one offset for every latent pixel, is folded
-    into quant_conv, and the one back into post_quant_conv; both are 1 x 1 convolutions, so nothing is
-    approximated but the fit. A model that speaks the space already stays as it is.
+    into quant_conv, and the one back into post_quant_conv; a model without them gets both in its encoder's
+    last convolution and its decoder's first. Nothing is approximated but the fit (and in such a decoder
+    the border of one latent, as zeros pad it before the offset). A model that speaks the space already
+    stays as it is.
 
     Args:
-        vae: changed in place, with both quant convolutions.
+        vae: changed in place.
         teacher: of latents of the same shape.
         images: batches (B, C, H, W) in [-1, 1], sides multiples of the compression ratio.
 
     Returns:
         R2 of the means of the latents after the map, over these images.
-
-    Raises:
-        ConfigError: a model without quant convolutions.
     """
-    if vae.quant_conv is None or vae.post_quant_conv is None:
-        raise ConfigError(
-            "distil.linear_start folds a map into quant_conv and post_quant_conv, which model.init has not. "
-            "Set distil.linear_start=false."
-        )
     own, theirs = [], []
     for each in images:
         batch = each.to(vae.device, vae.dtype)
@@ -153,17 +147,17 @@ def _affine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _fold(vae: AutoencoderKL, there: torch.Tensor, back: torch.Tensor) -> None:
-    """Means after quant_conv and latents before post_quant_conv, mapped by (c + 1, c) matrices."""
-    channels = vae.config["latent_channels"]
-    quant, post = vae.quant_conv, vae.post_quant_conv
+    """Means of the moments, and latents on their way into the decoder, mapped by (c + 1, c) matrices."""
+    last, first = vae.quant_conv or vae.encoder.conv_out, vae.post_quant_conv or vae.decoder.conv_in
+    means = slice(vae.config["latent_channels"])  # the other half are log-variances
     matrix, offset = there[:-1].T, there[-1]
-    weight, bias = quant.weight[:channels, :, 0, 0].cpu().double(), quant.bias[:channels].cpu().double()
-    quant.weight[:channels] = (matrix @ weight)[..., None, None].to(quant.weight)
-    quant.bias[:channels] = (matrix @ bias + offset).to(quant.bias)
+    weight, bias = last.weight[means].cpu().double(), last.bias[means].cpu().double()
+    last.weight[means] = torch.einsum("oc, cihw -> oihw", matrix, weight).to(last.weight)
+    last.bias[means] = (matrix @ bias + offset).to(last.bias)
     matrix, offset = back[:-1].T, back[-1]
-    weight, bias = post.weight[:, :, 0, 0].cpu().double(), post.bias.cpu().double()
-    post.bias.copy_(weight @ offset + bias)  # first: in float64 `weight` is a view of what changes next
-    post.weight.copy_((weight @ matrix)[..., None, None])
+    weight, bias = first.weight.cpu().double(), first.bias.cpu().double()
+    first.bias.copy_(bias + torch.einsum("ochw, c -> o", weight, offset))  # first: `weight` may be a view
+    first.weight.copy_(torch.einsum("ochw, ci -> oihw", weight, matrix))
 
 
 def start_linearly(vae: AutoencoderKL, teacher: Teacher, images: Iterable[tuple[str, torch.Tensor]]) -> float:

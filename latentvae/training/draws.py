@@ -49,8 +49,8 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     images = images.to(run.config.train.dtype, memory_format=run.config.train.memory_format)
     # (B, C, H, W) to latents (B, c, h, w) with h = H / ratio
     ratio = spatial_compression_ratio(run.state.vae)
-    side = images.shape[-1] // ratio
-    shape = (run.state.vae.config["latent_channels"], side, side)
+    height, width = (side // ratio for side in images.shape[-2:])
+    shape = (run.state.vae.config["latent_channels"], height, width)
 
     def noise(stream: Stream) -> torch.Tensor:
         return sample_noise(seed, batch.positions, shape, stream).to(images, non_blocking=True)
@@ -58,7 +58,7 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
     latent_noise = config.latent_noise * noise(Stream.LATENT_NOISE) if config.latent_noise else None
     # a smaller picture would have no patch for the discriminator, or nothing left to pool in LPIPS
     least = -(-run.smallest_side // ratio)
-    transform = draw_transform(config.equivariance, seed, run.state.step, side, least)
+    transform = draw_transform(config.equivariance, seed, run.state.step, (height, width), least)
     target = images if transform is None else transform.images(images, ratio)
     # only the input is hidden: the target has all pixels
     seen = mask(images, config.mask, seed, batch.positions)
@@ -73,7 +73,7 @@ def draw_inputs(run: Run, batch: CropBatch) -> Inputs:
 
 
 def draw_transform(
-    config: EquivarianceConfig, seed: int, step: int, side: int, least: int
+    config: EquivarianceConfig, seed: int, step: int, size: tuple[int, int], least: int
 ) -> Transform | None:
     """The step's transform of the whole global batch, or None with probability 1 - p.
 
@@ -81,7 +81,7 @@ def draw_transform(
         config: probability, and the range of scales in 32nds.
         seed: of the run.
         step: optimizer step.
-        side: of the latents.
+        size: height and width of the latents.
         least: smallest side that the losses can judge.
     """
     if config.probability == 0:
@@ -92,7 +92,8 @@ def draw_transform(
     # one draw for all processes: latents of a batch must stay of one size
     scale = torch.randint(config.min_scale, config.max_scale + 1, (), generator=random).item() / 32
     turns = int(torch.randint(0, 4, (), generator=random).item())
-    return Transform(max(least, round(side * scale)), turns)
+    height, width = (max(least, round(side * scale)) for side in size)
+    return Transform((height, width), turns)
 
 
 def draw_augmentation(kinds: Sequence[AugmentName], seed: int, positions: torch.Tensor) -> Augmentation:

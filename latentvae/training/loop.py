@@ -29,6 +29,7 @@ from latentvae.training.machine import peak_memory
 from latentvae.training.processes import check_agreement
 from latentvae.training.record import draw_curves
 from latentvae.training.setup import Run, set_up
+from latentvae.training.stages import train_stages
 from latentvae.training.step import optimizer_step
 from latentvae.training.validation import Lineage
 
@@ -60,12 +61,11 @@ def train(
         LatentVAEError: nothing to train on, weights missing, output taken, or losses not finite.
         TrainingInterrupted: a signal to stop came, or train.max_minutes are over; the state is saved.
     """
-    if config.stages:
-        from latentvae.training.stages import train_stages  # which calls this function for each of them
-
-        return train_stages(config, resume)
-    # 1. Set up; the clock counts this too, as a machine that is lent is.
+    # it counts the setting up too, as a machine that is lent is counted
     clock = clock or Clock(config.train.max_minutes)
+    if config.stages:
+        return train_stages(config, resume, lambda own, part: train(own, "auto", part, clock))
+    # 1. Set up.
     run = set_up(config, resume, lineage)
     with status(run), stop_on_signal(run.stop), advice_on_memory(run), advice_on_compiling():
         # 2. Optimizer steps, from the first or from the checkpoint's, to the last.
@@ -77,7 +77,7 @@ def train(
             if run.state.adversary is not None:
                 run.state.adversary.save(run.folder / "discriminator")
             draw_curves(run.record.path, run.folder / "curves.png")
-            logger.info(progress.summary(progress.read_points(run.record.path)))
+            logger.info(progress.summary(progress.read_points(run.record.path), lineage is not None))
             if lineage is not None:
                 lineage.finish(run.folder, run.validation.words(run.state, run.record.seconds))
     # 4. End together: the others wait here while one exports.
@@ -191,7 +191,8 @@ def advice_on_compiling() -> Iterator[None]:
     except FailOnRecompileLimitHit as error:
         raise LatentVAEError(
             f"train.compile=true, but a block was not compiled, as it came in too many versions ({error}). "
-            "Set train.compile=false, or leave out what changes sizes (regularise.equivariance)."
+            "Set train.compile=false, or leave out what changes sizes (regularise.equivariance, "
+            "data.max_aspect)."
         ) from error
 
 

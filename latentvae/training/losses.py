@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from latentvae.base.errors import MissingWeightsError
 from latentvae.measure.lpips import LPIPS, load_lpips
 from latentvae.models.latents import Posterior
 from latentvae.training.config import LossConfig
@@ -70,8 +71,15 @@ class VAELoss(nn.Module):
         Raises:
             MissingWeightsError: the perceptual term is asked for and its weights are not there.
         """
-        wanted = config.perceptual_weight > 0
-        return cls(config, load_lpips(config.perceptual_net, config.perceptual_weights) if wanted else None)
+        if config.perceptual_weight == 0:
+            return cls(config, None)
+        try:
+            return cls(config, load_lpips(config.perceptual_net, config.perceptual_weights))
+        except MissingWeightsError as error:
+            ways = (
+                "(the option is loss.perceptual_weights); --set loss.perceptual_weight=0 trains without LPIPS"
+            )
+            raise MissingWeightsError(f"{str(error).removesuffix('.')} {ways}.") from error
 
     @property
     def min_size(self) -> int:

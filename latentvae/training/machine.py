@@ -9,10 +9,13 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
+from latentvae.base.errors import ConfigError
 from latentvae.base.optional import install_command
+from latentvae.runtime.devices import has_fast_bfloat16
 from latentvae.training.checks import check_compiler
 from latentvae.training.config import Config
 
@@ -23,13 +26,22 @@ def start_processes(config: Config) -> tuple[Config, Accelerator]:
     """Join the run's processes; return the configuration with its precision decided, and the accelerator.
 
     Raises:
-        ConfigError: train.compile where nothing can be compiled.
+        ConfigError: train.compile where nothing can be compiled, fp16 without a GPU, or another precision
+            than that of an earlier training of this process.
     """
     keep_freed_memory()
     torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
     config = with_precision(config)
+    precision = config.train.precision
+    mixed = precision if precision in ("bf16", "fp16") else "no"
+    if is_initialized() and (earlier := AcceleratorState().mixed_precision) != mixed:
+        raise ConfigError(
+            f"train.precision={precision} came, and an earlier training of this process had "
+            f"{'fp32' if earlier == 'no' else earlier}, which Accelerate keeps to its end: train with that, "
+            "or in a new process."
+        )
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        mixed_precision=mixed,
         cpu=not torch.accelerator.is_available(),  # else torchrun on a CPU starts without gloo
         log_with=installed_tracker(config.train.tracker),
         project_dir=Path(config.output),
@@ -37,9 +49,23 @@ def start_processes(config: Config) -> tuple[Config, Accelerator]:
     )
     if torch.cuda.is_available():  # torch has one switch for all devices, and CPUs are to be exact
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
+    check_scaler(accelerator)
     if config.train.compile:  # on this process's own device, which is known only now
         check_compiler(accelerator.device)
     return config, accelerator
+
+
+def check_scaler(accelerator: Accelerator) -> None:
+    """Refuse fp16 where Accelerate scales no losses: it would compute in fp32, and not say so.
+
+    Raises:
+        ConfigError: names what computes as fast there.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            f"train.precision=fp16 is for GPUs, and this process runs on {accelerator.device}; use auto, "
+            "which is bf16 where that is fast, and fp32 elsewhere."
+        )
 
 
 def is_first_process() -> bool:
@@ -76,27 +102,6 @@ def with_precision(config: Config) -> Config:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     precision = "bf16" if has_fast_bfloat16(device) else "fp32"
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-
-
-# of torch.cpu.get_capabilities(): x86 with AVX-512 or AMX, Arm with its own
-_CPU_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 pays on a device: CPUs without instructions for it are slower than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return any(_cpu_capabilities().get(name) for name in _CPU_INSTRUCTIONS)
-    return False
-
-
-def _cpu_capabilities() -> dict[str, object]:
-    """What torch knows of this CPU; older versions know only two things."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
-    return {name: getattr(torch.cpu, test, bool)() for name, test in known.items()}
 
 
 def installed_tracker(name: str) -> str | None:

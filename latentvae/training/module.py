@@ -125,20 +125,20 @@ def freeze(vae: AutoencoderKL, patterns: list[str]) -> None:
 class Transform:
     """Resizing and rotation by quarter turns, of latents and images alike (EQ-VAE, Kouzelis et al. 2025)."""
 
-    side: int  # of the transformed latents
+    size: tuple[int, int]  # height and width of the scaled latents, before they are turned
     quarter_turns: int
 
     def latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Transform latents (B, c, h, h) to (B, c, side, side)."""
-        return self._apply(latents, self.side)
+        """Transform latents (B, c, h, w)."""
+        return self._apply(latents, self.size)
 
     def images(self, images: torch.Tensor, ratio: int) -> torch.Tensor:
-        """Transform the target images (B, C, H, H) to the size that the latents now stand for."""
-        return self._apply(images, self.side * ratio)
+        """Transform the target images (B, C, H, W) to the size that the latents now stand for."""
+        return self._apply(images, (self.size[0] * ratio, self.size[1] * ratio))
 
-    def _apply(self, maps: torch.Tensor, side: int) -> torch.Tensor:
-        if side != maps.shape[-1]:
-            maps = interpolate(maps, (side, side), mode="bicubic", antialias=True, align_corners=False)
+    def _apply(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if size != maps.shape[-2:]:
+            maps = interpolate(maps, size, mode="bicubic", antialias=True, align_corners=False)
         return torch.rot90(maps, self.quarter_turns, (-2, -1))
 
 

@@ -42,8 +42,8 @@ def line(points: Sequence[Point]) -> str:
     return f"step {last.step}: {', '.join(figures)} on held-out images"
 
 
-def summary(points: Sequence[Point]) -> str:
-    """The end's figures in a sentence or two, and whether they were still improving."""
+def summary(points: Sequence[Point], in_stage: bool = False) -> str:
+    """The end's figures in a sentence or two, and whether they were still improving; how to go on then."""
     if not points:
         return "No validation gave a finite figure."
     last = points[-1]
@@ -60,8 +60,9 @@ def summary(points: Sequence[Point]) -> str:
     changes = [f"PSNR {last.psnr - before.psnr:+.2f} dB"]
     if last.lpips is not None and before.lpips is not None:
         changes.append(f"LPIPS {last.lpips - before.lpips:+.3f}")
+    way = "this stage's `steps`" if in_stage else "train.max_steps, with --resume latest"
     verdict = (
-        "still improving: more steps (train.max_steps, with --resume latest) would help"
+        f"still improving: more steps ({way}) would help"
         if gained
         else "no longer improving: more steps would bring little"
     )

@@ -118,7 +118,7 @@ def _follow_length(config: Config, length: int, given: set[str]) -> None:
         value = getattr(optim, name)
         if value and f"optim.{name}" not in given:
             # down: together they still fit; a decay takes a step at least
-            shorter = max(int(value * share), name == "decay_steps")
+            shorter = max(int(value * share), 1 if name == "decay_steps" else 0)
             setattr(optim, name, shorter)
             changes.append(f"optim.{name}={shorter} (was {value})")
     if changes:

@@ -178,7 +178,11 @@ PANELS: tuple[tuple[str, Sequence[str]], ...] = (
     ("KL per image, nats", ("kl_loss",)),
     ("validation PSNR, dB", ("val_psnr",)),
     ("validation LPIPS", ("val_lpips",)),
+    ("latents and the vision model's features", ("align_cosine", "align_distance")),
+    ("latents and the teacher's", ("distil_loss",)),
+    ("R2 of the teacher's latents", ("latent_r2", "val_r2")),
     ("adversarial losses", ("g_loss", "d_loss")),
+    ("the discriminator's logits", ("logits_real", "logits_fake")),
     ("gradient norms", ("grad_norm", "d_grad_norm")),
     ("images per second", ("images_per_second",)),
 )

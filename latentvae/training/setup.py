@@ -106,14 +106,16 @@ def set_up(config: Config, resume: str | None, lineage: Lineage | None = None) -
         start_from_teacher(config, module.vae, module.teacher, train_images)
 
     # 5. What training changes: weights, their average, optimizers and counters, fresh or from a checkpoint.
-    state = TrainingState.build(config, module.vae, start, device, module.alignment)
+    state = TrainingState.build(config, module.vae, start, device, module.alignment, accelerator.scaler)
     if config.data.range is not None:
         set_window(state.ema.model, Window(*config.data.range))  # what is measured and exported
 
     # 6. Batches, validation and records.
     channels = module.vae.config["in_channels"]
     rank, world = accelerator.process_index, accelerator.num_processes
-    sequence = CropSequence(train_images, config.data, channels, config.seed)
+    step_images = config.train.batch_size * config.train.accumulation * world
+    ratio = spatial_compression_ratio(module.vae)
+    sequence = CropSequence(train_images, config.data, channels, config.seed, ratio, step_images)
     if module.teacher is not None and config.distil.cache is not None:
         sequence.cache = keep_teacher(config, module.teacher, sequence, accelerator)
     batches = training_batches(config, sequence, state.step, rank, world)
@@ -228,8 +230,8 @@ def announce(run: Run, start: Path | None, held_out: int) -> None:
     if start is not None:
         logger.info("continuing from %s", start)
     logger.info(
-        "%.1f M parameters to train; %s; %d per pass x %d passes x %d processes = %d per step; %s, %s",
-        *(trained, split, run.config.train.batch_size, run.config.train.accumulation),
-        *(run.accelerator.num_processes, run.global_batch, run.accelerator.device),
+        "%.1f M parameters to train; %s; images a step: %d (per pass: %d; passes: %d; processes: %d); %s, %s",
+        *(trained, split, run.global_batch, run.config.train.batch_size, run.config.train.accumulation),
+        *(run.accelerator.num_processes, run.accelerator.device),
         run.config.train.precision,
     )

@@ -7,6 +7,7 @@ disk, whether its process has trained the stage before or not, so stops at any m
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from latentvae.training import checkpoint
 from latentvae.training.adversary import WEIGHTS
 from latentvae.training.checks import check_values, check_writable
 from latentvae.training.config import Config
-from latentvae.training.loop import Clock, train
 from latentvae.training.machine import is_first_process
 from latentvae.training.record import draw_curves, read_records
 from latentvae.training.validation import Lineage
@@ -24,20 +24,21 @@ from latentvae.training.validation import Lineage
 logger = logging.getLogger(__name__)
 
 
-def train_stages(config: Config, resume: str | None) -> Path:
+def train_stages(config: Config, resume: str | None, train: Callable[[Config, Lineage], Path]) -> Path:
     """Train all stages that are not done; return the folder of the one export at the end.
 
     Args:
         config: with stages.
         resume: None to start, "latest" to continue, "auto" to do whichever fits.
+        train: trains one stage, or continues it; what it raises ends the run.
 
     Raises:
-        LatentVAEError, TrainingInterrupted: as `train`.
+        ConfigError: what would mix two runs.
     """
     check_values(config)
     folder = Path(config.output)
     _check_start(config, resume)
-    clock, earlier, exported = Clock(config.train.max_minutes), list[str](), folder / "vae"
+    earlier, exported = list[str](), folder / "vae"
     for number, stage in enumerate(config.stages):
         own = stage_config(config, number)
         mark = Path(own.output) / Lineage.MARK
@@ -46,7 +47,7 @@ def train_stages(config: Config, resume: str | None) -> Path:
                 "stage %d of %d, %s: %d steps", number + 1, len(config.stages), stage.name, stage.steps
             )
             try:
-                train(own, "auto", Lineage(config, number, tuple(earlier)), clock)
+                train(own, Lineage(config, number, tuple(earlier)))
             finally:
                 if is_first_process():
                     summarise(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.grad import conv2d_weight
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from latentvae.models.latents import Posterior
 from latentvae.training.adversary import Adversary
@@ -36,7 +36,13 @@ def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
     # 2. Forward and backward passes; in the last of them processes average their gradients.
     terms = plain_pass(run, inputs) if adversary is None else adversarial_pass(run, inputs, adversary)
 
-    # 3. Clip, and ask all processes whether anything is NaN or inf.
+    # 3. Undo the scale that fp16 needs, clip, and ask all processes whether anything is NaN or inf.
+    optimizers = [state.optimizer, *([adversary.optimizer] if adversary is not None else [])]
+    scheduled = [state.optimizer, *([state.alignment.optimizer] if state.alignment is not None else [])]
+    optimizers += scheduled[1:]
+    if state.scaler is not None:
+        terms["loss_scale"] = state.scaler.scale(terms["total"].new_ones(()))
+        run.accelerator.unscale_gradients(optimizers)
     terms["grad_norm"] = clip_grad_norm_(state.vae.parameters(), run.config.optim.max_grad_norm)
     finite = torch.isfinite(terms["grad_norm"]) & torch.isfinite(terms["total"])
     if adversary is not None:
@@ -44,19 +50,22 @@ def optimizer_step(run: Run, batches: list[CropBatch]) -> Terms:
             adversary.discriminator.parameters(), run.config.optim.max_grad_norm
         )
         finite = finite & torch.isfinite(terms["d_grad_norm"])
+    if state.alignment is not None:  # its projection's gradient may overflow alone: sums over all places
+        gradients = [each.grad for each in state.alignment.projection.parameters() if each.grad is not None]
+        finite = finite & torch.isfinite(get_total_norm(gradients))
     # all processes agree, and count every unusable image, by one reduction and one wait for the device
     skipped = terms["total"].new_tensor(sum(len(batch.skipped) for batch in batches))
     logits = [terms[name] for name in ("logits_real", "logits_fake") if name in terms]
     found = run.accelerator.reduce(torch.stack([finite.to(skipped), skipped, *logits]), "sum")
     agreed, skipped_by_all = found[:2].tolist()
     state.skipped_images += int(skipped_by_all)
-    state.count_step(agreed == run.accelerator.num_processes)
+    all_finite = agreed == run.accelerator.num_processes
+    state.count_step(all_finite)
+    if state.scaler is not None:
+        state.scaler.update()  # by the gradients, which are the same in all processes
 
     # 4. Update both networks and the average, or nothing at all.
-    optimizers = [state.optimizer, *([adversary.optimizer] if adversary is not None else [])]
-    scheduled = [state.optimizer, *([state.alignment.optimizer] if state.alignment is not None else [])]
-    optimizers += scheduled[1:]
-    if state.bad_steps == 0:
+    if all_finite:
         # the step has been counted: its own number, from 0, is one less
         for optimizer in scheduled:
             set_learning_rate(optimizer, run.config.optim, state.step - 1, run.config.train.max_steps)
@@ -154,7 +163,10 @@ def adversarial_pass(run: Run, inputs: list[Inputs], adversary: Adversary) -> Te
             outputs = judgement.outputs if keep else run.model(*each.arguments)
             rest, more = latent_terms(run, outputs, each.target[0].numel(), each.images)
             at_reconstructions = (judgement.nll_gradient + weight * judgement.g_gradient) * share
-            roots = [(outputs.reconstructions, at_reconstructions), (rest * share, None)]
+            at_reconstructions, rest_share = (
+                scaled(run, each) for each in (at_reconstructions, rest * share)
+            )
+            roots = [(outputs.reconstructions, at_reconstructions), (rest_share, None)]
             roots = roots[: 1 + rest.requires_grad]  # a frozen encoder's KL has no gradient
             torch.autograd.backward(*zip(*roots, strict=True))  # once: processes synchronise in it
         with synchronised_last(run, number, len(inputs), adversary.model), run.accelerator.autocast():
@@ -191,9 +203,9 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
     with torch.enable_grad(), run.accelerator.autocast():
         reconstructions = outputs.reconstructions.detach().requires_grad_()
         nll, terms = run.loss.reconstruction(target_of(run, each, outputs), reconstructions)
-        (nll_gradient,) = torch.autograd.grad(nll, reconstructions)
+        nll_gradient = gradient_of(run, nll, reconstructions)
         g_loss = adversary.generator_loss(each.augmentation(reconstructions))
-        (g_gradient,) = torch.autograd.grad(g_loss, reconstructions)
+        g_gradient = gradient_of(run, g_loss, reconstructions)
     # (C, c_last, kh, kw): the kernel's gradient from what enters and leaves it, without a second backward
     entering = seen[0].to(nll_gradient.dtype)  # (B, c_last, H, W)
     at_last = {
@@ -201,3 +213,14 @@ def judge(run: Run, each: Inputs, adversary: Adversary) -> tuple[Judgement, Term
         for name, gradient in (("nll", nll_gradient), ("g", g_gradient))
     }
     return Judgement(outputs, nll_gradient, g_gradient, {**terms, "nll": nll, "g_loss": g_loss}), at_last
+
+
+def gradient_of(run: Run, loss: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The gradient of a loss at a tensor, in its own units whatever the scale of its backward."""
+    (gradient,) = torch.autograd.grad(scaled(run, loss), at)
+    return gradient if run.state.scaler is None else gradient / scaled(run, gradient.new_ones(()))
+
+
+def scaled(run: Run, values: torch.Tensor) -> torch.Tensor:
+    """Values to begin a backward with: in fp16 large enough that what they lead to does not vanish."""
+    return values if run.state.scaler is None else run.state.scaler.scale(values)

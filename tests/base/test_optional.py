@@ -32,6 +32,9 @@ def test_a_wheel_names_what_its_extra_asks_for(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(metadata, "requires", lambda name: stated)
     assert install_command("demo") == 'pip install "gradio>=6.20" "scikit-learn>=1.5"'
     assert install_command("fid") == 'pip install "torch-fidelity>=0.4"'
+    stated += ['latentvae[demo,fid]; extra == "mcp"', 'mcp<2; extra == "mcp"']
+    both = '"gradio>=6.20" "scikit-learn>=1.5" "torch-fidelity>=0.4"'
+    assert install_command("mcp") == f'pip install {both} "mcp<2"'  # never by our own name
     monkeypatch.setattr(metadata, "requires", lambda name: None)
     assert install_command("fid") == 'pip install "torch-fidelity"'
 

@@ -199,6 +199,104 @@ def test_bfloat16_gives_nearly_the_same(latentvae_command, model, pictures):
     assert 0 < (images[0] - images[1]).abs().mean() < 0.02
 
 
+def test_large_pictures_say_their_time_first_and_are_computed_in_bf16_where_that_is_fast(
+    latentvae_command, model, pictures, monkeypatch
+):
+    write_picture(pictures / "large.png", 7, 48, 48)
+    monkeypatch.setattr("latentvae.cli.session.LARGE", 50 * 41)
+    shown = {}
+    for fast in (True, False):
+        monkeypatch.setattr("latentvae.runtime.devices.has_fast_bfloat16", lambda device, fast=fast: fast)
+        result = latentvae_command("reconstruct", pictures, "-m", model, "-o", f"fast-{fast}", "--json")
+        assert result.code == 0
+        assert re.search(r"large\.png: 0\.0 megapixels take at least .+ to encode and decode", result.err)
+        assert "--size 2048" in result.err
+        assert ("half precision" in result.err) == fast
+        shown[fast] = {Path(entry["comparison"]).name: entry["notes"] for entry in result.json()["files"]}
+    assert [name for name, notes in shown[True].items() if "bf16" in "".join(notes)] == [
+        "large.png.comparison.png"
+    ]
+    assert "bf16" not in str(shown[False])
+    # exactly, by name; and small enough that there is nothing to say
+    exact = latentvae_command(
+        *("reconstruct", pictures / "large.png", "-m", model, "-o", "exact", "--precision", "fp32")
+    )
+    assert "half precision" not in exact.err
+    assert (Path("exact") / "large.png.reconstruction.png").read_bytes() == (
+        Path("fast-False") / "large.png.reconstruction.png"
+    ).read_bytes()
+    result = latentvae_command(
+        *("reconstruct", pictures / "large.png", "-m", model, "-o", "small", "--size", "16", "--json")
+    )
+    assert "megapixels" not in result.err
+    assert result.json()["files"][0]["notes"] == ["shrunk from 48x48 px (--size)"]
+    assert Image.open("small/large.png.reconstruction.png").size == (16, 16)
+
+
+def test_a_scratch_folder_that_is_not_there_is_refused_before_the_model_is_loaded(
+    latentvae_command, pictures
+):
+    result = latentvae_command("evaluate", pictures, "-m", "nowhere", "--scratch", "missing")
+    assert result.code == 2
+    assert "the scratch folder missing does not exist" in result.err
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+# verb and arguments; what has to be in the message. `text` is a file of text, `store` and `photos` are right.
+MISTAKES = [
+    ("reconstruct text", "an image was wanted"),
+    ("reconstruct photos -m text", "text is no model"),
+    ("reconstruct photos --device gpu", "there is no device 'gpu': wanted cpu"),
+    ("encode text store", "text"),
+    ("encode photos text", "text cannot be made"),
+    ("decode text out", "text is no complete store"),
+    ("verify text", "text is no complete store"),
+    ("info text", "text is no model"),
+    ("shards text out", "text is no complete store"),
+    ("hand-over text photos --to npz", "text is no complete store"),
+    ("compress text out.lvae", "an image was wanted"),
+    ("decompress text out.png", "text is no .lvae file"),
+    ("sample text", "text is no prior"),
+    ("prior fit text prior", "text"),
+    ("interpolate text text", "an image was wanted"),
+    ("vary text", "an image was wanted"),
+    ("fill missing.png photos/a.png", "missing.png does not exist: name one image file"),
+    ("fill photos/a.png photos", "photos is no file: name one image file"),
+    ("project text", "an image was wanted"),
+    ("features photos out.txt", "features are written as .npy or .parquet"),
+    ("train --config text --set data.train=photos", "text"),
+    ("train --config tiny --set data.train=missing", "missing"),
+    ("export text out", "text is no model"),
+    ("export sd-small photos", "photos is not empty and no earlier export"),
+    ("convert text out.safetensors --to ldm", "text"),
+    ("plan text 512", "text is no model"),
+    ("doctor text", "text is no model"),
+    ("agree sd-small text", "text"),
+    ("diffusability text photos", "text is no model"),
+    ("anomaly score text photos", "text"),
+    ("anomaly fit text out.safetensors", "an image was wanted"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_named_and_ends_with_2(latentvae_command, pictures, monkeypatch, line, message):
+    """Any other exception than ours would come out of the call here."""
+    monkeypatch.chdir(pictures.parent)
+    pictures.rename("photos")
+    Path("text").write_text("hello\n")
+    result = latentvae_command(*line.split())
+    assert result.code == 2
+    assert message in result.err
+    assert "error: " in result.err
+
+
+def test_every_verb_has_a_mistake_to_name():
+    assert {line.split()[0] for line, _ in MISTAKES} | {"evaluate", "demo"} == set(
+        VERBS
+    )  # these have tests of their own
+
+
 # --- JSON --------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +375,7 @@ def test_names_that_are_not_utf_8_are_printed_all_the_same(model, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     Image.fromarray(textured(32, 32, 1)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / name)
-    command = [sys.executable, "-m", "latentvae.cli", "evaluate", str(tmp_path), "--model", str(model)]
+    command = [sys.executable, "-m", "latentvae", "evaluate", str(tmp_path), "--model", str(model)]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -880,7 +978,7 @@ def test_the_list_of_verbs_says_what_each_verb_says_of_itself():
 def test_the_module_and_the_training_script_are_commands():
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     for command, words in (
-        (["-m", "latentvae.cli", "--help"], "reconstruct"),
+        (["-m", "latentvae", "--help"], "reconstruct"),
         ([str(ROOT / "train" / "train.py"), "--help"], "--resume"),
     ):
         done = subprocess.run(

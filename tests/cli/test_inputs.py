@@ -266,7 +266,7 @@ def test_keys_are_the_same_in_any_locale(model: Path, photos: Path, tmp_path: Pa
     (photos / "metadata.jsonl").write_text(line, encoding="utf-8")
 
     def command(*arguments: object, **environment: str) -> None:
-        line = [sys.executable, "-m", "latentvae.cli", *map(str, arguments), "-m", str(model)]
+        line = [sys.executable, "-m", "latentvae", *map(str, arguments), "-m", str(model)]
         done = subprocess.run(line, env={**os.environ, **environment}, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode()
 

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from conftest import textured
+from image_files import dng
 from PIL import Image
 from training_runs import records
 
@@ -19,9 +20,9 @@ import latentvae
 from latentvae.cli.main import main
 from latentvae.images import kinds
 
-READ = ("a.jpg", "b.heic", "c.jxl", "d.mpo", "e.exr", "g.png", "i.tif")
-BROKEN, LEFT_OUT = "h.jpg", {".psd": 1}
-EXTRAS = ("b.heic", "c.jxl", "e.exr")  # that an extra reads
+READ = ("a.jpg", "b.heic", "c.jxl", "d.mpo", "e.exr", "g.png", "i.tif", "k.dng")
+BROKEN, LEFT_OUT = "h.jpg", {".mp3": 1, ".psd": 1}
+EXTRAS = ("b.heic", "c.jxl", "e.exr", "k.dng")  # that an extra reads
 SIDE = 64
 
 
@@ -50,7 +51,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures[6].save(folder / "g.png")
     (folder / "h.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
     tifffile.imwrite(folder / "i.tif", np.asarray(pictures[8]).astype(np.uint16) * 257, photometric="rgb")
+    dng(folder / "k.dng", SIDE)
     (folder / "a.txt").write_text("a caption")
+    (folder / "j.mp3").write_bytes(b"ID3\4\0\0\0\0\0\0")
     return folder
 
 
@@ -75,7 +78,7 @@ def test_encode_counts_every_file(mixed: Path, model: Path, tmp_path: Path, caps
         LEFT_OUT,
     )
     assert names(told["failures"], "key") == [BROKEN]
-    assert "left out: 1 .psd" in err
+    assert "left out: 1 .mp3, 1 .psd" in err
     assert f"{mixed / BROKEN} cannot be read as JPEG" in err
 
 
@@ -86,7 +89,7 @@ def test_verbs_that_show_or_measure_count_every_file(mixed: Path, model: Path, t
     done = told["images"] if verb == "project" else len(told["images"])
     assert (code, done, told["left_out"]) == (3, len(READ), LEFT_OUT)
     assert names(told["skipped"], "path") == [BROKEN]
-    assert "left out: 1 .psd" in err
+    assert "left out: 1 .mp3, 1 .psd" in err
     assert f"{mixed / BROKEN} cannot be read as JPEG" in err
     assert f"1 of {len(READ) + 1} images was skipped" in err
     if verb == "reconstruct":
@@ -111,7 +114,7 @@ def test_train_counts_every_file(mixed: Path, tmp_path: Path, capsys, caplog):
             capsys, "train", "-c", "tiny", *(f"--set={key}={value}" for key, value in settings.items())
         )
     assert (code, told["left_out"]) == (0, LEFT_OUT)
-    assert "left out: 1 .psd" in err
+    assert "left out: 1 .mp3, 1 .psd" in err
     said = [record.getMessage() for record in caplog.records]
     assert any(f"{len(READ)} images to train on, 1 held out" in line for line in said)  # the broken one too
     named = f"{mixed / BROKEN} cannot be read as JPEG"
@@ -129,5 +132,5 @@ def test_without_the_extras_their_files_are_named_with_the_remedy(
     assert code == 3
     assert len(told["images"]) == len(READ) - len(EXTRAS)
     assert told["left_out"] == LEFT_OUT | {Path(name).suffix: 1 for name in EXTRAS}
-    for module in ("pillow_heif", "pillow_jxl", "OpenImageIO"):
+    for module in ("pillow_heif", "pillow_jxl", "OpenImageIO", "rawpy"):
         assert kinds.remedy(module) in err

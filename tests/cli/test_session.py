@@ -13,7 +13,7 @@ from latentvae.cli.options import EXIT_SKIPPED, counted
 from latentvae.cli.session import Session, read_sidecar
 from latentvae.images import kinds
 from latentvae.models.exporting import SIDECAR
-from latentvae.models.loading import DEFAULT_MODEL
+from latentvae.models.shipped import DEFAULT_MODEL
 from latentvae.training.data.sources import left_out
 
 

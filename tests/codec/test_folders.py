@@ -12,9 +12,10 @@ from conftest import textured
 from PIL import Image
 
 import latentvae
+from latentvae.base.errors import CodecError
 from latentvae.cli.main import main
 from latentvae.cli.session import Session
-from latentvae.codec.rivals import size_at
+from latentvae.codec.rivals import best_within, size_at
 
 Command = Callable[..., tuple[int, dict, str]]
 
@@ -153,6 +154,15 @@ def test_jpeg_and_webp_stand_beside_at_equal_lpips(
         main(["compress", str(photos), str(tmp_path / "third"), "-m", str(tmp_path / "model")])
 
 
+def test_without_lpips_it_is_said_that_jpeg_and_webp_are_left_out(
+    run: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "find_lpips", lambda self: (None, "no weights."))
+    for option, said_of in (("--compare", True), ("--no-compare", False)):
+        (note,) = run("compress", photos, tmp_path / f"without{option}", option)[1]["notes"]
+        assert ("JPEG and WebP" in note) is said_of
+
+
 def test_the_smallest_file_that_is_near_enough_is_found() -> None:
     picture = Image.fromarray(textured(64, 64, 0))
     sizes: list[int] = []
@@ -168,3 +178,10 @@ def test_the_smallest_file_that_is_near_enough_is_found() -> None:
     assert found == min(size for size in sizes if size >= 1000)
     assert size_at(picture, "JPEG", distance, 1e-9) is None
     assert size_at(Image.new("L", (17000, 1)), "WEBP", distance, 1.0) is None  # WebP ends at 16,383 pixels
+
+
+def test_what_cannot_be_written_within_a_size_is_said() -> None:
+    with pytest.raises(CodecError, match="17000x1 px cannot be written as WebP"):
+        best_within(Image.new("L", (17000, 1)), "WebP", 1000)
+    with pytest.raises(CodecError, match="'WEBP' came; wanted one of JPEG, WebP"):
+        best_within(Image.new("L", (16, 16)), "WEBP", 1000)

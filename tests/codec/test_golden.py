@@ -14,7 +14,8 @@ from latentvae.codec import compression
 from latentvae.codec.container import read_lvae
 from latentvae.images.tensors import to_uint8
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.loading import bundled, load
+from latentvae.models.loading import load
+from latentvae.models.shipped import bundled
 
 FILES = Path(__file__).parent / "golden"
 

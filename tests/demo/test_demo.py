@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import textured
-from demo_server import free_port, running, tiny_export
+from demo_server import free_port
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -38,28 +37,6 @@ ENDPOINTS = {
     "/odd",
     "/fill",
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_export(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def page(model: Path) -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch, running(model, patch) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def client(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    return Client(page.local_url, download_files=str(tmp_path_factory.mktemp("downloads")), verbose=False)
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    Image.fromarray(textured(61, 45, 1)).save(tmp_path / "my photo.png")
-    return tmp_path / "my photo.png"
 
 
 def as_array(path: str | Path) -> np.ndarray:
@@ -189,12 +166,13 @@ def mask_of(width: int, height: int) -> str:
 
 
 def test_fill_keeps_what_is_known(client: Client, photo: Path) -> None:
-    pair, shown, picture = client.predict(
+    pair, shown, picture, mask = client.predict(
         handle_file(photo), mask_of(61, 45), "tiny-model", "project", api_name="/fill"
     )
     before, after = as_array(photo), as_array(picture)
     hole = np.zeros((45, 61), dtype=bool)
     hole[5:12, 5:15] = True
+    assert np.array_equal(as_array(mask)[..., 0] == 255, hole)
     assert np.array_equal(before[~hole], after[~hole])
     assert not np.array_equal(before[hole], after[hole])
     assert (as_array(pair[0])[hole] == 128).all()
@@ -256,6 +234,9 @@ def test_port_in_use_is_said_with_a_way_out(page: Any) -> None:
     with pytest.raises(LatentVAEError, match="--port"):
         check_port("127.0.0.1", port)
     check_port("127.0.0.1", free_port())
+    for nowhere in ("host.invalid", "192.0.2.1"):
+        with pytest.raises(LatentVAEError, match=r"is no address of this machine.*--host"):
+            check_port(nowhere, free_port())
 
 
 def test_verb_without_gradio_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,14 +263,14 @@ def test_models_are_named_by_the_end_of_their_path(model: Path, tmp_path: Path) 
 def test_large_images_are_tiled_with_the_same_result(
     model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from latentvae.demo import loaded_models
+    from latentvae.demo import loaded_models, one_model
     from latentvae.demo.desk import Desk
     from latentvae.demo.guard import Limits
     from latentvae.demo.reconstruct import Reconstruct
     from latentvae.runtime.tiling import layers
 
     monkeypatch.setattr(loaded_models, "bundled", list)
-    monkeypatch.setattr(loaded_models, "_is_faster", lambda *_: False)
+    monkeypatch.setattr(one_model, "_is_faster", lambda *_: False)
     Image.fromarray(textured(100, 70, 2)).save(tmp_path / "a.png")
     (first, whole), (_, tiled) = (
         Reconstruct(Desk(loaded_models.Models([model], above), Limits())).run(

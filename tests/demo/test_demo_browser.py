@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import textured
-from demo_server import free_port
+from demo_server import close, free_port
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -29,6 +29,13 @@ SHOWN = (
 )
 IDLE = "!document.querySelector('.lv-busy, .lv-stale')"
 TABS = ("Reconstruct", "Compare", "Compress", "Interpolate", "Vary", "Find the odd one", "Fill in")
+# what stands over or beside nothing else: a strip's buttons, and the links under a picture
+CLEAR = {
+    "Interpolate": "document.querySelector('#lv-frames .icon-button-wrapper').getBoundingClientRect().bottom"
+    " <= document.querySelector('#lv-frames img').getBoundingClientRect().top",
+    "Compare": "[...document.querySelectorAll('#lv-compare .lv-under')].every(each => new Set("
+    "[...each.querySelectorAll('a')].map(link => Math.round(link.getBoundingClientRect().top))).size <= 1)",
+}
 PATIENCE = 90_000  # milliseconds: a busy machine is no failure
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -42,7 +49,7 @@ def url() -> Iterator[str]:
     with server.workplace():
         page = server.start(port=free_port())
         yield page.local_url
-        page.close()
+        close(page)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +153,24 @@ def test_a_visit(visit: Visit, tmp_path: Path) -> None:
     assert visit.strangers == []
 
 
+def test_a_large_picture_is_previewed_in_full_light(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    visit.figures()
+    Image.fromarray(textured(1800, 1350, 3)).save(tmp_path / "large.jpg")
+    page.locator(".lv-photo:visible button[aria-label='Remove Image']").first.click()
+    page.locator(".lv-photo:visible input[type=file]").first.set_input_files(tmp_path / "large.jpg")
+    dimmed = "getComputedStyle(document.querySelector('#lv-slider').closest('.lv-results > *')).opacity"
+    page.wait_for_function(
+        "document.querySelector('#lv-figures').innerText.includes('preview of 640 x 480') &&"
+        f" document.querySelector('.lv-busy') && {dimmed} === '1'"
+    )
+    page.get_by_text("has 1800 x 1350 pixels; this is of a copy of 1632 x 1224").wait_for()
+    page.wait_for_function(IDLE)
+    assert page.evaluate("document.querySelector('#lv-slider img').naturalWidth") == 1600
+    assert re.search(r"Full size, about \d+ (s|minutes) and [\d.]+ GB", page.inner_text("body"))
+    assert visit.errors == []
+
+
 def test_an_example_is_taken_and_its_result_follows(visit: Visit) -> None:
     page = visit.page
     before = visit.figures()
@@ -180,19 +205,19 @@ def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
 def test_what_takes_long_can_be_stopped_and_what_was_shown_stays(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentvae.demo import reconstruct
+    from latentvae.demo import one_model
 
     page = visit.page
     visit.figures()
     shown = "document.querySelector('#lv-slider img').src"
-    before, decode = page.evaluate(shown), reconstruct.decode
+    before, decode = page.evaluate(shown), one_model.decode
 
     def endless(*_: Any) -> None:
         while True:
             torch.nn.Identity()(torch.zeros(1))
             time.sleep(0.02)
 
-    monkeypatch.setattr(reconstruct, "decode", endless)
+    monkeypatch.setattr(one_model, "decode", endless)
     page.get_by_role("button", name="Night").click()
     stop = page.locator(".lv-stop:visible")
     stop.wait_for()  # after two seconds
@@ -208,7 +233,7 @@ def test_what_takes_long_can_be_stopped_and_what_was_shown_stays(
     # what is asked for meanwhile does not wait either
     page.get_by_role("button", name="Text").click()
     page.wait_for_selector(".lv-busy")
-    monkeypatch.setattr(reconstruct, "decode", decode)
+    monkeypatch.setattr(one_model, "decode", decode)
     page.get_by_role("button", name="Grass").click()
     page.wait_for_function("!document.querySelector('.lv-busy, .lv-stale')")
     assert page.evaluate(shown) != before
@@ -350,6 +375,9 @@ def test_every_tab_fits_and_shows_a_result(browser: Any, url: str, width: int) -
         visit.page.wait_for_function(SHOWN)
         wide = visit.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, (tab, wide)
+        if tab in CLEAR:
+            visit.page.wait_for_function(IDLE)
+            visit.page.wait_for_function(CLEAR[tab])
     assert visit.errors == []
     assert visit.strangers == []
     visit.context.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import textured
-from demo_server import running, tiny_export
+from demo_server import running, tiny_peer
 from diffusers import AutoencoderTiny
 from PIL import Image
 
@@ -23,37 +23,14 @@ from gradio_client import Client, handle_file
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_export(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained AutoencoderTiny."""
-    folder = tmp_path_factory.mktemp("peer") / "tiny-peer"
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {f"{side}_block_out_channels": (8, 8, 8, 8) for side in ("encoder", "decoder")}
-    AutoencoderTiny(
-        **sizes, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)
-    ).save_pretrained(folder)
-    return folder
+    return tiny_peer(tmp_path_factory.mktemp("peer"))
 
 
 @pytest.fixture(scope="module")
 def page(model: Path, peer: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, running(model, patch, peers=[peer]) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def client(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    return Client(page.local_url, download_files=str(tmp_path_factory.mktemp("downloads")), verbose=False)
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    Image.fromarray(textured(61, 45, 1)).save(tmp_path / "my photo.png")
-    return tmp_path / "my photo.png"
 
 
 def test_six_ways_each_with_its_figures_and_files(
@@ -144,23 +121,22 @@ def test_peers_are_of_no_other_tab(page: Any) -> None:
 
 @pytest.mark.parametrize("name", ["JPEG", "WebP", *(["AVIF"] if HAS_AVIF else [])])
 def test_a_codec_gives_the_best_file_that_fits(name: str) -> None:
+    from latentvae.codec import rivals
     from latentvae.demo import ways
     from latentvae.images.saving import to_pil
     from latentvae.images.tensors import from_uint8
 
     image = from_uint8(textured(96, 64, 2))
     picture = to_pil(image)
-    sizes = {
-        quality: len(ways._written(picture, name, quality))
-        for quality in range(ways.QUALITIES[name][0], ways.QUALITIES[name][1] + 1)
-    }
+    low, high, _ = rivals.WITHIN[name]
+    sizes = {quality: len(rivals.write(picture, name, quality)) for quality in range(low, high + 1)}
     budget = sorted(sizes.values())[len(sizes) // 2]
     trip = ways.by_codec(image, name, budget)
     quality = int(re.search(r"\d+", trip.how)[0])  # type: ignore[index]
     assert len(trip.file or b"") == sizes[quality] <= budget
     assert sizes.get(quality + 1, budget + 1) > budget
     least = ways.by_codec(image, name, 1)
-    assert len(least.file or b"") == sizes[ways.QUALITIES[name][0]]
+    assert len(least.file or b"") == sizes[low]
     assert "smallest" in least.how
 
 

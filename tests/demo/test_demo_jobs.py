@@ -108,7 +108,7 @@ def test_a_watched_model_runs_as_optimised(tmp_path: Path) -> None:
 
 
 def test_a_page_that_is_closed_frees_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentvae.demo import reconstruct
+    from latentvae.demo import one_model
 
     begun, ended = threading.Event(), threading.Event()
 
@@ -126,7 +126,7 @@ def test_a_page_that_is_closed_frees_the_server(tmp_path: Path, monkeypatch: pyt
         for thread in threading.enumerate():
             if thread.name == "warm-up":
                 thread.join(PATIENCE)
-        monkeypatch.setattr(reconstruct, "decode", forever)
+        monkeypatch.setattr(one_model, "decode", forever)
         (number,) = [key for key, fn in page.fns.items() if fn.api_name == "reconstruct_live"]
         with httpx.Client(base_url=f"{page.local_url}gradio_api", timeout=PATIENCE, trust_env=False) as web:
             files = {"files": ("a.png", (tmp_path / "a.png").read_bytes())}

@@ -44,6 +44,13 @@ class Server:
         return int(self.process.memory_info().rss)
 
 
+@pytest.mark.slow
+def test_the_page_is_laid_out_before_pytorch_is_there() -> None:
+    program = "import sys, latentvae.demo.server; print([*{'torch', 'diffusers'} & set(sys.modules)])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     model, port, temporary = tiny_export(tmp_path), free_port(), tmp_path / "tmp"

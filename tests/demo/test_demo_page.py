@@ -2,24 +2,20 @@
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from demo_server import tiny_export
+from conftest import textured
 from PIL import Image
 
 import latentvae
 from latentvae.base.errors import ImageError, LatentVAEError, ModelError
 
 pytest.importorskip("gradio")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_export(tmp_path_factory.mktemp("model"))
 
 
 def test_the_page_remembers_its_inputs_only_when_all_of_it_was_shown() -> None:
@@ -113,9 +109,12 @@ def test_a_phones_photograph_is_worked_on_as_a_copy(model: Path, tmp_path: Path)
 def test_the_page_shows_the_lines_of_its_result() -> None:
     from latentvae.demo.on_page import on_page
 
-    live = on_page(lambda photo: (photo,), 1, [None], snippets=[lambda photo: f"load({photo!r})"])
-    ((_, _, _, lines, result),) = live(None, "a.png")
-    assert (lines, result) == ("load('a.png')", "a.png")
+    def lines(photo: str, side: int) -> str:
+        return f"load({photo!r}, {side})"
+
+    live = on_page(lambda photo: (photo,), 1, [None], snippets=[lines])
+    ((_, _, _, *shown),) = live(None, "a.png")
+    assert shown == ["load('a.png', 0)", "a.png"]
     ((_, _, _, *cleared),) = live(None, None)
     assert cleared == ["", None]
 
@@ -154,7 +153,7 @@ def test_the_page_shows_copies_and_offers_full_size() -> None:
 def test_models_named_at_the_start_load_first_and_precisions_are_chosen_when_the_page_is_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentvae.demo import loaded_models
+    from latentvae.demo import loaded_models, one_model
 
     said: list[str] = []
     with pytest.raises(ModelError, match="nowhere"):
@@ -162,7 +161,7 @@ def test_models_named_at_the_start_load_first_and_precisions_are_chosen_when_the
     assert said == ["loading nowhere"]  # and none of the bundled ones before it
     tried = []
     monkeypatch.setattr(loaded_models, "bundled", list)
-    monkeypatch.setattr(loaded_models, "_is_faster", lambda swift, *_: tried.append(swift.dtype) or True)
+    monkeypatch.setattr(one_model, "_is_faster", lambda swift, *_: tried.append(swift.dtype) or True)
     models = loaded_models.Models([model, model])
     assert tried == []
     assert "pictures in" not in models.summary("tiny-model")
@@ -174,6 +173,56 @@ def test_models_named_at_the_start_load_first_and_precisions_are_chosen_when_the
     with models.use("tiny-model") as chosen:
         assert chosen.swift.dtype == torch.bfloat16
     assert "pictures in bf16" in models.summary("tiny-model")
+
+
+def test_bundled_models_load_once_when_they_are_first_needed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentvae.demo import loaded_models
+    from latentvae.models import shipped
+
+    monkeypatch.setattr(shipped, "WEIGHTS_DIR", model.parent)
+    said: list[str] = []
+    models = loaded_models.Models(say=said.append)
+    assert (models.names, models.loaded, said) == (["tiny-model"], False, [])
+    threads = [threading.Thread(target=models.ready) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert (models.loaded, said) == (True, ["loading tiny-model"])
+    with models.use("tiny-model") as chosen:
+        assert chosen.channels == 3
+
+
+def test_the_scale_of_error_maps_is_that_of_what_draws_them() -> None:
+    from latentvae.demo import reconstruct
+    from latentvae.images import drawing
+
+    assert reconstruct.ERROR_WHITE == drawing.ERROR_WHITE
+
+
+def test_a_preview_comes_before_what_is_waited_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentvae.demo import loaded_models, reconstruct, server
+    from latentvae.demo.desk import Desk
+    from latentvae.demo.guard import Limits
+
+    monkeypatch.setattr(loaded_models, "bundled", list)
+    monkeypatch.setattr(reconstruct, "PREVIEW_ABOVE", 48 * 64)
+    monkeypatch.setattr(reconstruct, "PREVIEW_SIDE", 32)
+    with server.workplace() as files:
+        tab = reconstruct.Reconstruct(Desk(loaded_models.Models([model]), Limits(copy_pixels=64 * 64)))
+
+        def widths(width: int, height: int) -> list[int]:
+            """Of the pictures that come, one after the other."""
+            Image.fromarray(textured(width, height, 1)).save(files / "a.png")
+            parts = list(tab.recall(str(files / "a.png"), "tiny-model"))
+            assert all(None in part for part in parts[:-1])
+            return [Image.open(part[0][1]).width for part in parts]
+
+        assert widths(64, 48) == [32, 64, 64]
+        assert widths(60, 48) == [60, 60]
+        assert widths(64, 72) == [64, 64]  # full size, before which there was a better one
 
 
 def test_the_example_is_computed_once_for_all(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import textured
-from demo_server import free_port, running, stored, tiny_export
+from demo_server import free_port, running, stored
 from PIL import Image
 from safetensors.torch import save
 
@@ -32,21 +32,9 @@ SECRET = "never to be seen"
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    model = tiny_export(tmp_path_factory.mktemp("model"))
+def page(model: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, running(model, patch, upload_bytes=2 << 20) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def client(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    return Client(page.local_url, download_files=str(tmp_path_factory.mktemp("downloads")), verbose=False)
-
-
-@pytest.fixture
-def web(page: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=page.local_url, timeout=30) as session:
-        yield session
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +435,7 @@ def test_padding_that_is_no_numbers_is_named(values: torch.Tensor) -> None:
 @pytest.mark.slow
 def test_a_stopped_server_leaves_no_files(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path), "LATENTVAE_LPIPS": "."}
-    command = [sys.executable, "-m", "latentvae.cli", "demo", "--port", str(free_port())]
+    command = [sys.executable, "-m", "latentvae", "demo", "--port", str(free_port())]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert "latentvae demo on" in server.stdout.readline()

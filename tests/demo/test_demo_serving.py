@@ -9,18 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import textured
-from demo_server import free_port, running, tiny_export
+from demo_server import free_port, running
 from PIL import Image
 
 pytest.importorskip("gradio")
 import httpx
 
 PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_export(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +26,6 @@ def page(model: Path) -> Iterator[Any]:
             patch.setenv(name, f"http://127.0.0.1:{free_port()}")
         with running(model, patch) as served:
             yield served
-
-
-@pytest.fixture
-def web(page: Any) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=page.local_url, timeout=30, trust_env=False) as session:
-        yield session
 
 
 def ask(web: httpx.Client, name: str, data: list[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import textured
-from demo_server import running, tiny_export
+from demo_server import running
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -32,9 +32,8 @@ def test_without_its_package_the_option_names_the_extra(monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def page(model: Path) -> Iterator[Any]:
     pytest.importorskip("mcp", reason="the extra mcp is not installed")
-    model = tiny_export(tmp_path_factory.mktemp("model"))
     with pytest.MonkeyPatch.context() as patch, running(model, patch, mcp=True) as served:
         # nothing answers there: tools ask the page directly
         patch.setenv("http_proxy", "http://127.0.0.1:9")

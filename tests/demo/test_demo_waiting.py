@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import textured
-from demo_server import running, tiny_export
+from demo_server import running
 from PIL import Image
 
 pytest.importorskip("gradio")
@@ -18,11 +18,6 @@ import httpx
 from gradio.utils import get_upload_folder
 
 PATIENCE = 60  # seconds: a busy machine is no failure
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_export(tmp_path_factory.mktemp("model"))
 
 
 def wait_until(done: Any) -> None:
@@ -35,7 +30,7 @@ def wait_until(done: Any) -> None:
 def test_a_visitor_comes_before_the_next_turn_of_the_warm_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentvae.demo import loaded_models
+    from latentvae.demo import loaded_models, one_model
 
     turns: list[str] = []
     begun = threading.Event()
@@ -47,7 +42,7 @@ def test_a_visitor_comes_before_the_next_turn_of_the_warm_up(
             wait_until(lambda: models._visitors)
 
     monkeypatch.setattr(loaded_models, "bundled", list)
-    monkeypatch.setattr(loaded_models, "_round_trip", trial)
+    monkeypatch.setattr(one_model, "_round_trip", trial)
     models = loaded_models.Models([model, model])
     warm_up = threading.Thread(target=models.warm_up)
     warm_up.start()
@@ -64,7 +59,7 @@ def test_a_visitor_comes_before_the_next_turn_of_the_warm_up(
 def test_a_hopeless_precision_is_not_tried_for_long(
     monkeypatch: pytest.MonkeyPatch, times: float, faster: bool, sides: set[int]
 ) -> None:
-    from latentvae.demo import loaded_models
+    from latentvae.demo import one_model
 
     now, seen = [0.0], set()
 
@@ -72,9 +67,9 @@ def test_a_hopeless_precision_is_not_tried_for_long(
         now[0] += seconds
         seen.add(side)
 
-    monkeypatch.setattr(loaded_models, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(loaded_models, "_round_trip", trial)
-    found: Any = loaded_models._is_faster
+    monkeypatch.setattr(one_model, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(one_model, "_round_trip", trial)
+    found: Any = one_model._is_faster
     assert found(times, 1.0, nullcontext) is faster
     assert seen == sides
 

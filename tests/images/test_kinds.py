@@ -162,7 +162,7 @@ def test_an_opener_that_the_user_registered_is_taken(tmp_path, monkeypatch):
         (b"\0\0\0\x18ftypcrx \0\0\0\0", "a camera's raw file"),
         (b"FUJIFILMCCD-RAW 0201", "a camera's raw file"),
         (b"\n<?xml version='1.0'?><svg>", "an SVG drawing"),
-        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1", "LFS, which is not read: fetch .* `git lfs pull`$"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "a film"),
     ],
@@ -477,6 +477,7 @@ def test_libtiff_is_silent_and_the_error_names_file_and_format(tmp_path):
 
 def test_a_bare_key_is_explained():
     assert reading._reason(KeyError(320)) == "the value 320 in it has no meaning"
+    assert reading._reason(OSError(b"Input/output error")) == "Input/output error"  # as LibRaw's are
 
 
 def test_reading_takes_less_than_18_bytes_a_pixel(tmp_path):

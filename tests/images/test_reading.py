@@ -123,6 +123,13 @@ def test_a_wide_gamut_profile_is_converted_to_srgb(tmp_path, colour):
         assert notes(tmp_path / name) == ["converted from ICC profile 'Test'"]
 
 
+def test_a_profile_whose_name_cannot_be_read_is_used(tmp_path):
+    icc = rgb_profile(P3, 2.2).replace(b"Test\0", b"T\x8est\0")  # an accent in a place for ASCII
+    Image.new("RGB", (4, 4), (180, 120, 90)).save(tmp_path / "a.png", icc_profile=icc)
+    assert np.abs(levels(tmp_path / "a.png") - to_srgb((180, 120, 90), P3, 2.2)).max() <= 1.5
+    assert notes(tmp_path / "a.png") == ["converted from ICC profile '(a name that cannot be read)'"]
+
+
 def test_an_srgb_profile_keeps_the_exact_samples(tmp_path):
     samples = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -273,6 +280,19 @@ def test_alpha_turns_with_the_picture(tmp_path):
 def test_broken_exif_does_not_refuse_the_picture(tmp_path):
     Image.new("RGB", (8, 8), RED).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert (levels(tmp_path / "a.png") == RED).all()
+
+
+def test_the_size_of_a_damaged_picture_is_read_without_a_word(tmp_path, caplog):
+    """Pillow looks for EXIF data behind the pixels; the file's name is not known there."""
+    path = tmp_path / "a.png"
+    Image.effect_noise((64, 64), 50).save(path)
+    data = path.read_bytes()
+    place = data.index(b"IDAT") + 4
+    path.write_bytes(data[:place] + bytes(8) + data[place + 8 :])
+    read_size(path)
+    assert caplog.text == ""
+    with pytest.raises(ImageError, match=r"a\.png cannot be read as PNG"):
+        load_image(path)
 
 
 def test_an_avif_is_turned_by_its_boxes_and_not_by_what_its_xmp_says(tmp_path):

@@ -13,7 +13,7 @@ from image_files import dng
 
 from latentvae.base.errors import ImageError, TooManyPixels
 from latentvae.images import kinds, tiffs
-from latentvae.images.reading import load_image, load_image_with_info
+from latentvae.images.reading import load_image, load_image_with_info, read_size
 from latentvae.images.tensors import to_uint8
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
@@ -133,6 +133,95 @@ def test_a_camera_s_raw_file_is_developed_or_refused_but_never_its_preview(tmp_p
     remedy = re.escape(kinds.remedy("rawpy"))
     with pytest.raises(ImageError, match=rf"a\.nef is a camera's raw file.*{remedy}"):
         load_image(path)
+
+
+def sensor_begins(path, place: int) -> None:
+    """Move where the samples of a DNG's sensor are said to begin."""
+    with tifffile.TiffFile(path) as tiff:
+        where = tiff.pages[0].pages[0].tags[tiffs.STRIPS].valueoffset
+    data = path.read_bytes()
+    path.write_bytes(data[:where] + struct.pack("<I", place) + data[where + 4 :])
+
+
+def test_a_raw_file_that_ends_too_early_is_refused(tmp_path):
+    path = dng(tmp_path / "a.dng")
+    sensor_begins(path, path.stat().st_size)  # as in the first part of a download
+    with pytest.raises(ImageError, match=r"a\.dng is a camera's raw file that ends too early"):
+        load_image(path)
+
+
+def test_what_libraw_says_of_a_damaged_file_names_it(tmp_path):
+    """In a process of its own, where Pillow has not been asked for its formats yet."""
+    path = dng(tmp_path / "a.nef")
+    path.write_bytes(path.read_bytes()[:-8])
+    flat = tmp_path / "b.tif"
+    tifffile.imwrite(flat, samples("RGB", "f4"), photometric="rgb")
+    flat.write_bytes(flat.read_bytes()[:-8])
+    code = (
+        "import sys; from latentvae.images.reading import load_image\n"
+        "try: load_image(sys.argv[1])\nexcept Exception as error: print(error)"
+    )
+    for file, kind in ((path, "raw: Input/output error"), (flat, "TIFF: ")):
+        done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+        assert f"{file} cannot be read as {kind}" in done.stdout
+        assert all(line.startswith(str(file)) for line in done.stderr.splitlines())
+
+
+def test_a_raw_file_is_developed_in_a_worker_without_a_word(tmp_path):
+    path = dng(tmp_path / "a.dng")
+    code = (
+        "import multiprocessing, sys, torch; from latentvae.images.reading import load_image\n"
+        "torch.set_num_threads(1)\n"
+        "worker = multiprocessing.get_context('fork').Process(target=load_image, args=sys.argv[1:])\n"
+        "worker.start(); worker.join(); print(worker.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("maker", "is_raw"), [(b"Phase One A/S", True), (b"Leaf", True), (b"Scanner", False)]
+)
+def test_a_digital_backs_file_is_raw_by_its_second_header_and_its_maker(tmp_path, maker, is_raw):
+    tags = {256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 1}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    entries.insert(5, struct.pack("<HHII", tiffs.MAKE, 2, len(maker) + 1, 12 + 2 + 12 * 10 + 4))
+    body = struct.pack("<H", 10) + b"".join(entries) + bytes(4) + maker + b"\0"
+    data = b"II*\0" + struct.pack("<I", 12) + b"IIII" + body
+    if is_raw:
+        with pytest.raises(ImageError, match="a cannot be read as raw"):
+            load_image(data, name="a")
+    else:  # grey pixels of that value
+        assert to_uint8(load_image(data)).flatten().tolist() == [ord("I")] * 3
+
+
+def test_a_palette_of_8_bits_is_not_black(tmp_path):
+    path = tmp_path / "a.tif"
+    for scale in (1, 257):  # as some programs write it, and as TIFF has it
+        colours = np.arange(768, dtype=np.uint16).reshape(3, 256) % 256 * scale
+        tifffile.imwrite(path, np.arange(256, dtype=np.uint8)[None], photometric="palette", colormap=colours)
+        assert to_uint8(load_image(path))[:, 0].tolist() == [list(range(256))] * 3
+
+
+def test_an_orientation_of_one_byte_is_obeyed(tmp_path):
+    values = samples("RGB", "u1")
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extratags=[(274, "B", 1, 6, True)])
+    image, info = load_image_with_info(tmp_path / "a.tif")
+    assert (to_uint8(image).permute(1, 2, 0).numpy() == np.rot90(values, -1)).all()
+    assert info.notes == ["rotated by EXIF orientation 6"]
+    assert read_size(tmp_path / "a.tif") == (5, 7)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_ycbcr_without_compression_is_refused_and_never_shown_as_rgb(tmp_path, planar):
+    values = samples("RGB", "u1")
+    values = np.moveaxis(values, -1, 0) if planar else values
+    layout = "separate" if planar else "contig"
+    tifffile.imwrite(
+        tmp_path / "a.tif", np.ascontiguousarray(values), photometric="ycbcr", planarconfig=layout
+    )
+    with pytest.raises(ImageError, match=r"a\.tif is a TIFF of YCBCR .* save it as RGB"):
+        load_image(tmp_path / "a.tif")
 
 
 def test_what_pillow_refuses_and_tifffile_reads_is_read(tmp_path, capfd):

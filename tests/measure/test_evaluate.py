@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.measure.evaluate import Evaluator, evaluate
+from latentvae.measure.metrics import NO_RATE
 
 
 def test_an_image_that_cannot_be_measured_is_named_once(tiny_vae: AutoencoderKL) -> None:
@@ -40,3 +41,4 @@ def test_a_constant_variance_gives_no_rate(tiny_vae: AutoencoderKL) -> None:
     found = evaluate(tiny_vae, [("a.png", image)])
     assert found.rate_bpp is None
     assert "per source pixel" not in found.table()
+    assert f"No bpp: {NO_RATE}." in found.table()

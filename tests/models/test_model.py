@@ -19,6 +19,7 @@ from vaes import tiny_autoencoder
 import latentvae
 from latentvae.base.errors import ModelError
 from latentvae.models import loading as model
+from latentvae.models import shipped
 from latentvae.models.presets import PRESETS, preset_config
 from latentvae.models.spaces import load_autoencoder
 
@@ -45,7 +46,7 @@ def folder(tiny_vae: AutoencoderKL, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_bundled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty place for bundled weights."""
-    monkeypatch.setattr(model, "WEIGHTS_DIR", tmp_path / "weights")
+    monkeypatch.setattr(shipped, "WEIGHTS_DIR", tmp_path / "weights")
     return tmp_path / "weights"
 
 

@@ -220,8 +220,9 @@ def test_a_model_is_told_who_reads_it_right_wrong_or_not(changes, sentences):
 
 def test_a_scaling_that_other_programs_do_not_read_is_said():
     assert "scaling_factor=0.9" in program_notes(preset_config("f8c4", scaling_factor=0.9))[-1]
+    assert program_notes(preset_config("f8c16"))[-1].startswith("In ComfyUI latents are scaled by")
     assert not any(
-        "scale latents" in note for note in program_notes(preset_config("f8c4", scaling_factor=0.13025))
+        "latents are scaled" in note for note in program_notes(preset_config("f8c4", scaling_factor=0.13025))
     )
 
 

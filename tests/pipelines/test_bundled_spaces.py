@@ -27,8 +27,8 @@ def teachers(shared: Path) -> Path:
     return folder
 
 
-def test_the_first_are_there() -> None:
-    assert {"sd", "sdxl", "flux"} <= set(BUNDLED)
+def test_all_spaces_have_a_model() -> None:
+    assert set(SPACES) == set(BUNDLED)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -62,6 +62,7 @@ def test_a_pipeline_of_the_space_takes_it_by_name_and_one_of_another_does_not(
         swap(pipe, "sd-small")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in BUNDLED for kind in FAMILIES[name]])
 def test_teacher_and_student_take_each_others_place(name: str, kind: str, teachers: Path) -> None:
     case, student = CASES[kind], latentvae.load(f"{name}-small")

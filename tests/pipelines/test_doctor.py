@@ -21,7 +21,7 @@ from latentvae.measure import diagnosis as doctor
 from latentvae.measure.activations import Watch, run_watched, stock_copy
 from latentvae.measure.diagnosis import FP16_MAX, DtypeReport, diagnose, synthetic_probes, wants_upcast
 from latentvae.models.exporting import export
-from latentvae.models.loading import WEIGHTS_DIR
+from latentvae.models.shipped import WEIGHTS_DIR
 from latentvae.pipelines.doctor import rescaling
 from latentvae.pipelines.doctor.halves import compare_halves
 from latentvae.pipelines.doctor.rescaling import TOLERANCE, UnfixableError, find_knobs
@@ -485,7 +485,7 @@ def test_bad_input_ends_with_code_2(command, models, tmp_path):
         (models / "fine", "--fix", "mine"): "--fix mine is there already",
         (models / "fine", "--fix", "mine", "--overwrite"): "no earlier export",
         (models / "fine", "--fix", "file"): "--fix file is there already",
-        (models / "fine", "--device", "nothing"): "--device cpu",
+        (models / "fine", "--device", "nothing"): "wanted cpu",
     }
     for arguments, words in cases.items():
         code, out, err = command(*arguments)

@@ -12,7 +12,7 @@ from pipelines import CASES, FAMILIES, by_hand, stock_vae
 from vaes import tiny_autoencoder
 
 from latentvae.base.errors import LatentVAEError
-from latentvae.models import loading
+from latentvae.models import shipped
 from latentvae.models.presets import SPACES
 from latentvae.models.spaces import space_name
 from latentvae.pipelines.agree import agree
@@ -51,7 +51,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def on_the_shelf(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "WEIGHTS_DIR", shelf)
+    monkeypatch.setattr(shipped, "WEIGHTS_DIR", shelf)
 
 
 @pytest.mark.parametrize(("space", "kind"), KINDS)

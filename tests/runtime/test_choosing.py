@@ -21,7 +21,7 @@ from latentvae.base.repeatable import same_bits
 from latentvae.cli.main import app
 from latentvae.runtime import choosing, measurements
 from latentvae.runtime.choosing import LAYERS, OPENVINO, USUAL, Choice
-from latentvae.runtime.kernels import choices
+from latentvae.runtime.kernels import choices, compiled
 from latentvae.runtime.optimize import optimize
 from latentvae.runtime.patches import restore
 from latentvae.runtime.tiling.switch import enable_exact_tiling
@@ -158,7 +158,7 @@ def test_entries_of_other_machines_and_versions_are_ignored_and_stay(
     before = json.loads(kept.read_text())["machines"]
     with monkeypatch.context() as patch:
         if other == "machine":
-            patch.setattr(measurements, "_processor", lambda: "another processor")
+            patch.setattr(measurements, "processor", lambda: "another processor")
         elif other == "torch":
             patch.setattr(torch, "__version__", "99.0")
         else:
@@ -169,6 +169,20 @@ def test_entries_of_other_machines_and_versions_are_ignored_and_stay(
     after = json.loads(kept.read_text())["machines"]
     assert len(after) == 2
     assert before.items() <= after.items()
+
+
+def test_what_was_measured_without_a_compiler_is_not_taken_with_one(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled.library() is None:
+        pytest.skip("no C++ compiler")
+    data = inputs(fastest())
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "library", lambda: None)
+        fastest().decode(data[1])
+    for _ in range(2):
+        fastest().decode(data[1])
+    assert measured == ["Decoder"] * 2
 
 
 WHOLE = asdict(Choice(USUAL, {USUAL: 1.0}, 14, {"conv 4 to 4, 2^9 pixels": True}))

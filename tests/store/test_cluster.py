@@ -1,6 +1,7 @@
 """Shards encoded elsewhere: by Ray, whose nodes come and go, the store is that of one process."""
 
 import copy
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,12 @@ class OneNode:
     def cancel(self, task: Any, force: bool) -> None:
         self.cancelled.append(task)
 
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_assigned_resources=dict)
+
+    def get_gpu_ids(self) -> list[Any]:
+        return []
+
 
 def engine_on(cluster: OneNode, vae: Any, monkeypatch: pytest.MonkeyPatch) -> Ray:
     monkeypatch.setitem(sys.modules, "ray", cluster)
@@ -185,6 +192,30 @@ def test_tasks_are_no_more_than_twice_what_runs_at_once(
     encode(tiny_vae, photos, tmp_path / "far", engine)
     assert content(tmp_path / "far") == content(tmp_path / "local")
     assert (cluster.most, cluster.options["num_cpus"], cluster.cancelled) == (4, 2, [])
+
+
+def test_what_ray_says_of_its_nodes_is_no_part_of_the_result(
+    tiny_vae: Any,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Talkative(OneNode):
+        def get(self, task: Any) -> Any:
+            print("(raylet) a node has been marked dead")  # as Ray does, in a thread of its own
+            return super().get(task)
+
+    monkeypatch.setitem(sys.modules, "ray", Talkative())
+    tiny_vae.save_pretrained(tmp_path / "model")
+    (photos / "05.png").unlink()
+    places = (str(photos), str(tmp_path / "store"))
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", *places, "--model", str(tmp_path / "model"), "--engine", "ray", "--json"])
+    assert not ended.value.code
+    said = capsys.readouterr()
+    assert json.loads(said.out)["images"] == COUNT - 1
+    assert "marked dead" in said.err
 
 
 def test_nodes_with_gpus_have_the_batches_of_gpus(tiny_vae: Any, photos: Path, tmp_path: Path) -> None:

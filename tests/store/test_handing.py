@@ -295,6 +295,9 @@ def test_encode_says_what_it_makes_of_caches(
 
 def test_the_verb(tmp_path: Path, command: Any) -> None:
     store = write_store(tmp_path / "store", [[(2, 3)] * 3], keys={0: "../a.png"})
+    for tool, why in (("onetrainer", "on another picture"), ("diffusers", "as it is, by LatentDataset")):
+        code, _, err = command("hand-over", store, tmp_path / "none", "--to", tool)
+        assert (code, why in err, (tmp_path / "none").exists()) == (2, True, False)
     code, out, err = command("hand-over", store, tmp_path / "out" / "deep", "--to", "npz")
     assert code == 3
     assert "2 of 3 images" in out

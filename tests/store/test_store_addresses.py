@@ -231,6 +231,44 @@ def test_the_package_of_a_kind_of_address_is_named(
         open_source(address)
 
 
+class ResourceNotFoundError(Exception):
+    """As azure.core calls what it raises for a container that is not there."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError("Must provide either a connection_string or account_name with credentials!!"),
+            "there are no credentials .*: set AZURE_STORAGE_CONNECTION_STRING",
+        ),
+        (ResourceNotFoundError("long"), r"it does not exist"),
+        (RuntimeError("failed to authenticate"), r"these credentials do not allow it .*: set AZURE_"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["az", "abfs"])
+def test_what_azure_refuses_is_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, error: Exception, said: str
+) -> None:
+    tries = list[str]()
+
+    class Closed(Shaky):
+        protocol = scheme
+
+        @classmethod
+        def refuse(cls, path: str) -> None:
+            tries.append(path)
+            raise error
+
+        def exists(self, path: str, **kwargs: Any) -> bool:
+            return True
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, scheme, Closed)
+    with pytest.raises(SourceError, match=rf"^{scheme}://b/x\.jpg cannot be read: {said}"):
+        place(f"{scheme}://b/x.jpg").read_bytes()
+    assert len(tries) == 1
+
+
 def test_an_address_has_what_a_path_has() -> None:
     one = place("s3://bucket/a/b.tar")
     assert isinstance(one, Address)

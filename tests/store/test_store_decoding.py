@@ -26,7 +26,7 @@ from latentvae.images.reading import load_image
 from latentvae.images.tensors import to_uint8
 from latentvae.models.exporting import export
 from latentvae.models.fingerprint import weight_hash
-from latentvae.models.loading import DEFAULT_MODEL
+from latentvae.models.shipped import DEFAULT_MODEL
 from latentvae.store import dataset as store_dataset
 from latentvae.store.dataset import LatentDataset
 from latentvae.store.encoding import encode_folder

@@ -14,9 +14,9 @@ from stores import Size, write_store
 from torch.utils.data import DataLoader
 
 from latentvae.base.addresses import TRIES
+from latentvae.base.cache import Cache
 from latentvae.base.errors import SourceError, StoreError
 from latentvae.cli.main import main
-from latentvae.store.cache import Cache
 from latentvae.store.dataset import LatentDataset
 from latentvae.store.format import read_manifest, tensors_path
 from latentvae.store.stream import LatentStream

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import latentvae
 from latentvae.base.errors import LatentVAEError
 from latentvae.cli.anomaly import anomaly, read_labels
+from latentvae.cli.session import Session
 from latentvae.measure.lpips import load_lpips
 from latentvae.models.exporting import export
 from latentvae.models.latents import reconstruct
@@ -371,6 +372,15 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(anomaly, [str(argument) for argument in arguments])
 
 
+def test_too_few_images_are_refused_before_they_are_looked_at(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "load", lambda self: pytest.fail("a model was loaded"))
+    refused = run("fit", files["photos"], files["calibration"], "-m", files["model"]).exception
+    assert isinstance(refused, LatentVAEError)
+    assert "4 normal images came; at least 5 are needed" in str(refused)
+
+
 def test_verbs_rank_and_draw(files: dict[str, Path]) -> None:
     common = ("-m", files["model"], "--json")
     result = run("fit", files["normal"], files["calibration"], "--no-lpips", *common)
@@ -397,6 +407,8 @@ def test_verbs_rank_and_draw(files: dict[str, Path]) -> None:
     assert all(Path(row["heat_map"]).is_file() for row in figures["images"])
     assert (files["out"] / "roc.png").is_file()
     ranked = json.loads(run(*arguments, *common, "--by", "kl").stdout)["images"]
+    said = "".join(run("score", "--help").stdout.split())
+    assert all(f"{term}," in said or f"{term}." in said for term in TERMS)  # what --by takes
     values = [row["terms"]["kl"] for row in ranked]
     assert values == sorted(values, reverse=True)
     refused = run(*arguments, *common, "--by", "smell").exception

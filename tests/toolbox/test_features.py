@@ -204,6 +204,7 @@ def run(*arguments: object) -> Any:
 def test_the_verb_writes_what_the_library_gives(folder: Path, model: Path, tmp_path: Path) -> None:
     result = run("features", folder, tmp_path / "out.npy", "-m", model, "--grid", 2, "--json")
     assert result.exit_code == 0, result.output
+    assert "3/3" in result.stderr  # its progress, for encoding takes the time
     said, about = json.loads(result.stdout), json.loads((tmp_path / "out.json").read_text())
     vae = latentvae.load(model)
     assert said["labels_from"] == "folders"

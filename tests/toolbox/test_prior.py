@@ -122,8 +122,11 @@ def test_parts_of_a_mixture_share_what_the_images_do_not_tell_apart(store: Path)
 
 @pytest.mark.parametrize(("components", "rank"), [(0, None), (25, None), (1, 17), (1, 0)])
 def test_a_fit_out_of_range_is_refused(store: Path, components: int, rank: int | None) -> None:
-    with pytest.raises(LatentVAEError, match="came; wanted 1 to"):
+    with pytest.raises(LatentVAEError, match="; wanted 1 to") as refused:
         fit_mixture(LatentSet(store), components=components, rank=rank)
+    if rank is None:  # the images are named, and the way on: the command's 10 components nobody has given
+        assert f"{components} components needs as many images, and these are 24;" in str(refused.value)
+        assert "--kind gaussian" in str(refused.value)
 
 
 def test_without_scikit_learn_the_extra_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,14 +63,15 @@ def test_gradients_are_balanced_at_the_latents() -> None:
 def test_features_have_the_latents_size_and_place(vision: Path) -> None:
     model = VisionModel.load(str(vision), torch.device("cpu"), torch.float32)
     images = torch.rand(2, 3, 48, 48) * 2 - 1
-    features = model(images, 6)
+    features = model(images, (6, 6))
     assert features.shape == (2, 16, 6, 6)
     assert not features.requires_grad
     other = images.clone()
     other[..., :8] *= -1  # the left edge
-    difference = (model(other, 6) - features).abs().sum(1).mean((0, 1))  # by column
+    difference = (model(other, (6, 6)) - features).abs().sum(1).mean((0, 1))  # by column
     assert difference[0] > 3 * difference[-1]
-    assert model(images[:, :1], 6).shape == (2, 16, 6, 6), "one channel is seen three times"
+    assert model(images[:, :1], (6, 6)).shape == (2, 16, 6, 6), "one channel is seen three times"
+    assert model(images[..., :32], (6, 4)).shape == (2, 16, 6, 4)
 
 
 def test_the_gradient_reaches_the_encoder_and_the_projection_and_never_the_vision_model(
@@ -108,6 +109,18 @@ def test_a_step_moves_the_projection_and_leaves_the_vision_model(
     assert not changed(frozen, alignment.vision.network)
     assert isinstance(run.model, TrainableVAE)
     assert not any("vision" in name for name, _ in run.model.named_parameters())
+
+
+def test_a_projection_whose_gradient_overflows_alone_stays_as_it_is(photos: Path, vision: Path) -> None:
+    run, batches = start(photos, *settings(vision))
+    assert run.state.alignment is not None
+    before, weights = snapshot(run.state.alignment.projection), snapshot(run.state.vae)
+    run.state.alignment.projection.weight.register_hook(lambda gradient: gradient * torch.inf)
+    terms = optimizer_step(run, batches)
+    assert terms["grad_norm"].isfinite()
+    assert run.state.bad_steps == 1
+    assert not changed(before, run.state.alignment.projection)
+    assert not changed(weights, run.state.vae)
 
 
 def test_the_projection_comes_back_from_a_checkpoint(photos: Path, vision: Path) -> None:
@@ -156,9 +169,9 @@ def test_its_logits_are_of_patches_and_of_the_layers_that_were_asked(tmp_path: P
     whole = vision.network(images[..., :32, :32], output_hidden_states=True, **vision.more)
     tokens = whole.hidden_states[2][:, 1:].mT.unflatten(-1, (4, 4))
     vision.mean, vision.std = (0.5,) * 3, (0.5,) * 3  # pixels as they come
-    halfway, last = vision.levels(images[..., :32, :32], 4, 2)
+    halfway, last = vision.levels(images[..., :32, :32], (4, 4), 2)
     assert torch.allclose(halfway, tokens, atol=1e-5)
-    assert torch.equal(last, vision(images[..., :32, :32], 4))
+    assert torch.equal(last, vision(images[..., :32, :32], (4, 4)))
     with pytest.raises(ConfigError, match=r"adversarial\.layers=5, and the model .* has 4"):
         FeatureGAN(vision, 8, 5)
 

@@ -115,11 +115,21 @@ def test_who_speaks_the_space_already_stays(tiny_vae: Any) -> None:
     assert all(torch.equal(value, state[key]) for key, value in tiny_vae.state_dict().items())
 
 
-def test_a_linear_start_needs_quant_convolutions(tiny_vae: Any) -> None:
-    bare = build("tiny", use_quant_conv=False)
-    teacher = Teacher(tiny_vae, Scaling.of(tiny_vae.config), -10.0)
-    with pytest.raises(ConfigError, match="linear_start=false"):
-        linear_start(bare, teacher, [torch.rand(1, 3, 32, 32)])
+def test_a_model_without_quant_convolutions_takes_the_maps_in_those_beside_them(tiny_vae: Any) -> None:
+    for convolution in (tiny_vae.quant_conv, tiny_vae.post_quant_conv):
+        torch.nn.init.dirac_(convolution.weight), torch.nn.init.zeros_(convolution.bias)
+    bare = build("tiny", use_quant_conv=False, use_post_quant_conv=False).double()
+    bare.load_state_dict(tiny_vae.double().state_dict(), strict=False)
+    _, teacher = linear_relative(tiny_vae)
+    images = torch.rand(2, 3, 48, 64, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        big = torch.rand(1, 3, 128, 128, dtype=torch.float64) * 2 - 1
+        before = bare.decoder.conv_in(bare.encode(big).latent_dist.mode())
+        assert linear_start(bare, teacher, [images]) == pytest.approx(1, abs=1e-9)
+        assert (bare.encode(images).latent_dist.mode() - teacher.moments(images)[:, :4]).abs().max() < 1e-6
+        after = bare.decoder.conv_in(teacher.moments(big)[:, :4])
+        inside = (..., slice(1, -1), slice(1, -1))  # zeros pad the latents before the offset
+        assert (after - before)[inside].abs().max() < 1e-6
 
 
 def test_latents_come_nearer_and_the_export_has_the_spaces_factors(

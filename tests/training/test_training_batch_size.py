@@ -6,7 +6,7 @@ import pytest
 from training_runs import write_photos
 
 from latentvae.training import batch_size
-from latentvae.training.batch_size import find_batch_size
+from latentvae.training.batch_size import BatchFit, find_batch_size
 from latentvae.training.config import Config
 
 
@@ -38,3 +38,11 @@ def test_batches_grow_until_two_of_them_show(
     assert found.batch_size == (8500 - fixed) // each
     assert not (tmp_path / "run").exists()
     assert not list(told)
+
+
+def test_the_advice_says_of_how_much_memory_the_batch_is() -> None:
+    said = BatchFit(800, 10**7, 5 * 10**8, 10**10).advice()
+    assert said.startswith(
+        "0.50 GB, and 0.010 GB more for each image: into 85% of the 10.0 GB that there are"
+    )
+    assert said.endswith("up to 800 images per process and pass (--set train.batch_size=800)")

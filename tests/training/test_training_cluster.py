@@ -5,13 +5,24 @@ import random
 import re
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import ROOT, assert_same, command, finish, launch, write_photos
+from remote import s3, shaky  # noqa: F401  # fixtures
+from training_runs import (
+    ROOT,
+    assert_same,
+    command,
+    finish,
+    kill_after_step,
+    launch,
+    write_photos,
+)
 
+from latentvae.base.addresses import Address
 from latentvae.training.checkpoint import listing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -39,6 +50,7 @@ def wait_while(loop: subprocess.Popen[str], waits: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+STEPS = 120  # on a busy machine it is seen late that a run has saved: none ends before its tenth kill
 LAUNCHER = """
 import os, sys
 from latentvae.cli.main import main
@@ -59,7 +71,7 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
 
     def start(output: Path, save_every: int) -> subprocess.Popen[str]:
         settings = ("train.precision=fp32", "train.batch_size=2", f"train.save_every={save_every}")
-        line = command(photos, output, 1, *settings, "train.max_steps=40", resume="auto")
+        line = command(photos, output, 1, *settings, f"train.max_steps={STEPS}", resume="auto")
         line[1] = str(tmp_path / "launcher.py")
         return launch(line)
 
@@ -69,10 +81,11 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
         for number in range(10):
             # until the last one is dead, which may be saving until then
             wait_while(loop, lambda: running(loop) in killed)
+            run = running(loop)
             # until it has saved: a step is recorded before that, and would be lost with the run
             before = listing(saved)
             wait_while(loop, lambda number=number, before=before: number and listing(saved) == before)
-            run = running(loop)
+            assert running(loop) == run, f"it ended by itself before kill {number}"
             time.sleep(moments.uniform(0, 0.03))  # within a step, on a fast machine too
             os.kill(run, signal.SIGKILL)
             killed.add(run)
@@ -82,8 +95,8 @@ def test_a_launcher_loop_that_is_killed_ten_times_ends_as_the_run_that_was_not(
             os.killpg(loop.pid, signal.SIGKILL)
     assert loop.returncode == 0, printed[-3000:]
     assert printed.count("continuing from") >= 9
-    finish(start(tmp_path / "straight", 40))
-    assert_same(tmp_path / "straight", output, 40)
+    finish(start(tmp_path / "straight", STEPS))
+    assert_same(tmp_path / "straight", output, STEPS)
 
 
 APART = """
@@ -118,3 +131,25 @@ def test_machines_without_a_common_folder_train_and_a_resume_is_refused_with_the
         printed, _ = process.communicate(timeout=280)
         assert process.returncode != 0
         assert re.search(r"processes \[1\] do not have .*step-00000004.*folder that all machines", printed)
+
+
+def test_a_run_from_an_object_store_is_killed_and_resumed_to_the_bits_of_one_from_the_disk(
+    photos: Path,
+    tmp_path: Path,
+    s3: Callable[[], None],  # noqa: F811
+) -> None:
+    s3()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for photo in sorted(photos.iterdir())[number::2]:
+                tar.add(photo, photo.name)
+        Address(f"s3://bucket/shards/{number}.tar").put(tmp_path / f"{number}.tar")
+
+    def start(shards: str, output: Path, resume: str | None = None) -> subprocess.Popen[str]:
+        settings = (f"data.train={shards}/{{0..1}}.tar", "data.workers=2", "train.batch_size=2")
+        return launch(command(photos, output, 1, *settings, "train.save_every=3", resume=resume))
+
+    finish(start(str(tmp_path), tmp_path / "disk"))
+    kill_after_step(start("s3://bucket/shards", tmp_path / "streamed"), tmp_path / "streamed", 5)
+    finish(start("s3://bucket/shards", tmp_path / "streamed", "auto"))
+    assert_same(tmp_path / "disk", tmp_path / "streamed", 10)

@@ -163,6 +163,42 @@ def test_crops_are_of_every_scale_between_the_two_and_of_one_seed(tmp_path):
     assert all(torch.equal(again[k][0], crops[k]) for k in reversed(range(200)))
 
 
+def test_crops_of_a_step_share_a_shape_and_each_shape_comes(tmp_path):
+    path = write_map(tmp_path / "0.png", 0, 128, 160)
+    config = DataConfig(crop=64, max_aspect=1.5, zoom=(0.125, 1), horizontal_flip=False)
+    items, again = (CropSequence(FolderSource([path]), config, 3, 0, ratio=8, step_images=4) for _ in "ab")
+    crops = [items[k][0] for k in range(160)]
+    shapes = [tuple(crop.shape[1:]) for crop in crops]
+    assert set(shapes) == {(64, 64), (56, 72), (72, 56)}
+    assert all(len(set(shapes[step : step + 4])) == 1 for step in range(0, 160, 4))
+    assert all(torch.equal(again[k][0], crops[k]) for k in reversed(range(160)))
+    # red is x and green is y: pixels of the image for one of the crop, of both axes alike
+    scales = [
+        (
+            float(c[0, 0, -1] - c[0, 0, 0].int()) / (c.shape[2] - 1),
+            float(c[1, -1, 0] - c[1, 0, 0].int()) / (c.shape[1] - 1),
+        )
+        for c in crops
+    ]
+    assert all(across == pytest.approx(down, abs=0.05) for across, down in scales)
+    assert max(across for across, _ in scales) > 1.6
+    # one that is large enough for the square alone is passed over, whichever shape its step has
+    small = write_map(tmp_path / "1.png", 1, 64, 64)
+    lacking = CropSequence(FolderSource([small, path]), config, 3, 0, ratio=8)
+    assert all("smaller than data.crop=64 with data.max_aspect=1.5 (72 px)" in lacking.decode(0) for _ in "a")
+
+
+@pytest.mark.parametrize(
+    ("crop", "aspect", "remedy"),
+    [(64, 1.2, "; use 1.29 or more, or larger crops"), (16, 2, "; use larger crops")],
+)
+def test_an_aspect_that_allows_no_other_shape_is_refused(tmp_path, crop, aspect, remedy):
+    path = write_map(tmp_path / "0.png", 0, 128, 160)
+    config = DataConfig(crop=crop, max_aspect=aspect)
+    with pytest.raises(ConfigError, match=f"multiples of 8 px{remedy}"):
+        CropSequence(FolderSource([path]), config, 3, 0, ratio=8)
+
+
 def test_an_image_of_exactly_the_crop_is_used_whole(tmp_path):
     path = write_map(tmp_path / "exact.png", 1, CROP, CROP)
     assert where(sequence([path])[0][0])[:3] == (1, 0, 0)

@@ -787,6 +787,7 @@ def test_missing_lpips_weights_stop_training_before_anything_runs(photos, tmp_pa
     message = str(error.value)
     assert WEIGHTS_ENV in message
     assert "torchvision.models.squeezenet1_1(weights='DEFAULT')" in message
+    assert message.endswith("--set loss.perceptual_weight=0 trains without LPIPS.")
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,7 @@ def test_the_summary_says_whether_more_steps_would_help() -> None:
         "Validation: 24.00 dB, LPIPS 0.100. Since step 300: PSNR +1.00 dB, LPIPS -0.100; still improving: "
         "more steps (train.max_steps, with --resume latest) would help."
     )
+    assert "more steps (this stage's `steps`) would help" in summary(RISING, in_stage=True)
     assert "no longer improving" in summary(FLAT)
     assert "Too few validations" in summary(RISING[:1])
     worse = [*RISING, Point(500, 23, 0.2)]

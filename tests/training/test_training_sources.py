@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from remote import Shaky, put, shaky, upload  # noqa: F401  # a fixture
 
 import latentvae
+from latentvae.base import addresses
 from latentvae.base.errors import ConfigError, ImageError, SourceError
 from latentvae.images import tars as shards
 from latentvae.images.reading import load_image
@@ -286,6 +289,97 @@ def test_a_shard_that_dies_ends_the_run_with_its_name_and_no_stack_trace(tmp_pat
             batches(source, config(workers))
         assert str(caught.value).startswith(f"{shard} {reason}")
         assert "Traceback" not in str(caught.value)
+
+
+# --- shards one after the other ----------------------------------------------------------------------------
+
+
+def by_shards(source: ImageSource, at_once: int, seed: int = 0) -> CropSequence:
+    data = config().data.model_copy(update={"shuffle_shards": at_once})
+    return CropSequence(source, data, 3, seed)
+
+
+@pytest.fixture
+def shards_of_5(tmp_path: Path, kinds: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sixty images, of twelve that differ, in twelve shards."""
+    monkeypatch.setenv("LATENTVAE_CACHE", str(tmp_path / "cache"))
+    data = [path.read_bytes() for path in sorted(Path(kinds["folder"]).iterdir())]
+    for shard in range(12):
+        members = {f"{shard}-{number}.png": data[(5 * shard + number) % COUNT] for number in range(5)}
+        write_tar(tmp_path / "shards" / f"{shard:02d}.tar", members)
+    return str(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_some_shards_at_a_time_have_their_images_shuffled_together(shards_of_5: str, held_out: bool) -> None:
+    source: ImageSource = open_source(shards_of_5)
+    if held_out:
+        source = hold_out(source, 6)[0]
+    sequence, count = by_shards(source, 3), len(source)
+    epochs = []
+    for epoch in range(3):
+        order = sequence.order(epoch, 0)
+        visited = [order[place] for place in range(count)]
+        assert sorted(visited) == list(range(count))
+        shard = [source.name(index).rpartition("/")[2][:2] for index in visited]
+        drawn = [*dict.fromkeys(shard)]
+        turns = [set(drawn[start : start + 3]) for start in range(0, 12, 3)]
+        of_turn = [next(i for i, turn in enumerate(turns) if each in turn) for each in shard]
+        assert of_turn == sorted(of_turn)
+        assert shard != sorted(shard, key=drawn.index)  # and not one shard after the other
+        epochs.append(tuple(visited))
+    assert len(set(epochs)) == 3
+    assert by_shards(source, 12).order(0, 0)[0] != by_shards(source, 12, seed=1).order(0, 0)[0]
+
+
+def test_batches_by_shards_are_the_same_from_any_step_and_in_any_process(shards_of_5: str) -> None:
+    source, steps = open_source(shards_of_5), 24  # of three images: more than an epoch
+    runs = {
+        workers: pictures(
+            list(training_batches(config(workers, 3, steps), by_shards(source, 2), first, 0, 1))
+        )
+        for workers, first in ((0, 0), (2, 5))
+    }
+    assert runs[2] == runs[0][15:]
+    shares = [
+        list(training_batches(config(0, 1, steps), by_shards(source, 2), 0, rank, 3)) for rank in range(3)
+    ]
+    assert [picture for step in zip(*map(pictures, shares), strict=True) for picture in step] == runs[0]
+
+
+def test_shards_at_addresses_are_fetched_whole_once_by_all_processes(
+    shards_of_5: str, tmp_path: Path
+) -> None:
+    at = upload(Path(shards_of_5), "shaky://data/shards")
+    near, far = open_source(shards_of_5), open_source(f"{at}/*.tar")
+    wanted = pictures(list(training_batches(config(0, 5, 12), by_shards(near, 2), 0, 0, 1)))
+    Shaky.asked.clear()
+    for _ in range(2):  # a process, and another one, or a later epoch
+        sequence = by_shards(far, 2)
+        assert pictures(list(training_batches(config(0, 5, 12), sequence, 0, 0, 1))) == wanted
+        for thread in threading.enumerate():
+            if thread.name == "fetch shards":
+                thread.join(60)
+    assert sorted(Shaky.asked) == [f"{at}/{shard:02d}.tar" for shard in range(12)]
+    assert len([*(tmp_path / "cache").glob("*.tar")]) == 12
+    Shaky.asked.clear()
+    far.load(0)  # as validation does
+    assert len(Shaky.asked) == 1
+
+
+def test_a_shard_that_is_written_again_is_fetched_again(shards_of_5: str) -> None:
+    at = upload(Path(shards_of_5), "shaky://data/shards")
+    first = by_shards(open_source(f"{at}/00.tar"), 1).image(0)
+    put({"00.tar": Path(shards_of_5, "01.tar").read_bytes()}, at)
+    addresses.forget()
+    assert not torch.equal(by_shards(open_source(f"{at}/00.tar"), 1).image(0), first)
+
+
+def test_only_shards_are_read_so(kinds: dict[str, str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.shuffle_shards is of \.tar shards, and data\.train is a Folder"
+    ):
+        split_sources(DataConfig(train=kinds["folder"], shuffle_shards=1))
 
 
 @pytest.mark.slow

@@ -4,12 +4,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latentvae.base.errors import ImageError
+from latentvae.base.errors import ConfigError, ImageError
 from latentvae.images.sources import open_source
 from latentvae.models.presets import build
 from latentvae.training import machine, validation
@@ -91,9 +92,24 @@ def test_validation_images_of_which_no_process_can_read_any_are_refused(tmp_path
         together(monkeypatch, 2, lambda *share: Validation(config, source, source, 3, None, *share))
 
 
+def test_one_process_trains_in_one_precision() -> None:
+    def start(precision: str) -> None:
+        train = {"precision": precision, "tracker": "none"}
+        machine.start_processes(Config.model_validate({"train": train}))
+
+    # the first, if an earlier test has had the other one
+    with pytest.raises(ConfigError, match=r"had (fp32|bf16), which Accelerate keeps to its end"):  # noqa: PT012
+        start("fp32")
+        start("bf16")
+
+
 def test_processes_wait_for_one_another_as_long_as_the_configuration_says(monkeypatch):
     seen = {}
-    monkeypatch.setattr(machine, "Accelerator", lambda **settings: seen.update(settings))
+    monkeypatch.setattr(
+        machine,
+        "Accelerator",
+        lambda **settings: seen.update(settings) or SimpleNamespace(mixed_precision="no"),
+    )
     config = Config.model_validate({"train": {"timeout_minutes": 7, "tracker": "none"}})
     machine.start_processes(config)
     (waiting,) = seen["kwargs_handlers"]

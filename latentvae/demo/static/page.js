@@ -67,14 +67,22 @@ const still = event => {  // an animation's first frame, where the visitor asks 
 };
 const SLOW = 2000;  // milliseconds after which Stop is offered
 const isBusy = panel => !!panel.querySelector('.lv-bar [data-testid=status-tracker]:not(.hide)');
+const first = panel => panel.querySelector('.lv-pair img')?.src;  // which tells a picture from the one before
+const begin = panel => { panel.before = first(panel); panel.classList.remove('lv-fresh'); };
 const work = () => document.querySelectorAll('.lv-results').forEach(panel => {
   const busy = isBusy(panel);
-  if (busy === panel.classList.contains('lv-busy')) return;
-  panel.classList.toggle('lv-busy', busy);
-  panel.setAttribute('aria-busy', busy);
-  clearTimeout(panel.slow);
-  panel.classList.remove('lv-slow');
-  if (busy) panel.slow = setTimeout(() => panel.classList.add('lv-slow'), SLOW);
+  if (busy !== panel.classList.contains('lv-busy')) {
+    begin(panel);
+    panel.classList.toggle('lv-busy', busy);
+    panel.setAttribute('aria-busy', busy);
+    clearTimeout(panel.slow);
+    panel.classList.remove('lv-slow');
+    if (busy) panel.slow = setTimeout(() => panel.classList.add('lv-slow'), SLOW);
+  }
+  if (busy && first(panel) && first(panel) !== panel.before) {  // a first part of what is being made
+    panel.classList.add('lv-fresh');
+    panel.classList.remove('lv-stale');
+  }
 });
 document.addEventListener('keydown', step);
 document.addEventListener('load', still, true);  // loading does not bubble
@@ -82,10 +90,10 @@ let waiting = 0;
 const soon = () => { waiting ||= requestAnimationFrame(() => { waiting = 0; name(); work(); }); };
 // of the document: whether there is a body yet depends on how gradio writes the head
 new MutationObserver(soon).observe(document.documentElement,
-  { childList: true, subtree: true, attributeFilter: ['class'] });
+  { childList: true, subtree: true, attributeFilter: ['class', 'src'] });
 // One picture and one model for all tabs: what was made of others is veiled, and the open tab makes its own anew.
 window.lvFollow = () => {
-  document.querySelectorAll('.lv-results').forEach(each => each.classList.add('lv-stale'));
+  document.querySelectorAll('.lv-results').forEach(each => { begin(each); each.classList.add('lv-stale'); });
   const open = [...document.querySelectorAll('.lv-follow')].filter(
     each => each.closest('[role=tabpanel]')?.offsetParent);
   open.forEach(each => each.click());

@@ -165,7 +165,7 @@ def program_notes(config: dict[str, Any]) -> list[str]:
         notes.append("Stock diffusers drops attention within the levels when it reads LDM's names.")
     if strange:
         notes.append(
-            f"{_listed(strange)} scale latents by the diffusion model's factors, not by this model's "
+            f"In {_listed(strange)} latents are scaled by the diffusion model's factors, not by this model's "
             f"scaling_factor={factors[0]:g}, shift_factor={factors[1]:g}: right only with one of the same."
         )
     return notes

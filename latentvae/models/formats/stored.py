@@ -12,8 +12,8 @@ from latentvae.base.errors import ModelError
 from latentvae.models.formats.layout import Layout, find_layout, find_prefix
 from latentvae.models.presets import nearest
 
-# What `AutoencoderKL.save_pretrained` calls the files of a folder
-WEIGHTS_NAME, CONFIG_NAME = "diffusion_pytorch_model.safetensors", "config.json"
+# What `AutoencoderKL.save_pretrained` calls one of the two files of a folder, beside shipped.WEIGHTS_NAME
+CONFIG_NAME = "config.json"
 # What LDM's training leaves in its files beside the model
 LDM_LEFTOVERS = ("loss.", "model_ema.")
 WELL_KNOWN = ("encoder.conv_in.weight", "first_stage_model.encoder.conv_in.weight")

@@ -12,7 +12,8 @@ from latentvae.base import files
 from latentvae.base.errors import LatentVAEError
 from latentvae.models.formats.deriving import has_level_attention
 from latentvae.models.formats.layout import is_attention_weight, ldm_name, to_convolution
-from latentvae.models.formats.stored import CONFIG_NAME, WEIGHTS_NAME
+from latentvae.models.formats.stored import CONFIG_NAME
+from latentvae.models.shipped import WEIGHTS_NAME
 
 Format = Literal["diffusers", "ldm", "single-file"]
 Prefix = Literal["", "first_stage_model.", "vae."]

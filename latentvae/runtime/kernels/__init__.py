@@ -1,1 +1,1 @@
-"""What a CPU computes faster or more exactly than torch does: wide convolutions, norms of large maps."""
+"""What a CPU computes faster or more exactly than torch does: convolutions, norms of large maps."""

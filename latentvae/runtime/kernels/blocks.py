@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -22,24 +22,35 @@ _MADV_HUGEPAGE = 14  # mman.h of Linux
 Job = TypeVar("Job")
 
 
+class Affine(NamedTuple):
+    """What a norm does to each channel of each image: x * scale + shift, (B, C) each, float32 at least."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
 def suits_blocks(module: torch.nn.Module, x: torch.Tensor) -> bool:
-    """Whether what `module` does to x may be computed so: channels_last on a CPU, and nothing records it."""
+    """Whether what `module` does to x may be computed so."""
+    dtypes = (torch.float32, torch.float64)
+    return goes_unseen(module, x) and x.dtype in dtypes and torch.get_num_threads() <= MAX_THREADS
+
+
+def goes_unseen(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether kernels of ours may do it: x is channels_last on a CPU, and nothing records what happens."""
     if torch.compiler.is_compiling():  # first: what follows would be traced
         return False
     parameters = list(module.parameters(recurse=False))
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
         and x.ndim == 4
         and x.stride(1) == 1  # channels_last: a block of rows is one piece of memory
-        and all(parameter.dtype == x.dtype for parameter in parameters)
+        and all(each.dtype == x.dtype and each.device == x.device for each in parameters)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)))
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch.is_autocast_enabled("cpu")
         and torch.get_float32_matmul_precision()
         == "highest"  # what others allow is too coarse for transforms
-        and torch.get_num_threads() <= MAX_THREADS
     )
 
 
@@ -65,13 +76,18 @@ def share_out(jobs: Iterable[Job], worker: Callable[[], Callable[[Job], None]]) 
     threads = min(torch.get_num_threads(), len(waiting))
     if threads == 1:
         return work()
-    futures = [_pool(os.getpid(), torch.get_num_threads()).submit(work) for _ in range(threads)]
+    futures = [all_threads().submit(work) for _ in range(threads)]
     try:
         for future in futures:
             future.result()
     finally:  # after an error or an interruption nobody may go on writing to the caller's buffers
         waiting.clear()
         wait(futures)
+
+
+def all_threads() -> ThreadPoolExecutor:
+    """As many threads as torch's, each of one core."""
+    return _pool(os.getpid(), torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=1)  # in the key, the process: a forked one has none of its parent's threads

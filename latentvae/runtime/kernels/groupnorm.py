@@ -6,38 +6,35 @@ measured on their own and put together in float64 (Chan, Golub & LeVeque 1983).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentvae.runtime.kernels import blocks
+from latentvae.runtime.kernels import blocks, compiled
 
+_NOTHING = nn.Identity()
 BLOCK = 2**17  # values in a block, that they stay in a core's cache
 _Rows = tuple[int, slice]  # an image's number, and some rows of it
 
 
-class Affine(NamedTuple):
-    """What a norm does to each channel of each image: x * scale + shift, (B, C) each."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
-
-
 def suits_norm(norm: nn.GroupNorm, x: torch.Tensor) -> bool:
     """Whether `affine` and `apply` can stand in for `norm` on x, and the map is large enough."""
-    return norm.affine and blocks.suits_blocks(norm, x) and x.numel() > BLOCK
+    if not norm.affine or norm.num_channels != x.shape[1]:
+        return False
+    return compiled.suits(norm, x) or (blocks.suits_blocks(norm, x) and x.numel() > BLOCK)
 
 
-def affine(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
+def affine(norm: nn.GroupNorm, x: torch.Tensor) -> blocks.Affine:
     """The scale and shift of every channel that normalise x (B, C, H, W), from its statistics."""
+    if compiled.suits(norm, x):
+        return blocks.Affine(*compiled.affine(norm, x))
     source = x.detach().permute(0, 2, 3, 1)  # (B, H, W, C), as channels_last lies in memory
     batch, _, width, channels = source.shape
     jobs = _jobs(source)
     per_image = len(jobs) // batch
     means, variances = source.new_empty((2, batch, per_image, channels), dtype=torch.float64)
-    counts = torch.tensor([(rows.stop - rows.start) * width for _, rows in jobs[:per_image]])
+    counts = means.new_tensor([(rows.stop - rows.start) * width for _, rows in jobs[:per_image]])
 
     def worker() -> Callable[[tuple[int, _Rows]], None]:
         def measure(numbered: tuple[int, _Rows]) -> None:
@@ -51,12 +48,12 @@ def affine(norm: nn.GroupNorm, x: torch.Tensor) -> Affine:
         return measure
 
     blocks.share_out(enumerate(jobs), worker)
-    return _combine(norm, means, variances, counts.double())
+    return _combine(norm, means, variances, counts)
 
 
 def _combine(
     norm: nn.GroupNorm, means: torch.Tensor, variances: torch.Tensor, counts: torch.Tensor
-) -> Affine:
+) -> blocks.Affine:
     """Put the blocks' means and variances, (B, blocks, C), together by groups."""
     groups = (norm.num_groups, -1)
     means, variances = means.unflatten(2, groups), variances.unflatten(2, groups)  # (B, blocks, G, C / G)
@@ -68,11 +65,13 @@ def _combine(
     shift = (-mean * scale).flatten(1)
     weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
     dtype = norm.weight.dtype
-    return Affine((scale.flatten(1) * weight).to(dtype), (shift * weight + bias).to(dtype))
+    return blocks.Affine((scale.flatten(1) * weight).to(dtype), (shift * weight + bias).to(dtype))
 
 
-def apply(x: torch.Tensor, normalise: Affine, *, silu: bool) -> torch.Tensor:
+def apply(x: torch.Tensor, normalise: blocks.Affine, *, silu: bool) -> torch.Tensor:
     """x (B, C, H, W) normalised, and activated if asked for, as a new channels_last map."""
+    if compiled.suits(_NOTHING, x):
+        return compiled.apply(x, *normalise, silu=silu)
     source = x.detach().permute(0, 2, 3, 1)
     output = blocks.new_map(source, *source.shape)
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from latentvae.runtime.kernels import blocks
-from latentvae.runtime.kernels.groupnorm import Affine
 
 MIN_CHANNELS = 128  # below, transforms cost more than products save
 MIN_PIXELS = 1024  # of output; below, transforming the weights costs more than it saves
@@ -36,12 +35,14 @@ class Scheme:
         g: factors from the kernel's three values.
         b: factors from a patch of inputs, which begins one pixel before the tile.
         step: from one patch to the next.
+        offset: outputs of the first tile that lie before the map.
     """
 
     a: torch.Tensor
     g: torch.Tensor
     b: torch.Tensor
     step: int
+    offset: int = 0
 
     @property
     def outputs(self) -> int:
@@ -78,7 +79,7 @@ def _toom_cook(points: tuple[float, ...]) -> Scheme:
 
 
 def _matrix(rows: list[list[float]]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 # Mild points keep rounding errors near those of a direct convolution.
@@ -91,6 +92,15 @@ UPSAMPLING = Scheme(
     g=_matrix([[1, 0, 0], [1, 1, 1], [0, 0, 1]]),
     b=_matrix([[1, -1, 0], [0, 1, 0], [0, -1, 1]]),
     step=1,
+)
+
+# The same for outputs 2i - 1 to 2i + 2, which share s x[i]: five products for four outputs.
+UPSAMPLING_OF_TWO = Scheme(
+    a=_matrix([[0, 1, 1, 0, 0], [1, 0, 1, 0, 0], [0, 0, 1, 0, -1], [0, 0, 1, -1, 0]]),
+    g=_matrix([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1]]),
+    b=_matrix([[1, -1, 0], [1, -1, 0], [0, 1, 0], [0, 1, -1], [0, 1, -1]]),
+    step=2,
+    offset=1,
 )
 
 
@@ -109,7 +119,7 @@ def convolve(
     x: torch.Tensor,
     conv: torch.nn.Conv2d,
     scheme: Scheme = CONVOLUTION,
-    before: Affine | None = None,
+    before: blocks.Affine | None = None,
     plus: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `conv` makes of x (B, C, H, W), or of x upsampled to nearest x2, as a channels_last map.
@@ -124,14 +134,14 @@ def convolve(
     output = blocks.new_map(x, batch, height * size // step, width * size // step, conv.out_channels)
     sums = None if plus is None else plus.detach().permute(0, 2, 3, 1)
     bias = x.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-    rows, columns = _block_of_tiles(-(-height // step), -(-width // step), BLOCK // scheme.points)
+    rows, columns = block_of_tiles(-(-height // step), -(-width // step), BLOCK // scheme.points)
 
     def worker() -> Callable[[tuple[int, int, int]], None]:
         block = _Block(scheme, factors, bias, rows, columns)
 
         def work(job: tuple[int, int, int]) -> None:
             image, top, left = job
-            affine = None if before is None else Affine(before.scale[image], before.shift[image])
+            affine = None if before is None else blocks.Affine(before.scale[image], before.shift[image])
             block.read(source[image], affine, top, left)
             block.multiply()
             block.write(output[image], None if sums is None else sums[image], top, left)
@@ -149,19 +159,25 @@ def convolve(
 def _factors(weight: torch.Tensor, scheme: Scheme) -> Iterator[torch.Tensor]:
     """The kernels (K, C, 3, 3), transformed: (points, C, K)."""
     outputs, channels = weight.shape[:2]
-    shape = (scheme.points, channels * outputs)
-    kept = _all_in_use.acquire(blocking=False)  # else another thread computes, and we take a buffer anew
-    try:
-        result = _of_all.take("factors", weight, *shape) if kept else blocks.new_map(weight, *shape)
+    with factors_buffer(weight, scheme.points * channels * outputs) as buffer:
+        result = buffer.view(scheme.points, channels * outputs)
         taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
         torch.mm(scheme.square("g", weight.dtype), taps, out=result)
         yield result.view(-1, channels, outputs)
+
+
+@contextmanager
+def factors_buffer(like: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Room for so many factors, for as long as the block is open."""
+    kept = _all_in_use.acquire(blocking=False)  # else another thread computes, and we take a buffer anew
+    try:
+        yield _of_all.take("factors", like, size) if kept else blocks.new_map(like, size)
     finally:
         if kept:
             _all_in_use.release()
 
 
-def _block_of_tiles(height: int, width: int, most: int) -> tuple[int, int]:
+def block_of_tiles(height: int, width: int, most: int) -> tuple[int, int]:
     """Rows and columns of equal blocks of so many tiles, near squares but rather wide."""
     columns = _even_share(width, 2 * round(most**0.5))
     return _even_share(height, max(1, most // columns)), columns
@@ -192,7 +208,7 @@ class _Block:
         self.products = even[: points * tiles * outputs].view(points, tiles, outputs)
         self.tiles = odd[: size**2 * tiles * outputs].view(size, size, rows, columns, outputs)
 
-    def read(self, source: torch.Tensor, before: Affine | None, top: int, left: int) -> None:
+    def read(self, source: torch.Tensor, before: blocks.Affine | None, top: int, left: int) -> None:
         """Copy the overlapping patches of the block at (top, left) of (H, W, C), zeros outside of it."""
         top, left = top - 1, left - 1
         bottom, right = top + self.inputs.shape[0], left + self.inputs.shape[1]

@@ -114,6 +114,22 @@ def ways(
     return found
 
 
+def estimate(
+    vae: AutoencoderKL, height: int, width: int, tile_size: int | None = None, *, on_disk: bool = False
+) -> float:
+    """Seconds, about, to encode and decode an image as `tile_to_fit` has it; times a small one for that."""
+    restore(vae, "tiling")  # of the image before
+    rates, tflop = measured_rates(vae), planning.whole_tflop(vae, height, width)
+    free = memory.free_memory(vae.device)
+    if tile_size is not None or memory.ordinary_peak(vae, height, width) > free:
+        side, _ = fitting_tile(vae, height, width, free, tile_size, on_disk=on_disk)
+        steps = planning.plan(
+            vae, height, width, tile_size=side or TILE_SIZES[-1], memory=memory.SHARE * free
+        )
+        tflop = {course.verb: course.tflop for course in (steps.encode, steps.decode)}
+    return sum(tflop[verb] * 1e12 / rates[verb] for verb in rates)
+
+
 @torch.no_grad()
 def measured_rates(vae: AutoencoderKL, side: int = 256) -> dict[str, float]:
     """FLOP/s of encoding and decoding an image of that side, each timed once after a run to warm up."""

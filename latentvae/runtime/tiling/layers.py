@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentvae.base.errors import ModelError
-from latentvae.runtime.forwards import conv_of
+from latentvae.runtime.forwards import conv_of, takes_norms
+from latentvae.runtime.kernels import blocks, compiled
+from latentvae.runtime.plain import takes_ours
 from latentvae.runtime.seamless import wraps
 from latentvae.runtime.tiling.maps import Box, OldEdges, Statistics, pieces, turns
 
@@ -133,7 +135,25 @@ class Norm:
         self.norm, self.activation, self.statistics = norm, activation, statistics
         self._affine: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def then(self, conv: nn.Conv2d, tile: torch.Tensor) -> torch.Tensor:
+        """Norm, activation and a 3x3 convolution of a tile: in one go where the kernels compute all three."""
+        if takes_norms(conv) and self._suits_kernels(tile):
+            return conv(tile, before=self._affine_of_image())
+        return conv(self(tile))
+
+    def _suits_kernels(self, tile: torch.Tensor) -> bool:
+        """Whether `optimize` has patched both, nobody would see that they are not called, and it can."""
+        return takes_ours(self.norm, self.activation) and compiled.suits(self.norm, tile)
+
+    def _affine_of_image(self) -> blocks.Affine:
+        """What the norm does to each channel, float32 (1, C) each."""
+        return blocks.Affine(*(value.float()[None] for value in self._scale_and_shift()))
+
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
+        """Norm and activation of a tile."""
+        # one pass over it; torch's operations below take four, and more in half precision
+        if type(self.activation) is nn.SiLU and takes_ours(self.norm) and compiled.suits(self.norm, tile):
+            return compiled.apply(tile, *self._affine_of_image(), silu=True)
         wide = torch.promote_types(tile.dtype, torch.float32)
         scale, shift = (value.to(wide).to(tile.device)[:, None, None] for value in self._scale_and_shift())
         result = torch.empty_like(tile, memory_format=_layout(tile))
@@ -185,9 +205,7 @@ class Conv(Map):
 
     def apply(self, tile: torch.Tensor) -> torch.Tensor:
         """Norm, activation and convolution of a tile; the outermost pixels are right at true borders only."""
-        if self.norm is not None:
-            tile = self.norm(tile)
-        return self.conv(tile)
+        return self.conv(tile) if self.norm is None else self.norm.then(self.conv, tile)
 
     def footprint(self, pixels: int) -> tuple[int, int]:
         # at worst: reading the source; source and normed; normed and result
@@ -236,8 +254,7 @@ class Residual(Map):
             hidden = inner.cropped(self.hidden.apply(tile), outer)
         else:
             hidden = self.hidden.around(inner)  # from the scratch: the source is read later, without a halo
-        hidden = self.norm(hidden)
-        result = box.cropped(block.conv2(hidden), inner)
+        result = box.cropped(self.norm.then(block.conv2, hidden), inner)
         del hidden  # before the source is read, or three tiles would lie in memory
         if source is None:
             source = self.source.read(box)

@@ -144,12 +144,15 @@ class TiledRun(Walk):
         device: where tiles are computed.
         result: the whole result, (1, C, H, W); the last stage writes into it.
         bar: moved on by the TFLOP of every tile.
+        by_kernels: measure with the kernels that `optimize` brings.
     """
 
-    def __init__(self, plan: Walk, scratch: Scratch, device: torch.device, bar: "tqdm[Any]") -> None:
+    def __init__(
+        self, plan: Walk, scratch: Scratch, device: torch.device, bar: "tqdm[Any]", by_kernels: bool = False
+    ) -> None:
         super().__init__(plan.itemsize, plan.tile_size, 1, plan.kept)
         self.tile_values = plan.tile_values  # so tiles are cut as planned, whatever that width was
-        self.scratch, self.device, self.bar = scratch, device, bar
+        self.scratch, self.device, self.bar, self.by_kernels = scratch, device, bar, by_kernels
 
     def attend(self, name: str, attention: torch.nn.Module, source: Stored) -> None:
         super().attend(name, attention, source)
@@ -157,7 +160,7 @@ class TiledRun(Walk):
         # a copy, because hooks and processors may keep what they are given
         tensor.copy_(attention(tensor.to(self.device, copy=True), temb=None))
         source.statistics = Statistics()
-        source.statistics.add(tensor)
+        source.statistics.add(tensor, self.by_kernels)
         self._finish(name, source.statistics)
         self.bar.update(self.stages[-1].flops / 1e12)
 
@@ -172,7 +175,7 @@ class TiledRun(Walk):
                 target.start_row(row[0])
             for box in row:
                 tile = node.read(box)
-                statistics.add(tile)
+                statistics.add(tile, self.by_kernels)
                 if target is not None:
                     target.write(box, tile)
                 del tile  # or it would lie in memory beside the next

@@ -17,6 +17,7 @@ from latentvae.runtime.memory import peak_of
 from latentvae.runtime.offloading import weights_of
 from latentvae.runtime.patches import (
     check_autoencoder,
+    is_patched,
     keep_settings,
     name_patches,
     on_restore,
@@ -119,7 +120,7 @@ def _encoder_forward(self: Any, sample: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():
         from latentvae.runtime.tiling import uncompiled  # imports torch's compiler, which takes seconds
 
-        return uncompiled.encode_in_tiles(self, sample)
+        return uncompiled.run(encode_in_tiles, self, sample)
     return encode_in_tiles(self, sample)
 
 
@@ -131,7 +132,7 @@ def _decoder_forward(
     if torch.compiler.is_compiling():
         from latentvae.runtime.tiling import uncompiled  # imports torch's compiler, which takes seconds
 
-        return uncompiled.decode_in_tiles(self, sample)
+        return uncompiled.run(decode_in_tiles, self, sample)
     return decode_in_tiles(self, sample)
 
 
@@ -210,10 +211,11 @@ def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torc
     result = torch.empty(len(batch), *shape, dtype=dtype, device=batch.device)
     tflop = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
     bar_of = _progress_bar("decode" if decodes else "encode", tflop, settings.progress)
+    by_kernels = is_patched(model.conv_norm_out, "optimize")
     # blocks, resnets and norms are not called: their hooks would not bring what offloading keeps away
     with bar_of as bar, weights_of(structure.uncalled(model)):
         for sample, target in zip(batch.split(1), result.split(1), strict=True):
-            run = stages.TiledRun(steps, scratch, batch.device, bar)
+            run = stages.TiledRun(steps, scratch, batch.device, bar, by_kernels)
             source = planning.input_map(sample.shape[1:], sample.contiguous(memory_format=scratch.layout))
             run_stages(run, model, source, layers.Stored("result", shape, target))
     return result

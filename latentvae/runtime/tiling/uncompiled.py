@@ -1,10 +1,14 @@
 """Exact tiling as torch.compile calls it: as it is, for a graph of it would be made anew for every size."""
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from latentvae.runtime.tiling import switch
+import torch
 
 _REASON = "exact tiling is not compiled: latentvae.restore(vae, 'tiling') where fullgraph is wanted"
 
-encode_in_tiles = torch.compiler.disable(switch.encode_in_tiles, reason=_REASON)
-decode_in_tiles = torch.compiler.disable(switch.decode_in_tiles, reason=_REASON)
+
+@torch.compiler.disable(reason=_REASON)
+def run(tiled: Callable[..., torch.Tensor], *values: Any) -> torch.Tensor:
+    """Call a function in eager mode, within whatever is compiled."""
+    return tiled(*values)

@@ -204,6 +204,17 @@ class Calibration:
             partial.write_bytes(save({"pooled": self.cloud.pooled, "layout": self.cloud.layout}, about))
 
 
+def check_count(count: int) -> None:
+    """Refuse to learn from so few normal images that they have no quantiles.
+
+    Raises:
+        LatentVAEError: fewer than 5.
+    """
+    if count < LEAST:
+        images = "1 normal image" if count == 1 else f"{count} normal images"
+        raise LatentVAEError(f"{images} came; at least {LEAST} are needed, and hundreds are better.")
+
+
 def calibrate(vae: AutoencoderKL, looks: Iterable[Look], lpips_net: str | None = None) -> Calibration:
     """Learn from normal images what is usual.
 
@@ -219,9 +230,7 @@ def calibrate(vae: AutoencoderKL, looks: Iterable[Look], lpips_net: str | None =
         LatentVAEError: fewer than 5.
     """
     seen = list(looks)
-    if len(seen) < LEAST:
-        images = "1 normal image" if len(seen) == 1 else f"{len(seen)} normal images"
-        raise LatentVAEError(f"{images} came; at least {LEAST} are needed, and hundreds are better.")
+    check_count(len(seen))
     cloud = Cloud(np.stack([one.pooled for one in seen]), np.stack([one.layout for one in seen]))
     fold = np.arange(len(seen)) % FOLDS  # every fifth, so that no series in a folder is left out whole
     others = [cloud.without(fold == number) for number in range(FOLDS)]

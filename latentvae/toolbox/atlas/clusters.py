@@ -163,8 +163,8 @@ def few_label_accuracy(
     classes = found[counts > per_class]  # one more than is learned from, to be asked about
     if len(classes) < 2 or per_class < 1 or draws < 1:
         raise LatentVAEError(
-            f"{len(classes)} label(s) have more than {per_class} images; a classifier that learns from "
-            f"{per_class} of each and is asked about others needs two."
+            f"a classifier that learns from {per_class} images of each label and is asked about others needs "
+            f"two labels of more, and there are {len(classes)}."
         )
     used = np.flatnonzero(np.isin(names, classes))
     random = np.random.default_rng(seed)

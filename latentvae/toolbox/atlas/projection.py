@@ -105,7 +105,7 @@ def project(values: np.ndarray, method: Method = "pca", seed: int = 0) -> Projec
     if method not in get_args(Method):
         raise LatentVAEError(f"method {method!r} came; choose one of {', '.join(get_args(Method))}.")
     if len(scaled) < least:
-        raise LatentVAEError(f"{len(scaled)} image(s) came; a map by {method} needs {least} or more.")
+        raise LatentVAEError(f"a map by {method} needs {least} images or more; {len(scaled)} came.")
     return _umap(scaled, seed) if method == "umap" else _pca(scaled)
 
 

@@ -197,7 +197,7 @@ def strip(interpolation: Interpolation, steps: Sequence[Step]) -> Image.Image:
     return canvas
 
 
-def save_animation(frames: Tensor, path: str | Path, fps: float = 10.0) -> None:
+def save_animation(frames: Tensor | Sequence[Tensor], path: str | Path, fps: float = 10.0) -> None:
     """Write frames (F, C, H, W) in [-1, 1] as an endless lossless WebP or a GIF, by suffix.
 
     Raises:

@@ -152,7 +152,10 @@ def _check_rank(shape: tuple[int, ...], components: int, rank: int | None) -> in
     """The rank asked for, or the largest that the images bear."""
     images, dimensions = shape
     if not 1 <= components <= images:
-        raise LatentVAEError(f"{components} components came; wanted 1 to {images}, the number of images.")
+        raise LatentVAEError(
+            f"a mixture of {components} components needs as many images, and these are {images}; wanted 1 to "
+            f"{images} components (--components), or --kind gaussian, which is one."
+        )
     most = min(dimensions, images - 1)
     if rank is None:
         return min(most, RANK)

@@ -1,5 +1,6 @@
 """Training images: which of a source are trained on, which are held out, and how their samples are scaled."""
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 
 from latentvae.base.addresses import Place
+from latentvae.base.cache import BYTES, Cache, default_folder
 from latentvae.base.errors import ConfigError, ImageError
 from latentvae.images import scans
 from latentvae.images.listing import ARCHIVES, list_files
 from latentvae.images.scans import Window
 from latentvae.images.sources import FolderSource, ImageSource, parts
+from latentvae.images.tars import TarSource
 from latentvae.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,26 @@ class Rest:
         # how many were left out before it: those before which at most `place` numbers stay
         before = np.searchsorted(self.without - np.arange(len(self.without)), place, side="right")
         return place + int(before)
+
+
+def with_whole_shards(source: ImageSource) -> ImageSource:
+    """A source in .tar shards: those at addresses are fetched as a whole, to the folder of caches."""
+    if isinstance(source, Selection):
+        return replace(source, source=with_whole_shards(source.source))
+    assert isinstance(source, TarSource)  # as `split_sources` checks
+    source = copy.copy(source)  # validation goes on asking for its few images alone
+    source.cache = Cache(default_folder(), BYTES)
+    return source
+
+
+def packed(source: ImageSource) -> tuple[TarSource, np.ndarray]:
+    """What `with_whole_shards` gave: its shards, and which of them each image lies in, (N,), ascending."""
+    if not isinstance(source, Selection):
+        assert isinstance(source, TarSource)
+        return source, source.members.shard_of
+    shards, numbers = packed(source.source)
+    kept = source.indices
+    return shards, np.delete(numbers, kept.without) if isinstance(kept, Rest) else numbers[kept]
 
 
 def left_out(*specs: str | Path | None) -> Counter[str]:

@@ -1,9 +1,10 @@
 """Files of shards that lie at an address, on this machine as long as they are used: a cache of bounded size.
 
-Files are called by their hashes, so that stores, datasets, workers and ranks of a machine share them, and a
-store that is written again is not mistaken for the one before.
+Files are called by their hashes, or by where and when they were found, so that stores, datasets, workers and
+ranks of a machine share them, and what is written again is not mistaken for what was there before.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from latentvae.base.errors import StoreError
 from latentvae.base.files import cache_folder, explained, file_sha256, whole_file
 
 BYTES = 32 * 10**9
+KEPT = (".safetensors", ".jsonl", ".tar")
 STALE = 3600.0  # seconds after which what a killed download left is deleted
 Answer = TypeVar("Answer")
-CANNOT_KEEP = "{path} cannot be written ({reason}): name another folder as `cache`."
+CANNOT_KEEP = "{path} cannot be written ({reason}): name another folder as `cache`, or by LATENTVAE_CACHE."
 
 
 def default_folder() -> Path:
@@ -48,26 +50,31 @@ class Cache:
         """The file of an address here, where it need not stay; raises as `use`."""
         return self.use(address, sha256, lambda path: path)
 
-    def use(self, address: Address, sha256: str, do: Callable[[Path], Answer]) -> Answer:
+    def use(self, address: Address, name: str, do: Callable[[Path], Answer], is_hash: bool = True) -> Answer:
         """Do something with the file of an address, here: it is whole, and is what its hash says.
+
+        Args:
+            address: of the file.
+            name: its sha256; or, if not `is_hash`, what `found_now` calls it.
+            do: takes the file, which may be gone afterwards.
 
         Raises:
             SourceError: it cannot be had. StoreError: it is another file, or there is no room for it here.
         """
-        path = self.folder / f"{sha256}{address.suffix}"
+        path = self.folder / f"{name}{address.suffix}"
         if _used(path):
             with suppress(FileNotFoundError):  # others needed the room in between
                 return do(path)
         with explained(self.folder, StoreError, CANNOT_KEEP):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked(sha256):  # as long as it is, nobody removes it
+        with self._locked(name):  # as long as it is, nobody removes it
             if not _used(path):
                 with whole_file(path, StoreError, CANNOT_KEEP) as partial:
                     address.ask(lambda files, at: files.get_file(at, str(partial)))
-                    if (found := file_sha256(partial)) != sha256:
+                    if is_hash and (found := file_sha256(partial)) != name:
                         raise StoreError(
                             f"{address} is not the file that store.json names (sha256 {found[:12]}..., not "
-                            f"{sha256[:12]}...): it is damaged, or was replaced since the store was opened. "
+                            f"{name[:12]}...): it is damaged, or was replaced since the store was opened. "
                             "Open the store again; if that does not help, encode or copy it there again."
                         )
             answer = do(path)
@@ -82,7 +89,7 @@ class Cache:
                     state = path.stat()
                     if path.suffix == ".partial" and time.time() - state.st_mtime > STALE:
                         path.unlink()
-                    elif path.suffix in (".safetensors", ".jsonl"):
+                    elif path.suffix in KEPT:
                         total += state.st_size
                         found.append((state.st_mtime, state.st_size, path))
             for _, size, path in sorted(found):
@@ -110,6 +117,12 @@ class Cache:
             yield
         finally:
             lock.release()
+
+
+def found_now(address: Address) -> str:
+    """What to call the file at an address, of whose bytes nobody knows the hash; raises SourceError."""
+    state = address.stat()
+    return hashlib.sha256(f"{address} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
 
 
 def _used(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Rate-distortion curves of `latentvae compress` beside JPEG and WebP: bits of whole files, PSNR, LPIPS.
 
-    python benchmarks/compression.py --images ../shared/photos/kodak --lpips ../shared/lpips \\
+    python benchmarks/small_files.py --images ../shared/photos/kodak --lpips ../shared/lpips \\
         --picture docs/compression.png
 
 Every figure is a mean over the images; a file's bits are all of its bytes, headers included. JPEG and WebP
@@ -28,7 +28,7 @@ from latentvae.images.saving import to_pil
 from latentvae.images.tensors import from_uint8
 from latentvae.measure.lpips import load_lpips
 from latentvae.measure.metrics import Metrics
-from latentvae.models.loading import bundled
+from latentvae.models.shipped import bundled
 
 QUALITIES = {"JPEG": (5, 8, 12, 16, 20, 30, 50), "WebP": (0, 2, 5, 10, 20, 35, 50)}
 OURS = (8, 16, 24, 32, 40, 50, 70)

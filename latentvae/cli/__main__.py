@@ -1,5 +1,0 @@
-"""`python -m latentvae.cli`, for torchrun and machines without scripts on their path."""
-
-from latentvae.cli.main import main
-
-main()
