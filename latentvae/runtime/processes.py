@@ -1,6 +1,9 @@
 """Several processes that do one thing together, as torchrun and accelerate launch number them."""
 
+import atexit
+import gc
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Self
 
 from torch import distributed
@@ -9,6 +12,24 @@ from latentvae.base.errors import LatentVAEError
 from latentvae.base.threads import environment_number
 
 WAIT = timedelta(hours=24)  # for the slowest; a process that has died is noticed at once
+
+
+def before_group() -> None:
+    """To be called before processes meet in a group, which then ends with their work, not some time later.
+
+    A process that ends while gloo's threads still run may be aborted by C++ ("terminate called without an
+    active exception"), whatever its exit code was to be. Functions of `torch.distributed.nn`, which diffusers
+    imports, keep the group as a default if there is one by then: hence the import here.
+    """
+    import_module("torch.distributed.nn")
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """Part from the other processes, if this one met them through gloo, and let its threads end."""
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+    gc.collect()  # the group ends with the last object that knows it, as wrapped models do
 
 
 class Processes:
@@ -27,6 +48,7 @@ class Processes:
         self._told = False  # whether all know already that one has failed
         self._met_here = self.world > 1 and not distributed.is_initialized()
         if self._met_here:
+            before_group()
             try:
                 distributed.init_process_group("gloo", timeout=WAIT)
             except (RuntimeError, ValueError) as error:
@@ -77,8 +99,8 @@ class Processes:
         except LatentVAEError:
             pass  # they are gone already; what is raised here says why
         finally:
-            if self._met_here:  # a process that ends with gloo's threads still running is aborted by C++
-                distributed.destroy_process_group()
+            if self._met_here:
+                leave_group()
 
     def _gather(self, value: Any) -> list[Any]:
         brought: list[Any] = [None] * self.world

@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from latentvae.base.errors import ConfigError
 from latentvae.base.optional import install_command
 from latentvae.runtime.devices import has_fast_bfloat16
+from latentvae.runtime.processes import before_group
 from latentvae.training.checks import check_compiler
 from latentvae.training.config import Config
 
@@ -40,6 +41,7 @@ def start_processes(config: Config) -> tuple[Config, Accelerator]:
             f"{'fp32' if earlier == 'no' else earlier}, which Accelerate keeps to its end: train with that, "
             "or in a new process."
         )
+    before_group()
     accelerator = Accelerator(
         mixed_precision=mixed,
         cpu=not torch.accelerator.is_available(),  # else torchrun on a CPU starts without gloo
