@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import textured
 from PIL import Image
+from training_runs import THREADS_LEFT
 
 import latentvae
 from latentvae.models.exporting import export
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # rFID with a small network in the place of Inception, whose weights are not here
-CODE = """
+CODE = (
+    THREADS_LEFT
+    + """
 import sys, torch
 import torch.nn.functional as F
 from latentvae.measure import rfid
@@ -34,6 +37,7 @@ rfid.load_inception = lambda weights=None: rfid.Inception(Small(), "0" * 64)
 from latentvae.cli.main import main
 main(sys.argv[1:])
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,7 @@ def evaluate(world: int, *arguments: object) -> list[tuple[int, str, str]]:
         for rank in range(world)
     ]
     said = [process.communicate(timeout=400) for process in processes]
+    assert not any("still running" in stderr for _, stderr in said), said
     return [(process.returncode, *each) for process, each in zip(processes, said, strict=True)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, command, finish, launch, records, tensors, write_photos
+from training_runs import ROOT, THREADS_LEFT, command, finish, launch, records, tensors, write_photos
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -61,6 +61,30 @@ def test_the_first_gradients_of_two_processes_equal_those_of_one_in_fp32(
     assert len(moments) > 50
     gradients = [torch.cat([each[key].flatten() for key in moments]) for each in (first, second)]
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize(
+    "settings", [("train.max_steps=2",), ("train.max_minutes=0.01",), ("data.val=none",)]
+)
+def test_no_thread_outlives_the_run_however_it_ends(
+    photos: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"{THREADS_LEFT}\nfrom latentvae.cli.main import main\nmain(['train', *sys.argv[1:]])\n"
+    )
+    line = command(
+        photos, tmp_path / "run", 2, "optim.warmup_steps=0", "adversarial.disc_weight=0", *settings
+    )
+    line[line.index(str(ROOT / "train" / "train.py"))] = str(script)
+    printed, _ = launch(line).communicate(timeout=280)
+    expected = {
+        "train.max_steps=2": "Exported",
+        "train.max_minutes=0.01": "stopped",
+        "data.val=none": "error:",
+    }
+    assert expected[settings[0]] in printed
+    assert "still running" not in printed, printed[-3000:]
 
 
 def drifting(photos: Path, tmp_path: Path, *settings: str, hardware: str = "") -> subprocess.Popen[str]:
