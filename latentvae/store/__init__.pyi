@@ -6,7 +6,6 @@ from . import format as format
 from . import handing as handing
 from . import journal as journal
 from . import parts as parts
-from . import pending as pending
 from . import pipeline as pipeline
 from . import planning as planning
 from . import remote as remote

@@ -35,8 +35,7 @@ from latentvae.store import parts, planning, remote, statistics
 from latentvae.store.format import DtypeName, Entry, Failure, Manifest, Row, StoredShard
 from latentvae.store.journal import Claim, Hold, Journal, alive, locked, moment
 from latentvae.store.parts import WHOLE, Part
-from latentvae.store.pending import Pending, begun, failure_of
-from latentvae.store.pipeline import Batch, Computer, Loader, feed
+from latentvae.store.pipeline import Batch, Computer, Loader, Pending, begun, failure_of, feed
 from latentvae.store.planning import Loss, Plan, PlannedShard, ShardWork, Source
 from latentvae.store.settings import preprocessing, settle
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,14 @@ from latentvae.images.reading import read_size
 from latentvae.images.resizing import Preprocessing, Size, plan_geometry
 from latentvae.images.scans import Window, load
 from latentvae.images.tensors import pad_to_multiple
+from latentvae.store import format as layout
 from latentvae.store.format import Entry, Failure, Row
 from latentvae.store.planning import ShardWork, Source
 
 NO_MEMORY = "{name} could not be loaded: the machine's memory was full. Run again with more room."
 MAX_BYTES = 1 << 31  # of an image file, which is read whole to be hashed
 BATCH_PIXELS = 512 * 512  # a batch size is meant for images of so many; of larger ones fewer make a batch
+NOT_FINITE = "{} gives moments that are NaN or infinite: encode in a precision of wider range (fp32, bf16)"
 LARGE = 1024 * 1024  # pixels above which an image is a batch of its own, and may be tiled
 
 
@@ -325,3 +327,46 @@ class Computer:
         batch = torch.stack(filled).to(self.vae.device, self.vae.dtype)  # (B, C, H, W)
         moments = self.vae.encode(batch).latent_dist.parameters  # (B, 2C, h, w): means, then log-variances
         return moments[: len(images)].to(self.dtype).cpu()
+
+
+@dataclass
+class Pending:
+    """A shard whose moments are still being computed."""
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    computing: list[tuple[list[Entry], Future[list[Row]]]] = field(default_factory=list)
+
+    def collect(self) -> None:
+        """Wait for the moments; images whose moments are not finite have failed."""
+        for entries, future in self.computing:
+            try:
+                rows = future.result()
+            except NoMemoryError as error:  # the others go on; a later run tries these again
+                self.failures += [failure_of(entry, error) for entry in entries]
+                continue
+            for row in rows:
+                if row.is_finite:
+                    self.rows.append(row)
+                else:
+                    self.failures.append(
+                        failure_of(row.entry, ImageError(NOT_FINITE.format(row.entry.source)))
+                    )
+
+
+def begun(work: ShardWork) -> Pending:
+    """A shard with what is kept of others."""
+    rows = [
+        row
+        for holder, entries in work.entries
+        if entries
+        for row in layout.read_rows(holder.folder, holder.record.name, entries)
+    ]
+    return Pending(work.name, rows, work.failures)
+
+
+def failure_of(entry: Entry, error: ImageError) -> Failure:
+    """An image that could not be encoded; without a hash, so that later runs try it, where memory was why."""
+    sha256 = None if isinstance(error, NoMemoryError) else entry.sha256
+    return Failure(entry.key, entry.source, sha256, entry.size_bytes, entry.mtime_ns, str(error))
