@@ -3,6 +3,7 @@
     python benchmarks/inference.py --sides 512 1024 --precisions fp32
     python benchmarks/inference.py --ablation       # what each switch of `optimize` is worth, at 512 px
     python benchmarks/inference.py --small          # the bundled model beside AutoencoderTiny's architecture
+    python benchmarks/inference.py --plan --sides 1024 2048   # memory beside what `latentvae plan` says of it
     python benchmarks/inference.py --peers --model f8c4-small --sides 256   # beside other engines: peers.py
 
 Each case is a process of its own, and all run in one go; ratios are against stock in the same precision's
@@ -11,6 +12,7 @@ depends on their values.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -26,7 +28,9 @@ from machine import DEVICE, Peak, convolution_roof, machine, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentvae.models.presets import build
+from latentvae.runtime import memory
 from latentvae.runtime.optimize import optimize
+from latentvae.runtime.tiling import fitting
 from latentvae.runtime.tiling.switch import enable_exact_tiling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +39,9 @@ WAYS = ("stock", "optimized", "exact tiling", "diffusers tiling")
 SWITCHES = ("upsample", "norm", "residual", "winograd", "channels_last")
 ABLATION = ("stock", "optimized", *(f"without {switch}" for switch in SWITCHES), "compiled")
 SMALL = ("AutoencoderTiny", "f8c4-small stock", "f8c4-small optimized")
+SIZES = {"SD-size": "f8c4", "FLUX-size": "f8c16"}
+PLANNED = ("whole", "tiles, maps in memory", "tiles, maps on disk")
+PLANNED_WITH = 16e9  # bytes that count as free, as of `latentvae plan --memory 16`
 Figures = dict[str, Any]
 
 
@@ -83,6 +90,48 @@ def measure(case: Figures, output: Path) -> Figures:
         "seconds": seconds(run, case["repeats"], warmup=0) if case["repeats"] else first,
         "peak": peak.bytes,
     }
+
+
+def measure_plan(case: Figures) -> Figures:
+    """Bytes that one case takes in this process, and that `latentvae plan` says it takes."""
+    vae = optimize(build(case["model"]).to(DEVICE, DTYPES[case["precision"]]).eval())
+    side, free = case["side"], PLANNED_WITH
+    found = fitting.ways(vae, side, side, 512, free, dict.fromkeys(VERBS, 1e12))
+    place = (case["verb"], case["way"] != "whole", case["way"] == "tiles, maps on disk")
+    (planned,) = (way for way in found if (way.verb, way.tile_size is not None, way.on_disk) == place)
+    with tempfile.TemporaryDirectory() as scratch:
+        if case["way"] != "whole":
+            on_disk = Path(scratch) if planned.on_disk else None
+            enable_exact_tiling(vae, 512, on_disk, memory=memory.SHARE * free)
+        channels = 3 if case["verb"] == "encode" else vae.config["latent_channels"]
+        side //= 1 if case["verb"] == "encode" else 8
+        inputs = torch.zeros(1, channels, side, side, device=DEVICE, dtype=vae.dtype)
+        start = time.perf_counter()
+        with torch.no_grad(), Peak() as peak:
+            if case["verb"] == "encode":
+                vae.encode(inputs)
+            else:
+                vae.decode(inputs)
+    return {"planned": planned.peak_bytes, "peak": peak.bytes, "seconds": time.perf_counter() - start}
+
+
+def beside_plan(sides: list[int], precisions: list[str], verbs: list[str]) -> list[Figures]:
+    """Each way of SD-size and FLUX-size models, in a process of its own; a table as it goes."""
+    print("| model | case | planned GB | measured GB | planned / measured |\n|---|---|---|---|---|")
+    results = []
+    for model, side, precision, verb in itertools.product(SIZES, sides, precisions, verbs):
+        for way in PLANNED:
+            case = {"model": SIZES[model], "side": side, "precision": precision, "verb": verb, "way": way}
+            line = [sys.executable, __file__, "--case", json.dumps(case)]
+            child = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
+            name = f"| {model} | {verb} {side} {precision} {way} |"
+            if child.returncode:
+                print(f"{name} ended with {child.returncode} | | |", flush=True)
+                continue
+            results.append({**case, **json.loads(child.stdout.splitlines()[-1])})
+            planned, peak = results[-1]["planned"], results[-1]["peak"]
+            print(f"{name} {planned / 1e9:.2f} | {peak / 1e9:.2f} | {planned / peak:.2f} |", flush=True)
+    return results
 
 
 def flop(verb: str, side: int) -> float:
@@ -167,6 +216,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--ablation", action="store_true", help="what each switch of optimize is worth")
+    parser.add_argument("--plan", action="store_true", help="memory beside what `latentvae plan` says")
     parser.add_argument("--peers", action="store_true", help="beside other engines, at each of --sides")
     parser.add_argument(
         "--model", default="f8c4", help="of --peers: a preset, random, or a model by its path"
@@ -182,11 +232,20 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    results: Any
     if arguments.case:
-        print(json.dumps(measure(arguments.case, arguments.output)))
+        of_plan = arguments.case["way"] in PLANNED
+        print(
+            json.dumps(measure_plan(arguments.case) if of_plan else measure(arguments.case, arguments.output))
+        )
+        return
+    if arguments.plan:
+        results = beside_plan(arguments.sides, arguments.precisions, arguments.verbs)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"machine": machine(), "runs": results}, indent=1))
         return
     if arguments.peers:
-        results: Any = {}
+        results = {}
         for side in arguments.sides:
             what = (arguments.model, side, arguments.verbs, arguments.precisions)
             how = {name: getattr(arguments, name) for name in ("wait", "cpu", "without")}

@@ -85,6 +85,11 @@ def choose(vae: AutoencoderKL, height: int, width: int, free: float, tile_size: 
     whole = runtime.memory.ordinary_peak(vae, height, width)
     if whole <= free and (tile_size is None or max(height, width) <= tile_size):
         return {"tile_size": None, "on_disk": False, "fits": True, "advice": "It fits whole: nothing to do."}
+    close = ""
+    if tile_size is None and max(runtime.tiling.fitting.whole_peaks(vae, height, width).values()) <= free:
+        close = (
+            f" Whole is close; verbs want {whole / 1e9:.1f} GB for that, with room for images and measures."
+        )
     for on_disk in (False, True):
         tile, least = fits(vae, height, width, free, tile_size, on_disk=on_disk)
         if tile is not None:
@@ -94,7 +99,7 @@ def choose(vae: AutoencoderKL, height: int, width: int, free: float, tile_size: 
                 f"Tile it: latentvae.enable_exact_tiling(vae, tile_size={tile}{scratch}, "
                 f"memory={runtime.memory.SHARE * free:.2g}); on the command line --tile-size {tile}{option}."
             )
-            return {"tile_size": tile, "on_disk": on_disk, "fits": True, "advice": advice}
+            return {"tile_size": tile, "on_disk": on_disk, "fits": True, "advice": advice + close}
     advice = (
         f"It does not fit: even in tiles, with maps on disk, it takes {least / 1e9:.1f} GB. Make it smaller."
     )

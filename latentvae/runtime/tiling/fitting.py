@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 
 from latentvae.base.errors import ImageError
 from latentvae.runtime import memory
-from latentvae.runtime.patches import restore
+from latentvae.runtime.kernels import compiled
+from latentvae.runtime.patches import patched, restore
 from latentvae.runtime.tiling import planning, switch
 
 TILE_SIZES = (512, 256, 128, 64)  # the largest that fits is the fastest
@@ -101,17 +102,51 @@ def ways(
         rates: FLOP/s by verb, as `measured_rates` gives them.
     """
     steps = planning.plan(vae, height, width, tile_size=tile_size, memory=memory.SHARE * free)
-    whole = planning.whole_tflop(vae, height, width)
+    whole, peaks = planning.whole_tflop(vae, height, width), whole_peaks(vae, height, width)
     found = []
     for course in (steps.encode, steps.decode):
         verb, rate = course.verb, rates[course.verb] / 1e12
-        peak = memory.ordinary_peak(vae, height, width)
-        found.append(Way(verb, None, False, peak, 0, whole[verb], whole[verb] / rate))
+        found.append(Way(verb, None, False, peaks[verb], 0, whole[verb], whole[verb] / rate))
         for on_disk in (False, True) if course.stages else ():
             stored = course.store_bytes * on_disk
             taken = (course.peak_bytes - stored, stored, course.tflop, course.tflop / rate)
             found.append(Way(verb, tile_size, on_disk, *taken))
     return found
+
+
+def whole_peaks(vae: AutoencoderKL, height: int, width: int) -> dict[str, int]:
+    """Bytes above the weights that encoding and decoding take without tiling.
+
+    With `optimize` on a CPU: the maps that live at once, as `forwards.resnet` and blocks hold them.
+    Elsewhere a norm's result and libraries' own buffers come on top: the bound that `tile_to_fit` goes by.
+    """
+    bound = memory.ordinary_peak(vae, height, width)
+    ours = vae.device.type == "cpu" and bool(patched(vae, "optimize")) and compiled.library() is not None
+    if not ours:
+        return {"encode": bound, "decode": bound}
+    widths, layers = vae.config["block_out_channels"], vae.config["layers_per_block"]
+    pixels, itemsize = height * width, vae.dtype.itemsize
+    down, up = [widths[0], *widths[:-1]], [widths[-1], *widths[:0:-1]]  # channels that each block gets
+    smaller = [pixels / 4**level for level in range(len(widths))]
+    encode = [_block_peak(*each, layers, grows=False) for each in zip(down, widths, smaller, strict=True)]
+    decode = [
+        _block_peak(*each, layers + 1, grows=each[2] < pixels)
+        for each in zip(up, widths[::-1], smaller[::-1], strict=True)
+    ]
+    return {"encode": round(max(encode) * itemsize), "decode": round(max(decode) * itemsize)}
+
+
+def _block_peak(given: int, channels: int, pixels: float, resnets: int, *, grows: bool) -> float:
+    """Values that live at once in a block: what it was given lives to its end, as its caller holds it.
+
+    Args:
+        given: channels that come in, `channels` go out. resnets: how many.
+        pixels: of its resnets. grows: an upsampler of twice the side follows.
+    """
+    # a resnet's two maps are out beside what it gets, and with other channels that once more, mapped to these
+    first = given + 2 * channels + channels * (given != channels)
+    later = given + 3 * channels if resnets > 1 else 0
+    return pixels * max(first, later, given + channels + 4 * channels if grows else 0)
 
 
 def estimate(
