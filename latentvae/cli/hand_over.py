@@ -45,7 +45,8 @@ def hand_over(
     is there is replaced. docs/latents.md has what is known of each tool.
     """
     count = store.format.read_manifest(source).count
-    with tqdm(total=count, unit="image", disable=json or count < 2) as progress:
+    # not at once: what is refused is refused before the first image
+    with tqdm(total=count, unit="image", disable=json or count < 2, delay=0.5) as progress:
         if to == "webdataset":
             tars = store.webdataset.export_webdataset(source, output, progress=progress.update)
             done = store.handing.HandOver(f"{len(tars)} tars of up to 1000 images", [], count)

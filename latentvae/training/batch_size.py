@@ -34,7 +34,7 @@ class BatchFit:
         )
         return (
             f"{fixed:.2f} GB, and {each:.3f} GB more for each image: into {SHARE:.0%} of the {memory:.1f} GB "
-            f"that there are go up to {self.batch_size} images per process and pass "
+            f"that it may have go up to {self.batch_size} images per process and pass "
             f"(--set train.batch_size={self.batch_size})"
         )
 

@@ -134,7 +134,7 @@ def peak_memory() -> int:
 
 
 def total_memory() -> int:
-    """Bytes of the GPU, or of the machine where there is none."""
+    """Bytes that this process may have in all: of the GPU, else what others leave it of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return psutil.virtual_memory().total
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss

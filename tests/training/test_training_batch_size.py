@@ -43,6 +43,6 @@ def test_batches_grow_until_two_of_them_show(
 def test_the_advice_says_of_how_much_memory_the_batch_is() -> None:
     said = BatchFit(800, 10**7, 5 * 10**8, 10**10).advice()
     assert said.startswith(
-        "0.50 GB, and 0.010 GB more for each image: into 85% of the 10.0 GB that there are"
+        "0.50 GB, and 0.010 GB more for each image: into 85% of the 10.0 GB that it may have"
     )
     assert said.endswith("up to 800 images per process and pass (--set train.batch_size=800)")
