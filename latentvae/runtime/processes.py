@@ -21,8 +21,9 @@ def before_group() -> None:
     active exception"), whatever its exit code was to be. Functions of `torch.distributed.nn`, which diffusers
     imports, keep the group as a default if there is one by then: hence the import here.
     """
-    import_module("torch.distributed.nn")
-    atexit.register(leave_group)
+    if distributed.is_available():  # builds for small devices go without
+        import_module("torch.distributed.nn")
+        atexit.register(leave_group)
 
 
 def leave_group() -> None:
