@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
     [
         ["-m", "ruff", "check", "."],
         ["-m", "ruff", "format", "--check", "."],
-        ["-m", "mypy"],
+        pytest.param(["-m", "mypy"], marks=pytest.mark.slow),
         ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
     ],
     ids=["ruff-check", "ruff-format", "mypy", "import-linter"],

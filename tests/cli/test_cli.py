@@ -371,6 +371,7 @@ def test_a_name_too_long_for_an_ending_is_cut(latentvae_command, model, tmp_path
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8_are_printed_all_the_same(model, tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     Image.fromarray(textured(32, 32, 1)).save(tmp_path / "a.png")

@@ -480,6 +480,7 @@ def test_a_bare_key_is_explained():
     assert reading._reason(OSError(b"Input/output error")) == "Input/output error"  # as LibRaw's are
 
 
+@pytest.mark.slow
 def test_reading_takes_less_than_18_bytes_a_pixel(tmp_path):
     """Of 12 in the result; measured in a process of its own, as the most that was ever in memory."""
     code = (

@@ -150,6 +150,7 @@ def test_a_raw_file_that_ends_too_early_is_refused(tmp_path):
         load_image(path)
 
 
+@pytest.mark.slow
 def test_what_libraw_says_of_a_damaged_file_names_it(tmp_path):
     """In a process of its own, where Pillow has not been asked for its formats yet."""
     path = dng(tmp_path / "a.nef")

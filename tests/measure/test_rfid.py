@@ -319,6 +319,7 @@ def images() -> Iterator[tuple[str, Tensor]]:
     return ((f"{i}.png", torch.rand(3, 32 + 8 * i, 40) * 2 - 1) for i in range(3))
 
 
+@pytest.mark.slow
 def test_evaluate_measures_rfid(tiny_vae, images, inception: Inception) -> None:  # type: ignore[no-untyped-def]
     from latentvae.models.latents import reconstruct
 

@@ -143,6 +143,7 @@ def test_stock_diffusers_loads_the_export_and_reconstructs_as_the_model_did(stoc
     torch.testing.assert_close(reconstruct(stock, picture()).reconstructions, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_export_reconstructs_without_this_package_to_the_last_bit(exported, stock, tmp_path):
     torch.save(picture(40, 56), tmp_path / "images.pt")
     code = (

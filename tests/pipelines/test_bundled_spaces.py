@@ -36,6 +36,7 @@ def test_the_config_says_the_space(name: str) -> None:
     assert space_of(latentvae.load(f"{name}-small")) == SPACES[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_student_speaks_its_teachers_space_and_no_other(name: str, teachers: Path) -> None:
     student = latentvae.load(f"{name}-small")
@@ -48,6 +49,7 @@ def test_a_student_speaks_its_teachers_space_and_no_other(name: str, teachers: P
             assert not wrong.encodes, str(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["StableDiffusion", "StableDiffusionImg2Img"])
 def test_a_pipeline_of_the_space_takes_it_by_name_and_one_of_another_does_not(
     kind: str, teachers: Path
@@ -73,6 +75,7 @@ def test_teacher_and_student_take_each_others_place(name: str, kind: str, teache
     assert torch.equal(case.run(pipe), case.run(case.make(student)))
 
 
+@pytest.mark.slow
 def test_previews_take_the_small_sibling_where_it_draws_the_same(teachers: Path, tmp_path: Path) -> None:
     pipe: Any = CASES["StableDiffusion"].make()
     with preview(pipe, tmp_path) as each:  # a random VAE with SD's factors, which are also the defaults

@@ -349,6 +349,7 @@ def test_a_model_that_cannot_be_rescaled_says_which_layer_is_in_the_way():
 # --- the command -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bundled_model_passes_and_its_copy_is_not_upcast(command):
     code, out, _ = command("f8c4-small", "--fix", "out", "--json")
     report = json.loads(out)

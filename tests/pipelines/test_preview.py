@@ -75,6 +75,7 @@ def test_a_scheduler_that_does_not_tell_is_refused_before_anything_runs() -> Non
         preview(pipe)
 
 
+@pytest.mark.slow
 def test_a_preview_ends_when_the_next_begins_and_follows_another_scheduler(tmp_path: Path) -> None:
     pipe = CASES["StableDiffusion"].make()
     first = preview(pipe, tmp_path / "first")

@@ -130,6 +130,7 @@ def test_large_images_are_judged_by_smaller_ones(monkeypatch: pytest.MonkeyPatch
     assert list(choosing._found[vae.decoder]) == [(19, torch.float32, 1)]
 
 
+@pytest.mark.slow
 def test_it_is_measured_once_and_then_looked_up(kept: Path, measured: list[str]) -> None:
     vae = fastest(levels=2, attention=False)
     data, other = inputs(vae), inputs(vae, 60, 60)
@@ -149,6 +150,7 @@ def test_it_is_measured_once_and_then_looked_up(kept: Path, measured: list[str])
     assert vae.decoder not in choosing._found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["machine", "torch", "openvino"])
 def test_entries_of_other_machines_and_versions_are_ignored_and_stay(
     other: str, kept: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch

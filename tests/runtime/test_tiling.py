@@ -231,6 +231,7 @@ def test_a_mapped_store_gives_the_same_bits_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     program = f"""
@@ -480,6 +481,7 @@ def test_sequential_offloading_keeps_its_weights_away_between_calls() -> None:
     assert all(parameter.is_meta for parameter in vae.parameters())
 
 
+@pytest.mark.slow
 def test_a_pipeline_gives_the_same_image_and_is_saved_as_stock(tmp_path: Path) -> None:
     pipe, text = pipeline(), torch.randn(1, 4, 8)
     wanted = picture(pipe, text)

@@ -296,6 +296,7 @@ def test_a_line_that_would_become_terabytes_is_listed_and_the_rest_is_there(
     assert json.loads(result.stdout)["images"] == 1
 
 
+@pytest.mark.slow
 def test_a_large_image_is_the_same_whatever_memory_and_threads_there_are(
     app: typer.Typer, tiny_vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_latents_of_a_prior_are_unscaled(store: Path) -> None:
     assert torch.allclose(made.latents([0, 1], seed=0), (drawn * std + mean) / 0.5 + 0.25)
 
 
+@pytest.mark.slow
 def test_diffusion_learns_where_the_latents_are() -> None:
     """Two points 4 apart: what is drawn ends near one of them, where an untrained network ends anywhere."""
     values = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).repeat(8, 1)
@@ -195,6 +196,7 @@ print(x.flatten().tolist())
 """
 
 
+@pytest.mark.slow
 def test_stock_diffusers_loads_the_folder_and_draws_the_same(store: Path, tmp_path: Path) -> None:
     made = fit_diffusion(LatentSet(store), SMALL)
     folder = made.save(tmp_path / "prior")
@@ -210,6 +212,7 @@ def test_stock_diffusers_loads_the_folder_and_draws_the_same(store: Path, tmp_pa
     assert json.loads(result.stdout) == pytest.approx(loaded.draw([0], 0).flatten().tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prior_by_class_draws_the_class_asked_for(tmp_path: Path) -> None:
     folder = write_store(tmp_path / "s", [[(2, 2)] * 12], captions={n: {"label": n % 2} for n in range(12)})
     latents = LatentSet(folder)

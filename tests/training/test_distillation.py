@@ -132,6 +132,7 @@ def test_a_model_without_quant_convolutions_takes_the_maps_in_those_beside_them(
         assert (after - before)[inside].abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_latents_come_nearer_and_the_export_has_the_spaces_factors(
     photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_the_teachers_own_pictures_are_measured_once(
     assert alone[0] == alone[1]
 
 
+@pytest.mark.slow
 def test_a_students_variance_becomes_the_stated_one_where_the_teacher_has_none(
     photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_the_variance_of_a_teacher_that_has_one_is_what_is_learned(tiny_vae: Any
     assert torch.equal(teacher.moments(images).chunk(2, 1)[1], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_hub", [False, True])
 def test_an_autoencoder_kl_teaches_from_its_folder_or_under_its_hub_id(
     from_hub: bool, photo_folder: Path, tmp_path: Path, init: Path, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +275,7 @@ def test_settings_of_a_distillation_need_one(photo_folder: Path, tmp_path: Path,
         load_config("tiny", ["model.space=sd"])
 
 
+@pytest.mark.slow
 def test_a_kept_teacher_is_cut_as_the_images_are_and_is_not_asked_again(
     photo_folder: Path, tmp_path: Path, tiny_teacher: Path, init: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_step_that_overflows_changes_nothing_and_halves_the_scale(photos: Path
     assert run.state.bad_steps == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_with_its_scale_to_the_same_bits(photos: Path) -> None:
     run = start(photos, "fp16")
     rescale(run, 2.0**12)

@@ -450,6 +450,7 @@ def test_a_request_to_stop_saves_after_the_step_and_keeps_the_earlier_figures(ph
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_of_borrowed_time_ends_as_one_run_does_bit_for_bit(photos, tmp_path):
     """The time is over after each step: two stops, then the export."""
     length = ("train.max_steps=3", "optim.decay_steps=1")

@@ -310,6 +310,7 @@ def shards_of_5(tmp_path: Path, kinds: dict[str, str], monkeypatch: pytest.Monke
     return str(tmp_path / "shards")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_some_shards_at_a_time_have_their_images_shuffled_together(shards_of_5: str, held_out: bool) -> None:
     source: ImageSource = open_source(shards_of_5)

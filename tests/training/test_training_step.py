@@ -212,6 +212,7 @@ def test_decoder_only_leaves_latents_bitwise_and_keeps_the_factors(photos: Path,
     assert changed(snapshot(parent.decoder), child.decoder)
 
 
+@pytest.mark.slow
 def test_distillation_takes_the_teachers_factors_and_approaches_its_latents(
     photos: Path, tmp_path: Path
 ) -> None:
