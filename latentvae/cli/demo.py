@@ -34,9 +34,9 @@ def demo(
     typer.echo("latentvae demo: loading gradio", err=True)  # which takes seconds
     gc.disable()  # until the page is up, which is a seventh sooner: what is imported stays
     try:
-        need("gradio", message="the demo needs {package}, which is not installed: {install}")
-        if mcp:
+        if mcp:  # first: its extra brings gradio too
             need("mcp", message="tools need {package}, which is not installed: {install}")
+        need("gradio", message="the demo needs {package}, which is not installed: {install}")
         page.server.serve(model or [], host, port, mcp=mcp)
     finally:
         gc.enable()

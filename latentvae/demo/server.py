@@ -3,6 +3,7 @@
 import errno
 import gc
 import inspect
+import io
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")  # as `ipv6` leaves them; browsers 
 LPIPS = "LATENTVAE_LPIPS"
 WARM_UP = "warm-up"  # the name of a thread
 PATIENCE = 0.5  # seconds that a page is given to end
+CHATTY = ("mcp", "python_multipart")  # log every request, and visitors' mistakes as warnings
 # gradio reads these while it builds and launches a page: no telemetry, no sharing, no second server.
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -67,6 +69,8 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
             signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     # absolute, because the working directory changes; what is no path is a bundled model's name
     resolved = [str(Path(source).resolve()) if Path(source).exists() else str(source) for source in sources]
     with workplace():
@@ -136,7 +140,8 @@ def start(
     page = build_page(Models(sources, limits.tile_above, say), limits)
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     try:
-        page.launch(**_launch_options(page, host, port, folder, limits), mcp_server=mcp)
+        with redirect_stdout(io.StringIO()):  # gradio prints where tools are, before they are these
+            page.launch(**_launch_options(page, host, port, folder, limits), mcp_server=mcp)
     except OSError as error:  # taken since it was checked, or a machine so busy that it took five seconds
         raise LatentVAEError(f"{host}:{port} could not be served ({error}): try again.") from error
     if mcp:

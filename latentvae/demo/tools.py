@@ -1,5 +1,7 @@
 """The page's tools for programs that speak the Model Context Protocol, by gradio's server of them."""
 
+import html
+import inspect
 import json
 import re
 from typing import Any
@@ -45,6 +47,19 @@ class _Tools(GradioMCPServer):
             "addresses of other servers are refused."
         )
 
+    def get_fn_description(self, block_fn: Any, tool_name: str) -> tuple[str, dict[str, str]]:
+        """What a tool does and gives, and what its arguments are.
+
+        gradio's own cuts arguments off at the first line's end, and knows no `Yields:`.
+        """
+        doc = inspect.getdoc(block_fn.fn) or ""
+        summary, arguments, results = (*re.split(r"\n\n(?:Args|Returns|Yields):\n", doc), "", "")[:3]
+        found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", arguments, re.MULTILINE)
+        # the first sentence: the page alone is given results twice
+        returned = _one_line(results).partition(". ")[0].rstrip(".").replace("as HTML", "as text")
+        about = f"{_one_line(summary)}{self._file_data_tool_description} Returns: {returned}."
+        return about, {name: _one_line(text) for name, text in found}
+
     def simplify_filedata_schema(
         self, schema: dict[str, Any]
     ) -> tuple[dict[str, Any], list[list[str | int]]]:
@@ -78,9 +93,13 @@ def _upload(value: Any) -> dict[str, Any]:
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _plain(result: Any) -> Any:
     if isinstance(result, str):
-        return re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", result)).strip()
+        return _one_line(html.unescape(re.sub("<[^>]+>", " ", result)))
     if isinstance(result, dict) and "meta" in result:  # a file
         return result
     return json.dumps(result)

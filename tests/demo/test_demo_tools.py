@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ import httpx
 def test_without_its_package_the_option_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
+    # one command is to be enough
     monkeypatch.setitem(sys.modules, "mcp", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(cli.app, ["demo", "--mcp"])
     assert isinstance(result.exception, LatentVAEError)
     assert install_command("mcp") in str(result.exception)
@@ -34,7 +37,11 @@ def test_without_its_package_the_option_names_the_extra(monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def page(model: Path) -> Iterator[Any]:
     pytest.importorskip("mcp", reason="the extra mcp is not installed")
-    with pytest.MonkeyPatch.context() as patch, running(model, patch, mcp=True) as served:
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        with redirect_stdout(io.StringIO()) as said:
+            served = stack.enter_context(running(model, patch, mcp=True))
+        served.said = said.getvalue()
         # nothing answers there: tools ask the page directly
         patch.setenv("http_proxy", "http://127.0.0.1:9")
         yield served
@@ -74,6 +81,10 @@ def upload(page: Any, path: Path) -> str:
     return str(place)
 
 
+def test_the_start_prints_nothing_before_the_address(page: Any) -> None:
+    assert not page.said
+
+
 def test_four_tools_say_what_they_take(page: Any) -> None:
     tools = {each.name: each for each in ask(page, lambda session: session.list_tools()).tools}
     assert sorted(tools) == ["compare", "compress", "decompress", "reconstruct"]
@@ -82,6 +93,13 @@ def test_four_tools_say_what_they_take(page: Any) -> None:
         assert file == ("file" if name == "decompress" else "photo")
         assert "http" not in json.dumps(tool.inputSchema)
         assert "/gradio_api/upload" in tool.description
+        assert " Returns: " in tool.description
+        for about in (
+            tool.description,
+            *(each["description"] for each in tool.inputSchema["properties"].values()),
+        ):
+            assert about.endswith("."), about  # and is not cut off where a line ends
+            assert ", sheet" not in about
 
 
 def test_a_picture_goes_there_and_back(page: Any, tmp_path: Path) -> None:
@@ -103,6 +121,7 @@ def test_a_picture_goes_there_and_back(page: Any, tmp_path: Path) -> None:
 
     refused, words, _ = call(page, "compare", photo=photo, against=["JPEG", "tiny-model"])
     assert not refused
+    assert not any("&minus;" in each for each in words)
     (rows,) = (json.loads(each) for each in words if each.startswith("["))
     assert [row["name"] for row in rows] == ["JPEG", "tiny-model"]
 
