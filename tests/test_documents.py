@@ -4,6 +4,9 @@ import ast
 import inspect
 import re
 import shlex
+import sys
+import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,12 @@ import pytest
 import torch
 import typer
 import yaml
+from conftest import textured
+from PIL import Image
+from typer.testing import CliRunner
 
 import latentvae
+from latentvae.cli import main as cli
 from latentvae.cli.main import VERBS, load_verb
 from latentvae.models.loading import spatial_compression_ratio
 from latentvae.models.presets import preset_config
@@ -25,6 +32,7 @@ DOCUMENTS = [
     *(path for folder in ("docs", "train", "demo", "benchmarks") for path in (ROOT / folder).rglob("*.md")),
 ]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)")
+LINKED = re.compile(r"\[`([\w.]+)`\]\((\S+\.py)\)")  # a function and its file
 ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
 
 
@@ -106,10 +114,44 @@ def test_the_table_of_levels_says_what_each_shape_gives() -> None:
 
 def test_the_walks_name_functions_where_they_are() -> None:
     page = ROOT / "docs" / "architecture.md"
-    steps = re.findall(r"\[`([\w.]+)`\]\((\S+\.py)\)", page.read_text(encoding="utf-8"))
+    steps = re.findall(LINKED, page.read_text(encoding="utf-8"))
     assert len(steps) > 60
     wrong = [(name, path) for name, path in steps if name not in defined(page.parent / path)]
     assert not wrong
+
+
+def test_the_walk_to_a_shard_is_in_the_order_of_its_calls(tmp_path: Path, model: Path) -> None:
+    page = ROOT / "docs" / "architecture.md"
+    walk = page.read_text(encoding="utf-8").split("## 1.")[1].split("The shard is on disk.")[0]
+    steps = [(name, str((page.parent / path).resolve())) for name, path in re.findall(LINKED, walk)]
+    assert len(steps) > 20
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(textured(48, 40, 0)).save(tmp_path / "photos" / "a.png")
+    words = ["encode", str(tmp_path / "photos"), str(tmp_path / "latents"), "--model", str(model)]
+    found = calls(lambda: CliRunner().invoke(cli.app, words), {path for _, path in steps})
+    assert (tmp_path / "latents" / "store.json").is_file()
+    ahead = iter(found)
+    late = [name for name, path in steps if (name, path) not in ahead]  # `in` goes on from the one before
+    assert not late, f"{late[0]} is not called after what is named before it"
+
+
+def calls(what: Callable[[], Any], files: set[str]) -> list[tuple[str, str]]:
+    """Names and files of functions in these files, in the order in which all threads call them."""
+    found = []
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename in files:
+            found.append((code.co_qualname, code.co_filename))
+
+    threading.setprofile(look)
+    sys.setprofile(look)
+    try:
+        what()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+    return found
 
 
 def defined(path: Path) -> set[str]:
