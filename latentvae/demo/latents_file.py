@@ -57,7 +57,10 @@ def latents_from_bytes(data: bytes, name: str, model: Model, limits: Limits) -> 
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise LatentVAEError(f"{name} is no whole safetensors file ({error}). {AGAIN}") from error
+        raise LatentVAEError(
+            f"{name} is no .lvae file by its content, and no whole safetensors file ({error}): fetch it "
+            "again where it comes from."
+        ) from error
     latents = tensors.get("latents")
     if latents is None or latents.ndim != 4 or not latents.is_floating_point():
         raise LatentVAEError(f"{name} holds no latents of floats (1, C, h, w). {AGAIN}")

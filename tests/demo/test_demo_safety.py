@@ -157,6 +157,9 @@ def test_latents_that_lie_are_refused(client: Client, tmp_path: Path) -> None:
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         message = refused(client, tmp_path / f"{name}.safetensors", "/decode")
         assert words in message, (name, message)
+    Image.fromarray(textured(48, 40, 1)).save(tmp_path / "photo.png")
+    photo = (tmp_path / "photo.png").rename(tmp_path / "photo.lvae")
+    assert "no .lvae file by its content" in refused(client, photo, "/decode")
 
 
 def test_latents_of_too_many_pixels_are_refused(client: Client, tmp_path: Path) -> None:
