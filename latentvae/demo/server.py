@@ -233,7 +233,7 @@ def check_port(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:  # OverflowError: no port has such a number
         if isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
             raise LatentVAEError(
-                f"{host} is no address of this machine ({getattr(error, 'strerror', error)}): give "
+                f"{host!r} is no address of this machine ({getattr(error, 'strerror', error)}): give "
                 "--host 127.0.0.1 or, for the network, 0.0.0.0."
             ) from error
         raise LatentVAEError(
