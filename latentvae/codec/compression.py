@@ -28,6 +28,7 @@ RELEASED = {
     "e7199bb1a8919be5": ("f8c4-small", "0.1.0"),
     "6c32fffc57779617": ("f8c16-small", "0.1.0"),
     "e2ff97b2c74fd32a": ("sd-small", "0.1.0"),
+    "21188df5158a7b1e": ("sd-small", "0.1.0"),
     "d9a642ec8a12e13c": ("flux-small", "0.1.0"),
     "bd16be308854ff03": ("flux-small", "0.1.0"),
     "c00d295f7b91f220": ("sdxl-small", "0.1.0"),
