@@ -9,7 +9,7 @@ from latentvae.base.errors import ConfigError
 from latentvae.training.checks import check_values
 from latentvae.training.config import Config
 from latentvae.training.data.batches import CropBatch
-from latentvae.training.machine import peak_memory, total_memory
+from latentvae.training.machine import peak_memory, usable_memory
 from latentvae.training.setup import Run, set_up
 from latentvae.training.step import optimizer_step
 
@@ -67,7 +67,7 @@ def find_batch_size(config: Config) -> BatchFit:
         if run.accelerator.num_processes > 1:  # each would judge by its own memory, and wait for the others
             raise ConfigError("--find-batch-size measures one process: call it without a launcher")
         each, fixed = _measure(run)
-    memory = total_memory()
+    memory = usable_memory()
     return BatchFit(max(1, int((SHARE * memory - fixed) // each)), each, fixed, memory)
 
 

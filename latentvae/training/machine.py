@@ -133,7 +133,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def total_memory() -> int:
+def usable_memory() -> int:
     """Bytes that this process may have in all: of the GPU, else what others leave it of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

@@ -23,7 +23,7 @@ def test_batches_grow_until_two_of_them_show(
 ) -> None:
     told = iter(peaks)
     monkeypatch.setattr(batch_size, "peak_memory", lambda: next(told))
-    monkeypatch.setattr(batch_size, "total_memory", lambda: 10_000)
+    monkeypatch.setattr(batch_size, "usable_memory", lambda: 10_000)
     data = {"train": str(write_photos(tmp_path / "photos")), "crop": 16, "val_size": 16, "workers": 0}
     train = {"tracker": "none", "max_steps": 200}
     config = Config(
