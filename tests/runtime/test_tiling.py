@@ -3,10 +3,12 @@
 import copy
 import logging
 import math
+import mmap
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -173,6 +175,56 @@ def test_the_memory_given_is_kept_to_with_as_little_computed_again_as_it_allows(
     between = plan(vae, 96, 96, tile_size=TILE, memory=middle).decode
     assert between.peak_bytes <= middle
     assert most.tflop < between.tflop < least.tflop
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back by rows on Linux alone")
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("memory", [0.0, math.inf])
+def test_rows_that_were_given_back_are_not_read_again(
+    structure: Any, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *shape, height, width = structure
+    vae = make(*shape)
+    images, latents = inputs(vae, height, width, batch=1)
+    expected = both(vae, images, latents)
+    given_back = []
+
+    def spoil(stored: layers.Stored, rows: int) -> None:  # the system gives back whole pages only
+        if stored.pages is not None:
+            stored.whole()[:, :, :rows] = math.nan
+            given_back.append(rows)
+
+    monkeypatch.setattr(layers.Stored, "give_back", spoil)
+    enable_exact_tiling(vae, TILE, memory=memory)
+    for result, wanted in zip(both(vae, images, latents), expected, strict=True):
+        assert difference(result, wanted) < 1e-9
+    assert height < 2 * TILE or max(given_back) >= TILE / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back by rows on Linux alone")
+def test_memory_is_given_back_up_to_a_page() -> None:
+    tensor, pages = maps.Scratch(torch.device("cpu"), torch.float32).empty(8, 500, 40)  # rows of 1280 bytes
+    stored = layers.Stored("a map", (8, 500, 40), tensor.fill_(1), None, pages)
+    stored.give_back(401)
+    rows = tensor.amax((0, 1, 3))
+    pages_of_rows = 401 * 1280 // mmap.PAGESIZE * mmap.PAGESIZE
+    assert not rows[: pages_of_rows // 1280].any()  # pages that come anew hold zeros
+    assert rows[401:].all()
+    *_, folder = maps.Scratch(Path(tempfile.gettempdir()), torch.float32).empty(8, 500, 40)
+    assert folder is None
+
+
+def test_a_map_takes_its_sources_room_as_it_is_written() -> None:
+    vae = make((32, 64), 1, attention=False)
+    memory, folder = (
+        plan(vae, 256, 256, tile_size=TILE, scratch=place, memory=0)
+        for place in (torch.device("cpu"), Path())
+    )
+    last = 32 * 256 * 256 * 8  # of its float64 values
+    assert folder.decode.store_bytes == 1.5 * last  # beside it the 64 channels of half the sides
+    rows = (TILE + 4) / 256 if sys.platform == "linux" else 0.5
+    assert last < memory.decode.store_bytes <= (1 + rows) * last
+    assert memory.encode.peak_bytes <= folder.encode.peak_bytes
 
 
 def test_statistics_of_values_far_from_zero_survive_float32() -> None:

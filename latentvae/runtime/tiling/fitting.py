@@ -65,7 +65,8 @@ def _tiled_peak(
     vae: AutoencoderKL, height: int, width: int, tile_size: int, allowed: float, on_disk: bool
 ) -> int:
     """Bytes above the weights that an image takes in tiles; maps in a scratch folder do not count."""
-    steps = planning.plan(vae, height, width, tile_size=tile_size, memory=allowed)
+    place = Path() if on_disk else vae.device
+    steps = planning.plan(vae, height, width, tile_size=tile_size, scratch=place, memory=allowed)
     return max(each.peak_bytes - on_disk * each.store_bytes for each in (steps.encode, steps.decode))
 
 
@@ -101,16 +102,21 @@ def ways(
         free: bytes; maps and a tile may take `memory.SHARE` of them, as in `tile_to_fit`.
         rates: FLOP/s by verb, as `measured_rates` gives them.
     """
-    steps = planning.plan(vae, height, width, tile_size=tile_size, memory=memory.SHARE * free)
+    in_memory, in_folder = (
+        planning.plan(vae, height, width, tile_size=tile_size, scratch=place, memory=memory.SHARE * free)
+        for place in (vae.device, Path())
+    )
     whole, peaks = planning.whole_tflop(vae, height, width), whole_peaks(vae, height, width)
     found = []
-    for course in (steps.encode, steps.decode):
-        verb, rate = course.verb, rates[course.verb] / 1e12
+    for verb in ("encode", "decode"):
+        rate = rates[verb] / 1e12
         found.append(Way(verb, None, False, peaks[verb], 0, whole[verb], whole[verb] / rate))
-        for on_disk in (False, True) if course.stages else ():
-            stored = course.store_bytes * on_disk
-            taken = (course.peak_bytes - stored, stored, course.tflop, course.tflop / rate)
-            found.append(Way(verb, tile_size, on_disk, *taken))
+        for steps, on_disk in ((in_memory, False), (in_folder, True)):
+            course: planning.Course = getattr(steps, verb)
+            if course.stages:
+                stored = course.store_bytes * on_disk
+                taken = (course.peak_bytes - stored, stored, course.tflop, course.tflop / rate)
+                found.append(Way(verb, tile_size, on_disk, *taken))
     return found
 
 

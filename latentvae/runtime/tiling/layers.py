@@ -7,6 +7,7 @@ one, or comes from the other side of the map where a convolution wraps around. N
 keeps what was computed: reading anything else twice computes it twice.
 """
 
+import mmap
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -51,6 +52,14 @@ class Map(ABC):
         result = torch.cat(strips, 2)
         return result.contiguous(memory_format=_layout(strips[0]))
 
+    def first_row(self, of: "Stored", row: int) -> int:
+        """The first row of a stored map that reading this one needs, from `row` on downwards."""
+        return min(source.first_row(of, self.above(row)) for source in self.sources)
+
+    def above(self, row: int) -> int:
+        """The first row of the sources that a row is computed from."""
+        return row
+
     @abstractmethod
     def footprint(self, pixels: int) -> tuple[int, int]:
         """How many values lie in memory at the worst moment of reading a box of so many pixels, and after."""
@@ -66,6 +75,7 @@ class Stored(Map):
     Args:
         tensor: (1, C, H, W); None while it is only planned.
         device: where its tiles are computed with.
+        pages: the tensor's memory, row after row, if it can be given back by rows.
     """
 
     def __init__(
@@ -74,10 +84,11 @@ class Stored(Map):
         shape: tuple[int, int, int],
         tensor: torch.Tensor | None = None,
         device: torch.device | None = None,
+        pages: mmap.mmap | None = None,
     ) -> None:
         super().__init__(name, *shape)
-        self.tensor, self.device = tensor, device
-        self.freed = False
+        self.tensor, self.device, self.pages = tensor, device, pages
+        self.freed, self.given_back = False, 0  # bytes of the first rows
         self.halo_kept = 0  # while it is overwritten: how much of the old is kept around the next tile
         self._edges: OldEdges | None = None
 
@@ -121,9 +132,21 @@ class Stored(Map):
     def stored(self) -> set["Stored"]:
         return {self}
 
+    def first_row(self, of: "Stored", row: int) -> int:
+        return max(row, 0) if of is self else of.height
+
+    def give_back(self, rows: int) -> None:
+        """Give back the memory of its first rows, as far as it can be: nobody will read them again."""
+        if self.pages is None:
+            return
+        until = len(self.pages) // self.height * rows // mmap.PAGESIZE * mmap.PAGESIZE
+        if until > self.given_back:
+            self.pages.madvise(mmap.MADV_DONTNEED, self.given_back, until - self.given_back)
+            self.given_back = until
+
     def free(self) -> None:
         """Give its memory back, unless someone else holds the tensor too."""
-        self.tensor, self.freed = None, True
+        self.tensor, self.pages, self.freed = None, None, True
 
 
 class Norm:
@@ -203,6 +226,9 @@ class Conv(Map):
         outer = box.grown(1).within(self, self.wraps)
         return box.cropped(self.apply(self.source.around(outer)), outer)
 
+    def above(self, row: int) -> int:
+        return -self.height if self.wraps[0] else row - 1  # the last row may want what is above the first
+
     def apply(self, tile: torch.Tensor) -> torch.Tensor:
         """Norm, activation and convolution of a tile; the outermost pixels are right at true borders only."""
         return self.conv(tile) if self.norm is None else self.norm.then(self.conv, tile)
@@ -232,6 +258,9 @@ class Residual(Map):
         self.wraps = wraps(block.conv2)
         # beyond the map, the first convolution makes what comes around only where both wrap
         self.at_once = isinstance(hidden, Conv) and hidden.wraps == self.wraps
+
+    def above(self, row: int) -> int:
+        return -self.height if self.wraps[0] else row - 1  # of its hidden map, by which it reaches furthest
 
     def reaches(self, over: Map) -> int:
         """How far from a tile it reads a source, on the way to its first half or as that."""
@@ -290,6 +319,9 @@ class Up(Map):
         self.source, self.upsampler, self.sources = source, upsampler, (source,)
         self.wraps = wraps(conv_of(upsampler))
 
+    def above(self, row: int) -> int:
+        return -self.height if self.wraps[0] else (row - 1) // 2
+
     def read(self, box: Box) -> torch.Tensor:
         # a 3x3 window reaches 1 px of the large map, which is a repeated pixel of the small one
         reach = Box((box.top - 1) // 2, (box.bottom + 2) // 2, (box.left - 1) // 2, (box.right + 2) // 2)
@@ -312,6 +344,9 @@ class Down(Map):
         flops = 4 * source.flops + 18 * source.channels * channels
         super().__init__(name, channels, source.height // 2, source.width // 2, flops)
         self.source, self.downsampler, self.sources = source, downsampler, (source,)
+
+    def above(self, row: int) -> int:
+        return 2 * row
 
     def read(self, box: Box) -> torch.Tensor:
         # row t of a stride of 2 sees rows 2t to 2t + 2; stock pads right and below only

@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,17 +176,20 @@ class Scratch:
     ) -> None:
         self.place, self.dtype, self.layout = place, dtype, layout
 
-    def empty(self, channels: int, height: int, width: int) -> torch.Tensor:
-        """Room for a map, (1, C, H, W), whatever it holds."""
-        count = channels * height * width
+    def empty(self, channels: int, height: int, width: int) -> tuple[torch.Tensor, mmap.mmap | None]:
+        """Room for a map, (1, C, H, W), whatever it holds; and the pages whose rows may be given back."""
+        count, pages = channels * height * width, None
         if isinstance(self.place, Path):
             memory = _map_file(self.place, count * self.dtype.itemsize)
             flat = torch.frombuffer(memory, dtype=self.dtype, count=count)
+        elif gives_back(self.place) and self.layout == torch.channels_last:
+            pages = mmap.mmap(-1, count * self.dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            flat = torch.frombuffer(pages, dtype=self.dtype, count=count)
         else:
             flat = torch.empty(count, dtype=self.dtype, device=self.place)
         if self.layout == torch.channels_last:  # (H, W, C) in memory, (C, H, W) to look at
-            return flat.view(1, height, width, channels).permute(0, 3, 1, 2)
-        return flat.view(1, channels, height, width)
+            return flat.view(1, height, width, channels).permute(0, 3, 1, 2), pages
+        return flat.view(1, channels, height, width), pages
 
     def check_room(self, wanted: int) -> None:
         """Refuse before anything is computed where the maps would not fit into the folder.
@@ -203,6 +207,11 @@ class Scratch:
                 f"{wanted / 1e9:.2f} GB are wanted. Free some, name a folder on another disk, or keep it in "
                 "memory (scratch=None)."
             )
+
+
+def gives_back(place: torch.device | Path) -> bool:
+    """Whether memory there takes room row by row, as it is written, and can be given back so too."""
+    return isinstance(place, torch.device) and place.type == "cpu" and sys.platform == "linux"
 
 
 def check_scratch_folder(folder: Path) -> None:

@@ -12,11 +12,12 @@ from latentvae.base.errors import ModelError
 from latentvae.runtime.memory import ordinary_peak
 from latentvae.runtime.patches import check_autoencoder, is_patched, patches_of
 from latentvae.runtime.tiling.layers import Stored
+from latentvae.runtime.tiling.maps import gives_back
 from latentvae.runtime.tiling.stages import Stage, Walk, choose, decoder_stages, encoder_stages
 from latentvae.runtime.tiling.structure import check_structure
 
 DEFAULT_TILE = 512  # pixels of a side
-DEFAULT_MEMORY = 4e9  # bytes
+DEFAULT_MEMORY = 3e9  # bytes
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def plan(
     width: int,
     *,
     tile_size: int | None = None,
+    scratch: Path | torch.device | None = None,
     memory: float | None = None,
 ) -> TilingPlan:
     """Say what exact tiling of an image takes, without running it, in the VAE's dtype.
@@ -114,7 +116,8 @@ def plan(
     Args:
         height, width: of the image in pixels. The latents to decode are those of the image padded to a
             multiple of the compression ratio.
-        tile_size, memory: as in `enable_exact_tiling`. Default: what that was called with, or its defaults.
+        tile_size, scratch, memory: as in `enable_exact_tiling`. Default: what that was called with, or its
+            defaults. The folder need not exist.
 
     Raises:
         ModelError: not an AutoencoderKL, one with blocks that cannot be tiled, or without one of its halves.
@@ -127,6 +130,7 @@ def plan(
     asked = settings_of(vae.encoder)
     settings = Settings(
         asked.tile_size if tile_size is None else tile_size,
+        asked.scratch if scratch is None else scratch,
         memory=asked.memory if memory is None else memory,
     )
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -144,7 +148,7 @@ def whole_tflop(vae: AutoencoderKL, height: int, width: int) -> dict[str, float]
         "encode": (vae.encoder, images),
         "decode": (vae.decoder, latents),
     }
-    walks = {verb: plan_walk(half, shape, 1, one_tile) for verb, (half, shape) in halves.items()}
+    walks = {verb: plan_walk(half, shape, 1, one_tile, vae.device) for verb, (half, shape) in halves.items()}
     return {verb: sum(stage.flops for stage in walk.stages) / 1e12 for verb, walk in walks.items()}
 
 
@@ -161,19 +165,21 @@ def _course(
     if side <= settings.tile_size:
         return Course(verb, (), 0, ordinary_peak(vae, side, side))
     model = vae.encoder if verb == "encode" else vae.decoder
-    walk = plan_walk(model, shape, vae.dtype.itemsize, settings)
+    walk = plan_walk(model, shape, vae.dtype.itemsize, settings, vae.device)
     return Course(verb, tuple(walk.stages), walk.store_bytes, walk.peak_bytes)
 
 
-def plan_walk(model: Any, shape: Any, itemsize: int, settings: Settings) -> Walk:
-    """The stages of one sample (C, H, W), with what to keep chosen by the settings' memory."""
+def plan_walk(model: Any, shape: Any, itemsize: int, settings: Settings, device: torch.device) -> Walk:
+    """The stages of one sample (C, H, W) on a device, with what to keep chosen by the settings' memory."""
+    # elsewhere maps lie in another order, and do not come row by row
+    by_rows = device.type == "cpu" and gives_back(settings.scratch or device)
     decodes = hasattr(model, "up_blocks")
     # of the first level, where maps are largest: it sets how much a tile may take
     width = model.conv_norm_out.num_channels if decodes else model.conv_in.out_channels
 
     # the same stages that will compute, run without tensors
     def walk(kept: frozenset[str]) -> Walk:
-        steps = Walk(itemsize, settings.tile_size, width, kept)
+        steps = Walk(itemsize, settings.tile_size, width, kept, by_rows)
         (decoder_stages if decodes else encoder_stages)(steps, model, input_map(shape))
         return steps
 

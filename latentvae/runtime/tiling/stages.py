@@ -1,7 +1,7 @@
 """The encoder and the decoder as stages that stream tiles, what each takes, what to keep between them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from latentvae.base.errors import LatentVAEError
 from latentvae.runtime.tiling.layers import Conv, Down, Map, Norm, Residual, Stored, Up
-from latentvae.runtime.tiling.maps import Scratch, Statistics, rows_of_boxes
+from latentvae.runtime.tiling.maps import Box, Scratch, Statistics, rows_of_boxes
 
 # A tile may take the memory of this many maps of the first level's width and tile_size x tile_size pixels.
 MAPS_PER_TILE = 3
@@ -30,7 +30,7 @@ class Stage:
         tiles: how many.
         side: their largest side in pixels of the map.
         flops: what all of them take.
-        store_bytes: what lies in the scratch meanwhile.
+        store_bytes: the most that lies in the scratch meanwhile.
         tile_bytes: what a tile takes at its worst moment.
     """
 
@@ -50,10 +50,13 @@ class Walk:
         tile_size: largest side of a tile, in pixels of the map that it is a tile of.
         width: channels of the model's first level.
         kept: names of the maps to store though they could be computed again.
+        gives_back: whether the scratch takes and gives back room row by row.
     """
 
-    def __init__(self, itemsize: int, tile_size: int, width: int, kept: frozenset[str]) -> None:
-        self.itemsize, self.tile_size, self.kept = itemsize, tile_size, kept
+    def __init__(
+        self, itemsize: int, tile_size: int, width: int, kept: frozenset[str], gives_back: bool
+    ) -> None:
+        self.itemsize, self.tile_size, self.kept, self.gives_back = itemsize, tile_size, kept, gives_back
         self.tile_values = MAPS_PER_TILE * width * tile_size**2
         self.stages: list[Stage] = []
         self.stored: list[Stored] = []
@@ -76,12 +79,13 @@ class Walk:
             self.skipped[node.name] = node.flops * node.height * node.width
         return node.name in self.kept
 
-    def store(self, node: Map, over: Stored | None = None, halo: int = 0) -> Stored:
+    def store(self, node: Map, over: Stored | None = None, halo: int = 0, *, frees: bool = False) -> Stored:
         """Compute a map and keep it, and measure it.
 
         Args:
             over: a stored map of the same size that may be overwritten, and is from then on this map.
             halo: how far a tile of `node` reaches in `over`.
+            frees: nobody reads the maps that it is computed from afterwards.
         """
         target = over if over is not None else self._new(node)
         if over is None:
@@ -89,7 +93,10 @@ class Walk:
         elif over not in self.stored:  # the result, which is the caller's
             self.result_bytes = node.channels * node.height * node.width * self.itemsize
         target.start_overwriting(halo)
-        self._stage(node, target)
+        done = node.stored() - {target} if frees else set()
+        self._stage(node, target, done)
+        for source in done:
+            source.free()
         target.stop_overwriting()
         target.name = node.name
         return target
@@ -103,7 +110,8 @@ class Walk:
         pixels, channels = source.height * source.width, source.channels
         # queries with keys and weights with values; then the four projections
         flops = 4.0 * pixels**2 * channels + 8.0 * pixels * channels**2
-        self._note(name, 1, max(source.height, source.width), flops, MAPS_OF_ATTENTION * channels * pixels)
+        side, values = max(source.height, source.width), MAPS_OF_ATTENTION * channels * pixels
+        self._note(name, 1, side, flops, values, self._values_stored())
 
     def _new(self, node: Map) -> Stored:
         return Stored(node.name, (node.channels, node.height, node.width))
@@ -114,25 +122,49 @@ class Walk:
         largest = self.tile_size // 2 if isinstance(node, Down) else self.tile_size  # it reads twice its size
         return max(min(largest, math.isqrt(int(self.tile_values / values))), 4)
 
-    def _stage(self, node: Map, target: Stored | None) -> None:
+    def _stage(self, node: Map, target: Stored | None, done: Set[Stored] = frozenset()) -> None:
         boxes = rows_of_boxes(node, self._side(node))
         side = max(max(box.bottom - box.top, box.right - box.left) for row in boxes for box in row)
         name = node.name if target is not None else f"statistics of {node.name}"
         # a resnet reaches 2 px beyond a tile on each side
         with_halo = min(side + 4, node.height) * min(side + 4, node.width)
         tiles, flops = sum(map(len, boxes)), node.flops * node.height * node.width
-        self._note(name, tiles, side, flops, node.footprint(with_halo)[0])
-        statistics = self._compute(node, target, boxes)
+        stored = self._values_stored() - self._values_spared(node, target, done, boxes)
+        self._note(name, tiles, side, flops, node.footprint(with_halo)[0], stored)
+        statistics = self._compute(node, target, done, boxes)
         (node if target is None else target).statistics = statistics
 
-    def _compute(self, node: Map, target: Stored | None, boxes: list[Any]) -> Statistics:
+    def _compute(
+        self, node: Map, target: Stored | None, done: Set[Stored], boxes: list[list[Box]]
+    ) -> Statistics:
         return Statistics()
 
-    def _note(self, name: str, tiles: int, side: int, flops: float, values: int) -> None:
+    def _values_stored(self) -> int:
         self.stored = [one for one in self.stored if not one.freed]
-        values_stored = sum(one.channels * one.height * one.width for one in self.stored)
-        sizes = values_stored * self.itemsize, values * self.itemsize
+        return sum(_values(one, one.height) for one in self.stored)
+
+    def _values_spared(
+        self, node: Map, target: Stored | None, done: Set[Stored], boxes: list[list[Box]]
+    ) -> int:
+        """How many of these are never there at once: rows not written yet, and rows given back by then."""
+        ours = [one for one in done if one in self.stored]
+        if not (ours and self.gives_back):
+            return 0
+        # what is written over another map lies there already, and a result elsewhere
+        new = {target} if target in self.stored and target.statistics is None else set()
+        return min(
+            sum(_values(one, node.first_row(one, first.top)) for one in ours)
+            + sum(_values(one, one.height - first.bottom) for one in new)
+            for first, *_ in boxes
+        )
+
+    def _note(self, name: str, tiles: int, side: int, flops: float, values: int, stored: int) -> None:
+        sizes = stored * self.itemsize, values * self.itemsize
         self.stages.append(Stage(name, tiles, side, flops, *sizes))
+
+
+def _values(stored: Stored, rows: int) -> int:
+    return stored.channels * stored.width * rows
 
 
 class TiledRun(Walk):
@@ -150,7 +182,7 @@ class TiledRun(Walk):
     def __init__(
         self, plan: Walk, scratch: Scratch, device: torch.device, bar: "tqdm[Any]", by_kernels: bool = False
     ) -> None:
-        super().__init__(plan.itemsize, plan.tile_size, 1, plan.kept)
+        super().__init__(plan.itemsize, plan.tile_size, 1, plan.kept, plan.gives_back)
         self.tile_values = plan.tile_values  # so tiles are cut as planned, whatever that width was
         self.scratch, self.device, self.bar, self.by_kernels = scratch, device, bar, by_kernels
 
@@ -166,11 +198,16 @@ class TiledRun(Walk):
 
     def _new(self, node: Map) -> Stored:
         shape = node.channels, node.height, node.width
-        return Stored(node.name, shape, self.scratch.empty(*shape), self.device)
+        tensor, pages = self.scratch.empty(*shape)
+        return Stored(node.name, shape, tensor, self.device, pages)
 
-    def _compute(self, node: Map, target: Stored | None, boxes: list[Any]) -> Statistics:
+    def _compute(
+        self, node: Map, target: Stored | None, done: Set[Stored], boxes: list[list[Box]]
+    ) -> Statistics:
         statistics, step = Statistics(), self.stages[-1].flops / self.stages[-1].tiles / 1e12
         for row in boxes:
+            for source in done:
+                source.give_back(node.first_row(source, row[0].top))
             if target is not None:
                 target.start_row(row[0])
             for box in row:
@@ -213,8 +250,8 @@ def encoder_stages(walk: Walk, encoder: Any, images: Stored, result: Stored | No
         for index, resnet in enumerate(block.resnets):
             y = _resnet(walk, f"down_blocks.{number}.resnets.{index}", resnet, x)
             if index == last:  # its result is never stored at this size
-                x = walk.store(Down(f"down_blocks.{number}.downsamplers.0", y, block.downsamplers[0]))
-                _free(y)
+                down = Down(f"down_blocks.{number}.downsamplers.0", y, block.downsamplers[0])
+                x = walk.store(down, frees=True)
             else:
                 x = _finished(walk, y)
     x = _middle(walk, encoder.mid_block, x)
@@ -248,35 +285,20 @@ def _finished(walk: Walk, y: Residual) -> Stored:
     """Store a resnet's result, in place of its source or else of its first half where one has its size."""
     for over in y.sources:
         if isinstance(over, Stored) and y.may_replace(over):
-            walk.store(y, over, y.reaches(over))
-            break
-    else:
-        over = walk.store(y)
-    _free(y, but=over)
-    return over
+            return walk.store(y, over, y.reaches(over), frees=True)
+    return walk.store(y, frees=True)
 
 
 def _kept(walk: Walk, x: Map) -> Map:
     """Store a map and give back its sources, or leave it to be computed whenever it is read."""
-    if not walk.keeps(x):
-        return x
-    stored = walk.store(x)
-    _free(x)
-    return stored
-
-
-def _free(x: Map, but: Stored | None = None) -> None:
-    """Give back the stored maps that a map was computed from."""
-    for stored in x.stored() - {but}:
-        stored.free()
+    return walk.store(x, frees=True) if walk.keeps(x) else x
 
 
 def _output(walk: Walk, model: Any, x: Map, result: Stored | None) -> None:
     assert x.statistics is not None
     norm = Norm(model.conv_norm_out, model.conv_act, x.statistics)
     out = Conv("conv_out", x, model.conv_out, norm)
-    walk.store(out, result if result is not None else Stored("result", (1, 1, 1)))
-    _free(x)
+    walk.store(out, result if result is not None else Stored("result", (1, 1, 1)), frees=True)
 
 
 def choose(walk: Callable[[frozenset[str]], Walk], memory: float) -> Walk:

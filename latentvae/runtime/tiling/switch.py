@@ -206,7 +206,7 @@ def _tiled(model: Any, batch: torch.Tensor, shape: tuple[int, int, int]) -> torc
     run_stages = stages.decoder_stages if decodes else stages.encoder_stages
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else batch.dtype
     scratch = maps.Scratch(settings.scratch or batch.device, dtype, _layout(model, batch))
-    steps = planning.plan_walk(model, batch.shape[1:], dtype.itemsize, settings)
+    steps = planning.plan_walk(model, batch.shape[1:], dtype.itemsize, settings, batch.device)
     scratch.check_room(steps.store_bytes)
     result = torch.empty(len(batch), *shape, dtype=dtype, device=batch.device)
     tflop = sum(stage.flops for stage in steps.stages) * len(batch) / 1e12
