@@ -67,7 +67,11 @@ def _tiled_peak(
     """Bytes above the weights that an image takes in tiles; maps in a scratch folder do not count."""
     place = Path() if on_disk else vae.device
     steps = planning.plan(vae, height, width, tile_size=tile_size, scratch=place, memory=allowed)
-    return max(each.peak_bytes - on_disk * each.store_bytes for each in (steps.encode, steps.decode))
+    return max(_memory(each, on_disk=on_disk) for each in (steps.encode, steps.decode))
+
+
+def _memory(course: planning.Course, *, on_disk: bool) -> int:
+    return course.tile_bytes if on_disk else course.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,8 @@ def ways(
         for steps, on_disk in ((in_memory, False), (in_folder, True)):
             course: planning.Course = getattr(steps, verb)
             if course.stages:
-                stored = course.store_bytes * on_disk
-                taken = (course.peak_bytes - stored, stored, course.tflop, course.tflop / rate)
-                found.append(Way(verb, tile_size, on_disk, *taken))
+                sizes = _memory(course, on_disk=on_disk), course.store_bytes * on_disk
+                found.append(Way(verb, tile_size, on_disk, *sizes, course.tflop, course.tflop / rate))
     return found
 
 

@@ -49,13 +49,14 @@ class Course:
         stages: in their order; none where the image is no larger than a tile, and goes the ordinary way.
         store_bytes: the most that the scratch holds at any time.
         peak_bytes: the most that scratch, tile and result take together, above the weights and the input.
-            With a scratch folder, `store_bytes` of it are on disk.
+        tile_bytes: the most that tile and result take together: what a scratch folder leaves to memory.
     """
 
     verb: str
     stages: tuple[Stage, ...]
     store_bytes: int
     peak_bytes: int
+    tile_bytes: int
 
     @property
     def tiles(self) -> int:
@@ -163,10 +164,11 @@ def _course(
     vae: AutoencoderKL, verb: str, shape: tuple[int, int, int], side: int, settings: Settings
 ) -> Course:
     if side <= settings.tile_size:
-        return Course(verb, (), 0, ordinary_peak(vae, side, side))
+        peak = ordinary_peak(vae, side, side)
+        return Course(verb, (), 0, peak, peak)
     model = vae.encoder if verb == "encode" else vae.decoder
     walk = plan_walk(model, shape, vae.dtype.itemsize, settings, vae.device)
-    return Course(verb, tuple(walk.stages), walk.store_bytes, walk.peak_bytes)
+    return Course(verb, tuple(walk.stages), walk.store_bytes, walk.peak_bytes, walk.tile_bytes)
 
 
 def plan_walk(model: Any, shape: Any, itemsize: int, settings: Settings, device: torch.device) -> Walk:

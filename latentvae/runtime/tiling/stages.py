@@ -73,6 +73,11 @@ class Walk:
         """The most that the scratch and a tile take together, beside the result."""
         return max(stage.store_bytes + stage.tile_bytes for stage in self.stages) + self.result_bytes
 
+    @property
+    def tile_bytes(self) -> int:
+        """The most that a tile takes, beside the scratch, and the result."""
+        return max(stage.tile_bytes for stage in self.stages) + self.result_bytes
+
     def keeps(self, node: Map) -> bool:
         """Whether to store a map that could be computed again from its sources."""
         if node.name not in self.kept:
