@@ -48,7 +48,7 @@ REFUSED = {
     "caption on another picture. Let it make its own.",
 }
 RATIO = 8  # pixels of a latent, in all these tools
-STEP = 64  # that the sides of their buckets are multiples of, by default
+STEP = 64  # that the sides of sd-scripts' and SimpleTuner's buckets are multiples of, by default
 LEAST, MOST = 256, 1024  # sides of sd-scripts' buckets, by default
 _SD_SCRIPTS = re.compile(r".+_\d{4,}x\d{4,}_(flux|sd|sd3|sdxl)\.npz")  # its caches' names
 
@@ -389,6 +389,8 @@ class SimpleTuner:
 
 
 SPACES: dict[Family, str] = {"sd": "sd1", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux1"}  # of ai-toolkit
+# what sides of its buckets are multiples of: its get_bucket_divisibility, whatever bucket_tolerance says
+STEPS: dict[Family, int] = {"sd": 16, "sdxl": 16, "sd3": 32, "flux": 32}
 
 
 class AiToolkit:
@@ -399,17 +401,15 @@ class AiToolkit:
     """
 
     def __init__(self, manifest: Manifest, family: Family) -> None:
-        self.policy, self.space = manifest.preprocessing, SPACES[family]
+        self.policy, self.space, self.step = manifest.preprocessing, SPACES[family], STEPS[family]
         self.scaling, self.dtype = Scaling.of(manifest), manifest.torch_dtype
         self.lost = ["moments: its cache holds one latent for each image"]
         if manifest.flips:
             self.lost.append("mirror images")
         if self.policy.size is None:
             raise StoreError("ai-toolkit scales all images: encode with --size.")
-        square = self.policy.policy == "centre-crop"
-        self.settings = f"resolution: [{self.policy.size}], cache_latents_to_disk: true" + (
-            ", square_crop: true" if square else f", bucket_tolerance: {STEP}"
-        )
+        square = ", square_crop: true" if self.policy.policy == "centre-crop" else ""
+        self.settings = f"resolution: [{self.policy.size}], cache_latents_to_disk: true{square}"
 
     def place(self, entry: Entry) -> Path:
         """SUBFOLDER/_latent_cache/NAME_HASH.safetensors."""
@@ -426,7 +426,7 @@ class AiToolkit:
         if self.policy.policy == "centre-crop":
             bucket = resolution, resolution
         else:
-            bucket = ai_toolkit_bucket(size, resolution)
+            bucket = ai_toolkit_bucket(size, resolution, self.step)
         scale = max(bucket[0] / size[0], bucket[1] / size[1])
         wide, high = math.ceil(size[0] * scale), math.ceil(size[1] * scale)
         _same(entry, (wide, high), bucket)
@@ -449,16 +449,16 @@ class AiToolkit:
         save_file({"latent": latents.contiguous()}, path, described | {"format": "pt"})
 
 
-def ai_toolkit_bucket(size: Size, resolution: int) -> Size:
+def ai_toolkit_bucket(size: Size, resolution: int, step: int) -> Size:
     """What ai-toolkit scales and crops an image of a width and height to: never larger than it is."""
     most = resolution * resolution
     wanted = min(size[0] * size[1], most)
     scale = (wanted / (size[0] * size[1])) ** 0.5
-    wide, high = (side * scale / STEP for side in size)
+    wide, high = (side * scale / step for side in size)
     rounds = (math.floor, math.ceil)
-    found = [(x(wide) * STEP, y(high) * STEP) for x in rounds for y in rounds]
+    found = [(x(wide) * step, y(high) * step) for x in rounds for y in rounds]
     found = [(w, h) for w, h in found if w > 0 and h > 0 and w * h <= most]
-    least = (max(STEP, math.floor(wide) * STEP), max(STEP, math.floor(high) * STEP))
+    least = (max(step, math.floor(wide) * step), max(step, math.floor(high) * step))
     return min(found or [least], key=lambda each: abs(each[0] * each[1] - wanted))
 
 

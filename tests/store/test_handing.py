@@ -192,10 +192,27 @@ def test_ai_toolkit_reads_what_its_vae_gives(vae: Any, photos: Path, tmp_path: P
 
 
 def test_ai_toolkit_never_enlarges() -> None:
-    assert ai_toolkit_bucket((1000, 1000), 512) == (512, 512)
-    assert ai_toolkit_bucket((200, 130), 512) == (192, 128)
-    assert ai_toolkit_bucket((1500, 1000), 512) == (576, 448)
-    assert ai_toolkit_bucket((20, 20), 512) == (64, 64)
+    assert ai_toolkit_bucket((1000, 1000), 512, 16) == (512, 512)
+    assert ai_toolkit_bucket((200, 130), 512, 64) == (192, 128)
+    assert ai_toolkit_bucket((1500, 1000), 512, 16) == (624, 416)
+    assert ai_toolkit_bucket((1500, 1000), 512, 32) == (608, 416)
+    assert ai_toolkit_bucket((20, 20), 512, 32) == (32, 32)
+
+
+def test_ai_toolkit_has_buckets_of_its_models(tmp_path: Path) -> None:
+    """Of steps of 16 px for SDXL, and not of 64 as the store: what that cropped otherwise is left to it."""
+    store = write_store(
+        tmp_path / "store",
+        [[(48, 80), (64, 64)]],
+        preprocessing=Preprocessing(policy="size", size=512),
+        details={
+            0: details(1500, 1000, (640, 427), (0, 21, 640, 384)),
+            1: details(512, 512, None, None),
+        },
+    )
+    done = hand_over(store, tmp_path / "out", "ai-toolkit", family="sdxl")
+    assert "makes 624x416 px of 1500x1000" in done.untaken["image00000.png"]
+    assert (done.images, "bucket_tolerance" in done.settings) == (1, False)
 
 
 def test_simpletuner_reads_what_its_vae_gives(vae: Any, photos: Path, tmp_path: Path) -> None:
