@@ -25,7 +25,9 @@ def info(
         file = codec.compression.describe(model)
         tell(file, _file_lines(file), json)
         return
-    if ((folder := place(model)) / store.format.MANIFEST).is_file():
+    folder = place(model)
+    # a run that has not ended has no manifest yet, and is no model either
+    if (folder / store.format.MANIFEST).is_file() or (folder / store.journal.FOLDER).is_dir():
         figures = _of_store(folder)
         tell(figures, _store_lines(figures), json)
         return

@@ -210,6 +210,10 @@ def test_the_command_line_says_what_is_left_to_do(
     code, _, err = run(*model, "--part", "2/2")
     assert code == 2
     assert "part 2/2 came, which is out of range" in err
+    with pytest.raises(SystemExit) as ended:
+        main(["info", str(tmp_path / "store")])
+    assert ended.value.code == 2
+    assert "store is no complete store: it has no store.json" in capsys.readouterr().err
     code, out, _ = run(*model, "--part", "0/2")
     assert (code or 0) == 0
     assert "not written" not in out
