@@ -123,7 +123,9 @@ class Loader:
             if ran_out_of_memory(error):
                 reason = str(error) if isinstance(error, ImageError) else NO_MEMORY.format(name=name)
             elif isinstance(error, OSError):
-                reason = f"{name} cannot be read: {error.strerror or error}"
+                # a row that holds a path is another thing than the file of that path
+                other = f" ({error.filename})" if str(error.filename or name) not in name else ""
+                reason = f"{name} cannot be read: {error.strerror or error}{other}"
             elif isinstance(error, SourceError):
                 reason = str(error)
             elif isinstance(error, ImageError):

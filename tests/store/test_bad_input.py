@@ -88,6 +88,15 @@ def test_what_cannot_be_taken_leaves_the_store_as_it_is(
     assert verify(at) == []
 
 
+def test_a_path_in_a_table_that_leads_nowhere_is_named(run: Run) -> None:
+    """As where a column of texts was named for that of images."""
+    parquet.write_table(pyarrow.table({"image": ["photos/0.png", "a red car"]}), "n.parquet")
+    code, said = run("n.parquet", "store", "--column", "image")
+    assert code == 3
+    assert re.search(r"n\.parquet\[1\] cannot be read: No such file or directory \(a red car\)", said), said
+    assert verify("store") == []
+
+
 def everything() -> dict[str, bytes]:
     """What lies in the folder, and what at addresses."""
     here = {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
