@@ -299,7 +299,7 @@ class Address:
             )
             return f"a package is missing ({error}): {how}"
         if isinstance(error, FileNotFoundError) or type(error).__name__ == "ResourceNotFoundError":  # azure's
-            return f"it does not exist{self.why_missing()}"
+            return f"it does not exist{self.why_missing()}: check the address"
         known = CREDENTIALS.get(self.scheme.replace("gcs", "gs"), "check who may do that")
         if "Credentials" in type(error).__name__ or "with credentials!" in str(error):  # adlfs's ValueError
             return f"there are no credentials ({error}): {known}"
