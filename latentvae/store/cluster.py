@@ -35,6 +35,8 @@ CANNOT_CONNECT = (
     "there is no Ray cluster at {address} ({reason}). Start one (`ray start --head`), name another with "
     "--ray-address, or leave that out: then Ray starts on this machine."
 )
+# Ray says alike that nobody answers and that no token came, which it never sends to an address by itself
+WANTS_TOKEN = " If it is there and asks for a token, set RAY_AUTH_MODE=token (the token: ~/.ray/auth_token)."
 Equip = Callable[[AutoencoderKL], tuple[AutoencoderKL, Workload]]
 
 
@@ -70,7 +72,10 @@ class Ray:
                 _reach(address or os.environ.get("RAY_ADDRESS", ""))
                 self.ray.init(address, log_to_driver=False, logging_level="warning")
             except (OSError, ValueError, RuntimeError) as error:
-                raise StoreError(CANNOT_CONNECT.format(address=address or "auto", reason=error)) from error
+                hint = WANTS_TOKEN if "Failed to connect" in str(error) else ""
+                raise StoreError(
+                    CANNOT_CONNECT.format(address=address or "auto", reason=error) + hint
+                ) from error
         have = self.ray.cluster_resources()
         self.gpus = gpus if gpus is not None else 1.0 if have.get("GPU") else 0.0
         largest = max(node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"])

@@ -239,6 +239,20 @@ def test_an_address_where_nobody_listens_is_refused_at_once(
             Ray(tiny_vae, lambda given: (given, Workload(1, 1)), address)
 
 
+def test_a_cluster_that_may_want_a_token_has_the_way_to_send_it_named(
+    tiny_vae: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:6379")
+
+    cluster = OneNode()
+    cluster.is_initialized = lambda: False  # type: ignore[method-assign]
+    monkeypatch.setattr(cluster, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    with pytest.raises(StoreError, match="asks for a token, set RAY_AUTH_MODE=token"):
+        Ray(tiny_vae, lambda given: (given, Workload(1, 1)), "auto")
+
+
 def test_tasks_that_no_node_has_room_for_are_said_to_wait(
     tiny_vae: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
