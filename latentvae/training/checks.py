@@ -302,9 +302,17 @@ def _check_perceptual(config: Config) -> None:
 def _check_steps(optim: OptimConfig, last: int) -> None:
     decay = 0 if optim.schedule == "constant" else optim.decay_steps or 0
     if optim.warmup_steps + decay > last:
+        room = last - optim.warmup_steps
+        # a decay that leaves no step for the warm-up is refused, as to train without one would cost more
+        advice = (
+            f"set optim.decay_steps={room} or less, or to nothing (--set optim.decay_steps=) for all steps "
+            "after the warm-up"
+            if room > 0
+            else "lower optim.warmup_steps"
+        )
         raise ConfigError(
             f"optim.warmup_steps={optim.warmup_steps} and "
-            f"optim.decay_steps={optim.decay_steps} do not fit into train.max_steps={last}; lower them"
+            f"optim.decay_steps={optim.decay_steps} do not fit into train.max_steps={last}; {advice}"
         )
 
 

@@ -113,12 +113,14 @@ def _follow_length(config: Config, length: int, given: set[str]) -> None:
     share = last / length
     if optim.warmup_steps + decay <= last or share >= 1:
         return
+    # what a warm-up that was set leaves, which may be less than its share
+    room = last - optim.warmup_steps if "optim.warmup_steps" in given else last
     changes = []
     for name in ("warmup_steps", "decay_steps"):
         value = getattr(optim, name)
         if value and f"optim.{name}" not in given:
             # down: together they still fit; a decay takes a step at least
-            shorter = max(int(value * share), 1 if name == "decay_steps" else 0)
+            shorter = max(min(int(value * share), room), 1) if name == "decay_steps" else int(value * share)
             setattr(optim, name, shorter)
             changes.append(f"optim.{name}={shorter} (was {value})")
     if changes:

@@ -336,6 +336,7 @@ def test_the_compression_ratio_is_that_of_the_model_with_its_overrides():
         ("f8c4-small", ["train.max_steps=41000"], 100, 2500),
         ("f8c4-small", ["train.max_steps=20", "optim.decay_steps=5"], 0, 5),
         ("f8c4-small", ["train.max_steps=410", "optim.warmup_steps=7"], 7, 250),
+        ("f8c4-small", ["train.max_steps=410", "optim.warmup_steps=300"], 300, 110),  # 110 are left
     ],
 )
 def test_warmup_and_decay_follow_a_shorter_run_unless_they_are_set(recipe, more, warmup, decay, caplog):
@@ -349,6 +350,16 @@ def test_warmup_and_decay_follow_a_shorter_run_unless_they_are_set(recipe, more,
 
 def test_what_was_set_and_does_not_fit_is_refused_as_ever():
     assert "do not fit" in refusal("train.max_steps=20", "optim.decay_steps=30", source="f8c4-small")
+
+
+def test_a_decay_that_leaves_no_warmup_is_refused_with_one_that_fits():
+    message = refusal("train.max_steps=2050", "optim.decay_steps=2050", source="f8c4-small")
+    assert all(text in message for text in ("warmup_steps=50 ", "set optim.decay_steps=2000 or less"))
+    settings = ["train.max_steps=2050", "optim.decay_steps=2000"]
+    assert load_config("f8c4-small", settings).optim.warmup_steps == 50
+    assert load_config("f8c4-small", ["train.max_steps=2050", "optim.decay_steps="]).optim.decay_steps is None
+    full = ["train.max_steps=99", "optim.warmup_steps=99", "optim.decay_steps=1"]
+    assert "lower optim.warmup_steps" in refusal(*full)
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
