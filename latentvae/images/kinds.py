@@ -97,9 +97,15 @@ def recognise(head: bytes) -> str | None:
     return None
 
 
-def unreadable(name: object, head: bytes) -> ImageError:
-    """The error for a file of a format that is not read: what it is, and the remedy."""
-    kind = recognise(head)
+def unreadable(name: object, head: bytes, kind: str | None = None) -> ImageError:
+    """The error for a file of a format that is not read: what it is, and the remedy.
+
+    Args:
+        name: of the file.
+        head: its first bytes.
+        kind: what it is, where more than these bytes say so: many raw files begin as any TIFF.
+    """
+    kind = kind or recognise(head)
     if kind is None:
         return ImageError(
             f"{name} is no image by its content, whatever its name says: one of {', '.join(FORMATS)} was "

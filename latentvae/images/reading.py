@@ -112,8 +112,9 @@ def _find_in(path: Path, left_out: Counter[str], outside: Path | None) -> list[P
     if not kinds.is_image_name(path.suffix.lower()):
         with path.open("rb") as file:
             head = file.read(HEAD)
-        if kinds.recognise(head) is not None:
-            raise kinds.unreadable(path, head)
+            kind = kind_of(file, head)
+        if kind is not None:
+            raise kinds.unreadable(path, head, kind)
         raise ImageError(f"{path} ends in '{path.suffix}', but an image was wanted: use one of {accepted}")
     return [path]
 
@@ -224,7 +225,7 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
     head = file.read(HEAD)
     if not head:
         raise ImageError(f"{path} is empty (0 bytes), but an image was wanted: fetch the file again")
-    kind = _kind(file, head)
+    kind = kind_of(file, head)
     try:
         # only where Pillow would warn: catch_warnings resets what Python has shown once already
         with _quiet() if tiffs.is_tiff(head) else nullcontext():
@@ -243,7 +244,7 @@ def _read(file: IO[bytes], path: Source, max_pixels: int) -> Picture:
         ) from error
 
 
-def _kind(file: IO[bytes], head: bytes) -> str | None:
+def kind_of(file: IO[bytes], head: bytes) -> str | None:
     """What `kinds.recognise` says; "raw" also of a TIFF that is a camera's raw file."""
     if not tiffs.is_tiff(head):
         return kinds.recognise(head)
@@ -469,7 +470,7 @@ def read_size(source: Path | IO[bytes]) -> tuple[int, int] | None:
     try:
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file, _quiet():
             head = file.read(HEAD)
-            kind = _kind(file, head)
+            kind = kind_of(file, head)
             if kind == "JPEG XL":
                 return headers.jxl_size(file)
             if kind in light.ENDINGS:

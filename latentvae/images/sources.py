@@ -15,7 +15,7 @@ from latentvae.base.errors import ConfigError, ImageError
 from latentvae.base.files import check_local, local, portable
 from latentvae.images import captions, kinds, scans, tables
 from latentvae.images.listing import ARCHIVES, Listing, scan
-from latentvae.images.reading import HEAD
+from latentvae.images.reading import HEAD, kind_of
 from latentvae.images.scans import Window
 from latentvae.images.tars import TarSource, below_root, list_members, read_part
 
@@ -315,8 +315,9 @@ def _open_files(
         case [suffix]:
             with files[0].open("rb") as opened:
                 head = opened.read(HEAD)
-            if kinds.recognise(head) is not None:
-                raise kinds.unreadable(files[0], head)
+                kind = kind_of(opened, head)
+            if kind is not None:
+                raise kinds.unreadable(files[0], head, kind)
             raise ImageError(f"{files[0]} ends in {suffix!r}. Wanted: {WANTED}; unpack other archives first.")
         case _:
             counts = " and ".join(f"{len(some)} {kind} files" for kind, some in found.items())

@@ -13,7 +13,8 @@ from image_files import dng
 
 from latentvae.base.errors import ImageError, TooManyPixels
 from latentvae.images import kinds, tiffs
-from latentvae.images.reading import load_image, load_image_with_info, read_size
+from latentvae.images.reading import find_images, load_image, load_image_with_info, read_size
+from latentvae.images.sources import open_source
 from latentvae.images.tensors import to_uint8
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
@@ -148,6 +149,13 @@ def test_a_raw_file_that_ends_too_early_is_refused(tmp_path):
     sensor_begins(path, path.stat().st_size)  # as in the first part of a download
     with pytest.raises(ImageError, match=r"a\.dng is a camera's raw file that ends too early"):
         load_image(path)
+
+
+@pytest.mark.parametrize("find", [find_images, open_source])
+def test_a_raw_file_that_is_named_without_the_extra_is_answered_with_it(tmp_path, monkeypatch, find):
+    monkeypatch.setattr(kinds, "optional", lambda module: None)
+    with pytest.raises(ImageError, match=r"a\.dng is a camera's raw file: pip install .*raw"):
+        find(str(dng(tmp_path / "a.dng")))
 
 
 @pytest.mark.slow
