@@ -208,10 +208,7 @@ def _lines(figures: dict[str, Any]) -> list[str]:
     if figures["missing_share"] == 0:
         lines = ["The mask has no white pixel: nothing is missing, and the image is written as it is."]
     else:
-        mixed = (
-            f"a smooth extension (plate {figures['plate']:.2f}) and {100 * figures['detail']:.0f} % of the "
-            "model's detail"
-        )
+        mixed = f"a smooth extension of the rest and {100 * figures['detail']:.0f} % of the model's detail"
         held = mixed if figures["blend"] else "what the model decodes"
         lines = [f"{100 * figures['missing_share']:.1f} % of the pixels were missing; the hole holds {held}."]
     if figures["psnr_in_hole"]:

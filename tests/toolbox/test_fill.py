@@ -245,7 +245,7 @@ def test_verb_takes_the_longest_names(files: dict[str, Path]) -> None:
     assert kinds == [".comparison.png", ".fill.json", ".filled.png"]
 
 
-def test_verb_refuses_a_mask_of_another_size_and_says_when_nothing_is_missing(files: dict[str, Path]) -> None:
+def test_verb_refuses_a_mask_of_another_size_and_says_what_the_hole_holds(files: dict[str, Path]) -> None:
     result = run(files["image"], files["small"], "-m", files["model"], "-o", files["out"])
     assert isinstance(result.exception, ImageError)
     assert "20 x 20 px, but" in str(result.exception)
@@ -254,6 +254,8 @@ def test_verb_refuses_a_mask_of_another_size_and_says_when_nothing_is_missing(fi
     assert "no white pixel" in result.output
     filled = np.asarray(Image.open(files["out"] / "image.png.filled.png"))
     assert (filled == np.asarray(Image.open(files["image"]))).all()
+    said = run(files["image"], files["mask"], "-m", files["model"], "-o", files["out"], "--steps", 1).output
+    assert "a smooth extension of the rest and " in said
 
 
 def test_windows_cover_every_pixel_and_overlap() -> None:
