@@ -83,5 +83,7 @@ def split_line(train: int, held_out: int, own_folder: bool, wanted: int) -> str:
     """How many images are trained on and how many are kept for validation."""
     if own_folder:
         return f"{train} images to train on, {held_out} of data.val to validate on"
-    capped = f"; data.val_images={wanted}, at most a tenth" if held_out < wanted else " (data.val_images)"
+    # `hold_out` never takes less than two where it can
+    most = "at most a tenth" if 10 * held_out <= train + held_out else "of fewer than twenty at most two"
+    capped = f"; data.val_images={wanted}, {most}" if held_out < wanted else " (data.val_images)"
     return f"{train} images to train on, {held_out} held out for validation{capped}"

@@ -56,6 +56,11 @@ def test_points_are_read_from_the_record(tmp_path: Path) -> None:
             (44, 4, False, 24),
             "44 images to train on, 4 held out for validation; data.val_images=24, at most a tenth",
         ),
+        (
+            (12, 2, False, 8),
+            "12 images to train on, 2 held out for validation; data.val_images=8, of fewer than twenty "
+            "at most two",
+        ),
         ((976, 24, False, 24), "976 images to train on, 24 held out for validation (data.val_images)"),
         ((48, 9, True, 24), "48 images to train on, 9 of data.val to validate on"),
     ],
