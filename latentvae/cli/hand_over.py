@@ -7,7 +7,7 @@ import typer
 from tqdm import tqdm
 
 from latentvae import store
-from latentvae.cli.options import EXIT_SKIPPED, Json, StoreArgument, tell
+from latentvae.cli.options import EXIT_SKIPPED, Json, StoreArgument, counted, tell
 
 SHOWN = 20  # images left to the tool that are named; --json has all
 
@@ -49,7 +49,7 @@ def hand_over(
     with tqdm(total=count, unit="image", disable=json or count < 2, delay=0.5) as progress:
         if to == "webdataset":
             tars = store.webdataset.export_webdataset(source, output, progress=progress.update)
-            done = store.handing.HandOver(f"{len(tars)} tars of up to 1000 images", [], count)
+            done = store.handing.HandOver(f"{counted(len(tars), 'tar')} of up to 1000 images", [], count)
         else:
             done = store.handing.hand_over(
                 source, output, to, family=family, sample=sample, progress=progress.update
