@@ -15,6 +15,7 @@ from latentvae.images.pixels import Picture, check_size, white_of_floats
 
 # tags of TIFF 6.0 and its supplements
 BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, PLANAR = 258, 259, 262, 274, 277, 284
+SUBFILE, REDUCED = 254, 1  # and the bit that says: a smaller copy of another page
 MAKE, STRIPS, COLOURS, TILES = 271, 273, 320, 324  # with STRIPS and TILES: where the picture's parts begin
 SUBIFDS, FORMAT, PROFILE, DNG_VERSION = 330, 339, 34675, 50706
 SENSOR = {32803, 34892}  # photometric: a colour filter array, and what was made of one
@@ -77,8 +78,10 @@ def is_beyond_pillow(file: IO[bytes]) -> bool:
     """Whether a TIFF is of those that Pillow refuses, or reads as noise.
 
     These are planes of more than 8 bits; grey with alpha of so many or in planes; floats; unsigned 32 bits;
-    and YCbCr that is not compressed, which it takes for RGB.
+    YCbCr that is not compressed, which it takes for RGB; and what lies below a preview, which it shows.
     """
+    if _shows_preview(file):
+        return True
     file.seek(0)
     try:
         tags = _directory(file, file.read(16), None)
@@ -93,6 +96,15 @@ def is_beyond_pillow(file: IO[bytes]) -> bool:
         # two of: deep, grey with alpha, in planes
         return deep or (bits > 8) + (samples == 2) + (tags.get(PLANAR, 1) == 2) > 1
     except Exception:  # damaged, or of a kind that Pillow knows more of
+        return False
+
+
+def _shows_preview(file: IO[bytes]) -> bool:
+    """Whether the first page is a smaller copy of one below it."""
+    try:
+        first, *below = [tags.get(SUBFILE, 0) & REDUCED for tags in _directories(file)]
+        return bool(first and not all(below))
+    except Exception:  # damaged: what reads its pixels says so
         return False
 
 
@@ -134,8 +146,16 @@ def read_tiff(file: IO[bytes], path: object, max_pixels: int) -> Picture | None:
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         page: Any = tiff.pages[0]
+        # film scanners put the picture below a preview, as cameras do with what their sensors saw
+        below = [each for each in page.pages or () if not each.is_reduced] if page.is_reduced else []
+        page = below[0] if below else page
         check_size(path, page.imagewidth, page.imagelength, max_pixels)
         if page.compression not in PLAIN | DEFLATE | PACKBITS:
+            if below:
+                raise ImageError(
+                    f"{path} is a TIFF that shows a preview, and whose picture is packed by "
+                    f"{page.compression.name}, which is not read below one: save it as a TIFF of one page"
+                )
             if page.dtype is not None and page.dtype.kind == "f" and tiff.byteorder == ">":  # noise to Pillow
                 raise ImageError(
                     f"{path} is a TIFF of big-endian floats packed by {page.compression.name}, which is not "
@@ -155,6 +175,8 @@ def read_tiff(file: IO[bytes], path: object, max_pixels: int) -> Picture | None:
         picture = _picture(samples.reshape(page.imagelength, page.imagewidth, -1), page, path)
         picture.orientation = orientation if 1 <= orientation <= 8 else 1
         picture.mode, picture.format, picture.frames = str(samples.dtype), "TIFF", len(tiff.pages)
+        if below:
+            picture.notes.append("the full picture, which stands below a preview of it")
         if picture.frames > 1:
             picture.notes.append(f"first of {picture.frames} frames")
         if picture.orientation > 1:

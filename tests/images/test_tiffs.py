@@ -144,6 +144,22 @@ def sensor_begins(path, place: int) -> None:
     path.write_bytes(data[:where] + struct.pack("<I", place) + data[where + 4 :])
 
 
+@pytest.mark.parametrize("name", ["scan.nef", "scan.tif"])
+def test_of_a_film_scanner_s_file_the_picture_is_read_and_not_its_preview(tmp_path, name, monkeypatch):
+    values = samples("RGB", "u1")
+    with tifffile.TiffWriter(tmp_path / name) as tiff:
+        tiff.write(values[::2, ::2], photometric="rgb", subfiletype=1, subifds=1)
+        tiff.write(values, photometric="rgb", subfiletype=0, compression="zlib")
+    image, info = load_image_with_info(tmp_path / name)
+    assert (to_uint8(image).permute(1, 2, 0).numpy() == values).all()
+    assert info.notes == ["the full picture, which stands below a preview of it"]
+    with pytest.raises(TooManyPixels):
+        load_image(tmp_path / name, max_pixels=34)
+    monkeypatch.setattr(tiffs, "DEFLATE", set())  # as if it were LZW
+    with pytest.raises(ImageError, match=rf"{name} is a TIFF that shows a preview"):
+        load_image(tmp_path / name)
+
+
 def test_a_raw_file_that_ends_too_early_is_refused(tmp_path):
     path = dng(tmp_path / "a.dng")
     sensor_begins(path, path.stat().st_size)  # as in the first part of a download
