@@ -163,6 +163,11 @@ def openers(kind: str | None, head: bytes) -> Iterator[Callable[[IO[bytes], str]
         yield Image.OPEN["JXL"][0]  # importing it registers it
 
 
+def asks_all(opener: Callable[..., object]) -> bool:
+    """Whether an opener has no look at the first bytes, and so is asked about every file."""
+    return (opener, None) in Image.OPEN.values()
+
+
 def _fill_registry() -> None:
     """Have Pillow know its formats, which it imports late."""
     if any(name not in Image.OPEN for name in FORMATS):

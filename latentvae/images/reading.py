@@ -7,6 +7,7 @@ import ctypes
 import io
 import logging
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -35,6 +36,7 @@ BYTES_PER_PIXEL = 20  # that reading takes, the result of 12 included
 PNG = b"\x89PNG"
 HEAD = 4096  # bytes that tell what a file is
 GAIN_MAPS = (b"hdr-gain-map", b"urn:iso:std:iso:ts:21496", b"hdrgainmap")  # Google's, the standard's, Apple's
+NOT_MINE = (SyntaxError, IndexError, TypeError, struct.error)  # as Pillow has it of what openers raise
 MENDED = "latentvae mended"  # key of an image's info
 TALKERS = ("tifffile", "PIL.TiffImagePlugin")
 GAIN_MAP_NOTE = "its HDR gain map is not applied: this is the picture in SDR"
@@ -360,7 +362,8 @@ def _identify(file: IO[bytes], path: Source, kind: str | None, head: bytes) -> I
                 in_memory = isinstance(file, io.BytesIO) or not isinstance(path, Path)
                 return opener(file, "" if in_memory else str(path))
         except Exception as error:  # the next one may know it
-            problem = problem or error
+            if not (kinds.asks_all(opener) and isinstance(error, NOT_MINE)):
+                problem = problem or error
     if kind == "AVIF" and (mended := headers.with_one_ipma(file)) is not None:
         return _identify(mended, path, kind, head)
     if kind == "AVIF" and (mended := headers.without_exif(file)) is not None:

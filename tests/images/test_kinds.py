@@ -153,6 +153,19 @@ def test_an_opener_that_the_user_registered_is_taken(tmp_path, monkeypatch):
     assert levels(tmp_path / "a.dots", channels=1).ravel().tolist() == [0, 255, 255, 0]
 
 
+def test_an_opener_that_is_asked_about_every_file_has_no_say_in_what_others_are(monkeypatch):
+    def never(file: object, name: str) -> ImageFile.ImageFile:
+        raise SyntaxError("not a file of mine")
+
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    Image.register_open("MINE", never, None)
+    with pytest.raises(ImageError, match=r"^a is a Photoshop document, which is not read"):
+        load_image(b"8BPS" + bytes(64), name="a")
+    with pytest.raises(ImageError, match=r"^a is no image by its content"):
+        load_image(b"nothing" + bytes(64), name="a")
+
+
 @pytest.mark.parametrize(
     ("head", "words"),
     [
