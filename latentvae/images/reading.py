@@ -204,7 +204,7 @@ def _reason(error: Exception) -> str:
         return f"the value {error} in it has no meaning"
     first = error.args[0] if error.args else None
     said = first.decode("utf-8", "replace") if isinstance(first, bytes) else str(error)  # LibRaw's are bytes
-    said = (said or type(error).__name__).rstrip(".")
+    said = " ".join((said or type(error).__name__).split()).rstrip(".")  # on one line
     return f"{said} (it is damaged, or packed in a way that is not known)" if said.endswith("-2") else said
 
 

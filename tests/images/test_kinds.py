@@ -491,6 +491,7 @@ def test_libtiff_is_silent_and_the_error_names_file_and_format(tmp_path):
 def test_a_bare_key_is_explained():
     assert reading._reason(KeyError(320)) == "the value 320 in it has no meaning"
     assert reading._reason(OSError(b"Input/output error")) == "Input/output error"  # as LibRaw's are
+    assert reading._reason(ValueError("Bad box\n (at 7).\n")) == "Bad box (at 7)"  # as libheif's end
 
 
 @pytest.mark.slow
