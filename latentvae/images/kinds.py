@@ -30,6 +30,7 @@ OPTIONAL = {
     "Radiance HDR": ("OpenImageIO", (".hdr", ".pic")),
 }
 MODULES = {suffix: module for module, suffixes in OPTIONAL.values() for suffix in suffixes}
+BROKEN_LINKS = "behind broken links"  # among suffixes of what was left out: 3 .psd, 1 behind broken links
 SIDECARS = (".txt", ".json", ".jsonl", ".csv")  # captions, labels: read, or none of a folder of images
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 

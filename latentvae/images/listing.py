@@ -66,7 +66,11 @@ def _walk(
         names[:] = [name for name in sorted(names) if _follow(Path(folder, name), top, visited)]
         for file in files:
             path = Path(folder, file)
-            if file.startswith(".") or not may_be_file(path):
+            if file.startswith("."):
+                continue
+            if not may_be_file(path):
+                if left_out is not None and path.is_symlink():
+                    left_out[kinds.BROKEN_LINKS] += 1
                 continue
             suffix = path.suffix.lower()
             if suffix in also or kinds.is_image_name(suffix):

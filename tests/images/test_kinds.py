@@ -200,6 +200,14 @@ def mixed(folder):
     return folder
 
 
+def test_a_link_to_nothing_is_counted(tmp_path):
+    two_colours().save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    left_out = Counter()
+    assert find_images(tmp_path, left_out) == [tmp_path / "a.png"]
+    assert kinds.describe(left_out) == "left out: 1 behind broken links"
+
+
 def test_what_a_folder_leaves_out_is_counted_by_type(tmp_path, monkeypatch, caplog):
     without(monkeypatch, "pillow_heif", "pillow_jxl", "OpenImageIO")
     monkeypatch.delitem(Image.EXTENSION, ".jxl", raising=False)
