@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -133,6 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    # images come from files here, which are read to the right scale: this is a bright one
+    warnings.filterwarnings("ignore", message=r"images from .*: if these are in \[0, 1\]")
     # a line for each request to the hub, and for each place where credentials are, says nothing to people
     for chatty in ("httpx", "botocore", "aiobotocore", "azure"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -97,6 +97,14 @@ def rows(table: str) -> dict[str, list[str]]:
     return {line[0]: line[1:] for line in lines if len(line) > 3}
 
 
+def test_a_bright_picture_is_not_taken_for_one_of_another_scale(tmp_path, model, latentvae_command, recwarn):
+    levels = np.linspace(130, 255, 32 * 32, dtype=np.uint8).reshape(32, 32)
+    Image.fromarray(levels).save(tmp_path / "snow.png")
+    done = latentvae_command("reconstruct", tmp_path / "snow.png", "-m", model, "-o", tmp_path / "out")
+    assert done.code == 0
+    assert [each for each in recwarn if "wanted [-1, 1]" in str(each.message)] == []
+
+
 # --- reconstruct -------------------------------------------------------------------------------------------
 
 
