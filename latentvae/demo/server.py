@@ -91,7 +91,8 @@ def serve(
 
 def _say(what: str) -> None:
     """What people who wait at a terminal are told; standard output is for the address."""
-    print(f"latentvae demo: {what}", file=sys.stderr, flush=True)
+    # with its end of line in one piece: the thread that loads models tells people of them meanwhile
+    print(f"latentvae demo: {what}\n", end="", file=sys.stderr, flush=True)
 
 
 def end(page: LocalBlocks) -> None:

@@ -1,7 +1,9 @@
 """Where and how the demo is served: past proxies, on IPv6, to several visitors at once."""
 
+import io
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,3 +112,15 @@ def test_an_open_page_does_not_hold_the_server_up(model: Path) -> None:
         assert time.monotonic() - start < 2
         served.server.thread.join(30)
         assert not served.server.thread.is_alive()
+
+
+def test_what_is_said_comes_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads speak: one that serves the page, and one that loads its models."""
+    from latentvae.demo import server
+
+    pieces = io.StringIO()
+    written: list[str] = []
+    monkeypatch.setattr(pieces, "write", written.append)
+    monkeypatch.setattr(sys, "stderr", pieces)
+    server._say("loading f8c4-small")
+    assert [each for each in written if each] == ["latentvae demo: loading f8c4-small\n"]
