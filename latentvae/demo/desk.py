@@ -334,7 +334,8 @@ def _code(*, python: bool, curl: bool) -> list[gr.Code]:
         return []
     with gr.Accordion(f"Show {' and '.join(name for name, _ in shown)}", open=False):
         return [
-            gr.Code(language=kind, label=name, interactive=False, wrap_lines=True)  # type: ignore[arg-type]
+            # as high as its lines: gradio measures the least height while it is hidden, where all are broken
+            gr.Code(language=kind, label=name, interactive=False, wrap_lines=True, lines=1)  # type: ignore[arg-type]
             for name, kind in shown
         ]
 

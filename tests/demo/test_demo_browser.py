@@ -202,6 +202,20 @@ def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
     assert not visit.page.locator("#lv-figures .lv-figures").count()  # the picture's before
 
 
+def test_lines_of_a_result_take_the_room_they_need(visit: Visit) -> None:
+    page = visit.page
+    visit.open("Compress")
+    page.wait_for_function(SHOWN)
+    page.get_by_text("Show Python").locator("visible=true").first.click()
+    page.locator(".cm-content:visible").first.wait_for()
+    page.wait_for_timeout(500)
+    spare = page.locator(".cm-editor:visible").evaluate_all(
+        "each => each.map(one => one.offsetHeight - one.querySelector('.cm-content').offsetHeight)"
+    )
+    assert len(spare) == 2
+    assert max(spare) < 20, spare  # pixels: a line
+
+
 def test_what_takes_long_can_be_stopped_and_what_was_shown_stays(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
