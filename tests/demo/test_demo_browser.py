@@ -337,6 +337,8 @@ def test_pictures_are_compared_whole_and_by_their_pixels(compared: Visit) -> Non
     page.keyboard.press("+")
     assert scale() == 2
 
+    page.set_viewport_size({"width": 960, "height": 900})  # columns as narrow as those of six ways
+    assert page.evaluate(CLEAR["Compare"])
     for place in ("#lv-table-file", "#lv-compare .lv-under a >> nth=1"):
         with page.expect_download() as waiting:
             page.locator(place).click()
