@@ -202,6 +202,27 @@ def test_a_wrong_file_is_said_on_the_page(visit: Visit, tmp_path: Path) -> None:
     assert not visit.page.locator("#lv-figures .lv-figures").count()  # the picture's before
 
 
+def test_a_file_that_the_browser_cannot_draw_is_no_broken_picture(visit: Visit, tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    page, before = visit.page, visit.figures()
+    heif.from_pillow(Image.fromarray(textured(256, 192, 3))).save(tmp_path / "phone.heic")
+    page.locator(".lv-photo:visible button[aria-label='Remove Image']").first.click()
+    page.locator(".lv-photo:visible input[type=file]").first.set_input_files(tmp_path / "phone.heic")
+    frame = page.locator(".lv-photo:visible .image-frame").first
+    page.wait_for_function(
+        "before => { const now = document.querySelector('#lv-figures .lv-figures')?.innerText;"
+        " return now && now !== before && now.includes('dB'); }",
+        arg=before,
+    )
+    said = "frame => getComputedStyle(frame, '::after').content"
+    assert "cannot show" in frame.evaluate(said)
+    assert frame.locator("img").evaluate("image => getComputedStyle(image).opacity") == "0"
+    page.get_by_role("button", name="Text").click()
+    page.wait_for_function("document.querySelector('.lv-photo img').naturalWidth > 0")
+    assert "cannot show" not in frame.evaluate(said)
+    assert visit.errors == []
+
+
 def test_lines_of_a_result_take_the_room_they_need(visit: Visit) -> None:
     page = visit.page
     visit.open("Compress")

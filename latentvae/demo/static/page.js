@@ -86,6 +86,10 @@ const work = () => document.querySelectorAll('.lv-results').forEach(panel => {
 });
 document.addEventListener('keydown', step);
 document.addEventListener('load', still, true);  // loading does not bubble
+// A chosen file that the browser cannot draw, such as a phone's HEIC, which our own reader may well know.
+const seen = event => event.target.closest?.('.lv-photo .image-frame')?.classList.toggle(
+  'lv-unseen', event.type === 'error');
+['load', 'error'].forEach(type => document.addEventListener(type, seen, true));
 let waiting = 0;
 const soon = () => { waiting ||= requestAnimationFrame(() => { waiting = 0; name(); work(); }); };
 // of the document: whether there is a body yet depends on how gradio writes the head
