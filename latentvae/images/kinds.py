@@ -109,7 +109,7 @@ def unreadable(name: object, head: bytes, kind: str | None = None) -> ImageError
     kind = kind or recognise(head)
     if kind is None:
         return ImageError(
-            f"{name} is no image by its content, whatever its name says: one of {', '.join(FORMATS)} was "
+            f"{name} is no image by its content, whatever its name says: one of {', '.join(readable())} was "
             "wanted; if another program opens it, convert it to PNG there"
         )
     what = ABOUT.get(kind, kind)
@@ -132,6 +132,11 @@ def optional(module: str) -> Any:
         return import_module(module)
     except ImportError:
         return None
+
+
+def readable() -> list[str]:
+    """The formats that can be read now: ours, and those whose optional package is there."""
+    return [*FORMATS, *(kind for kind, (module, _) in OPTIONAL.items() if optional(module) is not None)]
 
 
 def is_image_name(suffix: str) -> bool:

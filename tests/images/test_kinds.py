@@ -166,6 +166,13 @@ def test_an_opener_that_is_asked_about_every_file_has_no_say_in_what_others_are(
         load_image(b"nothing" + bytes(64), name="a")
 
 
+def test_of_no_image_it_is_said_what_can_be_read_here(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr(kinds, "optional", lambda module, there=there: there or None)
+        said = str(kinds.unreadable("a", b"nothing"))
+        assert ("PPM" in said, "HEIC, JPEG XL, raw" in said) == (True, there)
+
+
 @pytest.mark.parametrize(
     ("head", "words"),
     [
