@@ -90,6 +90,11 @@ def export(
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     models.licences.check_licence(licence)
+    for option, value in {"--subfolder": subfolder, "--private": private}.items():
+        if value and not push_to_hub:  # the folder here has no such thing, and would seem to
+            raise LatentVAEError(
+                f"{option} is of the hub's repository: name that with --push-to-hub, or leave it out."
+            )
     output = out or output
     # before anything is measured; again when it is written
     check_folder(

@@ -617,6 +617,8 @@ def test_export_uploads_only_when_asked_and_the_card_says_from_where(run_export,
     ("arguments", "message"),
     [
         (("--push-to-hub", "my-vae"), "'my-vae' is no hub id"),
+        (("--subfolder", "vae"), "--subfolder is of the hub's repository"),
+        (("--private",), "--private is of the hub's repository"),
         (("--push-to-hub", "me/my-vae", "--base-model", "parent"), "base model 'parent' is no hub id"),
         (("--licence", "apache 2"), "'apache 2' is no licence identifier"),
     ],
