@@ -90,11 +90,8 @@ def export(
 ) -> None:
     """Export a checkpoint (or convert any model) and prove it by reloading it in stock diffusers."""
     models.licences.check_licence(licence)
-    for option, value in {"--subfolder": subfolder, "--private": private}.items():
-        if value and not push_to_hub:  # the folder here has no such thing, and would seem to
-            raise LatentVAEError(
-                f"{option} is of the hub's repository: name that with --push-to-hub, or leave it out."
-            )
+    if not push_to_hub:  # the folder here has no such things, and would seem to
+        _refuse_of_hub({"--subfolder": subfolder, "--private": private})
     output = out or output
     # before anything is measured; again when it is written
     check_folder(
@@ -318,3 +315,11 @@ def _measure_training_data(vae: AutoencoderKL, config: dict[str, Any]) -> models
             f"latent statistics need images, and the run's own cannot be used: {error} Pass --images FOLDER, "
             "pictures like those it was trained on."
         ) from error
+
+
+def _refuse_of_hub(options: dict[str, object]) -> None:
+    for option, value in options.items():
+        if value:
+            raise LatentVAEError(
+                f"{option} is of the hub's repository: name that with --push-to-hub, or leave it out."
+            )
