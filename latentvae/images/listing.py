@@ -1,11 +1,12 @@
 """Image files below a folder: as paths, or listed quickly and kept in some thirty bytes a file."""
 
+import errno
 import hashlib
 import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -213,9 +214,9 @@ def _entries(folder: str, real: str, top: str, visited: set[str]) -> list[str]:
                 continue
             suffix = name[name.rfind(".") :].lower() if "." in name else ""
             wanted = suffix in ARCHIVES or is_image_name(suffix)
-            if wanted and entry.is_file():  # by the listing itself, but for links
+            if wanted and _leads(entry.is_file):  # by the listing itself, but for links
                 files.append(name)
-            elif entry.is_dir():
+            elif _leads(entry.is_dir):
                 inside.append((name, entry.is_symlink()))
     for name, link in sorted(inside):
         place = os.path.realpath(Path(folder, name)) if link else str(Path(real, name))
@@ -226,3 +227,13 @@ def _entries(folder: str, real: str, top: str, visited: set[str]) -> list[str]:
             files.append(f"{name}/")
     files.sort(reverse=True)
     return files
+
+
+def _leads(is_kind: Callable[[], bool]) -> bool:
+    """What an entry says it is; a link in circles leads nowhere, as one to nothing does."""
+    try:
+        return is_kind()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False

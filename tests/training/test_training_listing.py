@@ -40,6 +40,8 @@ def tree(tmp_path: Path) -> Path:
         (root / "up").symlink_to(tmp_path)
         (root / "one.png").symlink_to(root / "b.png")
         (root / "dead.png").symlink_to(root / "nothing")
+        (root / "circle").symlink_to(root / "circle")
+        (root / "circle.png").symlink_to(root / "circle.png")
         (root / os.fsdecode(b"\xff.png")).touch()
     return root
 
