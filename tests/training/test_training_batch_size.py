@@ -15,7 +15,9 @@ from latentvae.training.config import Config
     [
         ([100, 140, 220], 20, 100),  # as on a GPU: two batches are enough
         ([500, 500, 500, 560, 920], 10, 380),  # as on a CPU: the first two hide, 18 and 54 tell
+        ([500, 502, 504, 560, 920], 10, 380),  # a few pages more are no batch
         ([648, 648, 648, 648, 648, 648], 4, 0),  # none shows: the bound
+        ([640, 642, 644, 646, 647, 648], 4, 0),
     ],
 )
 def test_batches_grow_until_two_of_them_show(
