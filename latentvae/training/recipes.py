@@ -26,6 +26,25 @@ _RECIPE_DIRS = (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is defined: a key stands once. PyYAML takes the last, and what came before would be lost."""
+
+    # where a mapping is composed, because << has not put other mappings' keys among its own yet
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as PyYAML composes it, of which no key is there again."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        marks = dict[tuple[str, str], yaml.Mark]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if (name := (key.tag, key.value)) in marks:
+                raise yaml.MarkedYAMLError(
+                    f"there is {key.value!r} already", marks[name], "and once more; join them", key.start_mark
+                )
+            marks[name] = key.start_mark
+        return node
+
+
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = next((folder for folder in _RECIPE_DIRS if folder.is_dir()), None)
@@ -71,7 +90,7 @@ def _read(source: str | Path) -> dict[str, Any]:
             )
         path = known[str(source)]
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} could not be read as YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -150,7 +169,7 @@ def _parse(kinds: tuple[Any, ...], text: str) -> Any:
     if str in kinds:
         return text or None
     if not kinds or any(kind is dict or get_origin(kind) is dict or _is_section(kind) for kind in kinds):
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     text = text.strip()
     if text in ("", "null"):
         return None

@@ -83,6 +83,23 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
     assert str(path) in refusal(source=path)
 
 
+def test_a_key_that_is_there_twice_is_refused_as_the_first_would_be_lost(tmp_path):
+    path = write(tmp_path, "train:\n  max_steps: 3\ndata: {crop: 32}\ntrain:\n  batch_size: 2\n")
+    message = refusal(source=path)
+    assert str(path) in message
+    assert "'train'" in message
+    assert "line 1" in message
+    assert "line 4" in message
+    assert "'latent_channels'" in refusal("model.overrides={latent_channels: 4, latent_channels: 8}")
+    # what is taken over by << may be said again
+    merged = write(
+        tmp_path,
+        "data: &data {crop: 32, val_size: 64}\nstages: [{name: a, steps: 300, "
+        "overrides: {data: {<<: *data, crop: 48}}}]\n",
+    )
+    assert load_config(merged).stage(0).data.crop == 48
+
+
 def test_a_section_whose_lines_are_all_commented_out_has_its_defaults(tmp_path):
     path = write(tmp_path, "data:\n#  crop: 32\n")
     assert load_config(path, ["data.val_images=3"]).data.val_images == 3
