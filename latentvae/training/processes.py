@@ -12,7 +12,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import nn
 
 from latentvae.base.errors import ConfigError, LatentVAEError
-from latentvae.base.files import file_sha256
+from latentvae.base.files import file_sha256, make_folder
 from latentvae.training import checkpoint
 from latentvae.training.checkpoint import TrainingState
 from latentvae.training.checks import find_start
@@ -58,7 +58,7 @@ def _without_folder(folder: Path, accelerator: Accelerator) -> list[int]:
     """The processes that do not see a file which the first one writes into the output folder."""
     token = folder / broadcast_object_list([f".seen-{uuid.uuid4().hex}"])[0]
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, ConfigError)
         token.touch()
     accelerator.wait_for_everyone()
     seen = gather_object([token.is_file()])

@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from latentvae.base.errors import ConfigError
+from latentvae.base.files import make_folder
 from latentvae.base.optional import install_command
 from latentvae.measure.metrics import MetricsSummary
 from latentvae.training.checkpoint import TrainingState
@@ -45,7 +47,7 @@ class Record:
         self.seconds = 0.0
         self.reported: set[str] = set()
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, ConfigError)
             self._truncate(first_step)
         self.tracker: Any = None
         if accelerator.log_with:

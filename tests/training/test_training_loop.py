@@ -847,6 +847,12 @@ def test_an_output_below_a_file_is_refused(photos, tmp_path, resume):
         train(configure(photos, tmp_path / "file" / "run"), resume=resume)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="wants a folder in which root can make none")
+def test_an_output_that_only_the_disk_refuses_is_refused_by_name(photos):
+    with pytest.raises(ConfigError, match="/proc/latentvae cannot be written to"):
+        train(configure(photos, Path("/proc/latentvae")))
+
+
 def test_an_export_that_could_not_be_written_is_refused_before_training(photos, tmp_path):
     (tmp_path / "run" / "vae").mkdir(parents=True)
     (tmp_path / "run" / "vae" / "thesis.txt").write_text("mine")
