@@ -176,7 +176,8 @@ def resolve(resume: str, folder: Path) -> Path | None:
     if resume in ("latest", "auto"):
         found = newest(folder)
         if found is None:
-            way = "Start without --resume." if resume == "latest" else "Move those away to start anew."
+            # a start would be refused beside damaged ones
+            way = "Move those away to start anew." if listing(folder) else "Start without --resume."
             raise ConfigError(f"--resume {resume}: no complete checkpoint in {folder}. {way}")
         return found
     problem = damage(Path(resume))
