@@ -9,6 +9,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -98,7 +99,7 @@ def _check_stages(config: Config) -> None:
     for number, stage in enumerate(config.stages):
         own: list[str] = [name for name in ("output", "stages") if name in stage.overrides]
         # a stage's length is its own, and it begins with what the one before has learned
-        train, model = (stage.overrides.get(name) or {} for name in ("train", "model"))
+        train, model = (_section(stage.overrides, name) for name in ("train", "model"))
         own += ["train.max_steps"] if "max_steps" in train else []
         own += [f"model.{name}" for name in ("init", "overrides") if number and name in model]
         if own:
@@ -110,6 +111,12 @@ def _check_stages(config: Config) -> None:
             check_values(each)
         except ConfigError as error:
             raise ConfigError(f"stages, {stage.name}: {error}") from error
+
+
+def _section(overrides: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a stage's overrides; what is none is refused with the stage's other types."""
+    found = overrides.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _check_sizes(data: DataConfig) -> None:

@@ -255,13 +255,14 @@ class Config(Section):
         # other crops in each, unless a stage says which
         tree["seed"] += number
         _merge(tree, stage.overrides)
-        tree["train"]["max_steps"] = stage.steps
-        tree["output"] = self.stage_folder(number)
+        own = Config.model_validate(tree)  # before anything is put into sections, which may be none
+        own.train.max_steps = stage.steps
+        own.output = self.stage_folder(number)
         if number:
-            tree["model"] |= {"init": f"{self.stage_folder(number - 1)}/vae", "overrides": {}}
-            if tree["model"]["teacher"] is not None:
-                tree["distil"]["linear_start"] = False  # its latents are the teacher's already
-        return Config.model_validate(tree)
+            own.model.init, own.model.overrides = f"{self.stage_folder(number - 1)}/vae", {}
+            if own.model.teacher is not None:
+                own.distil.linear_start = False  # its latents are the teacher's already
+        return own
 
     def stage_folder(self, number: int) -> str:
         """Where a stage, from 0, writes."""

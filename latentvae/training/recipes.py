@@ -191,7 +191,8 @@ def _explain(problem: Any) -> str:
         return f"{place or 'config'}: {problem['msg'].removeprefix('Value error, ')}{came}"
     section: Any = Config
     for part in problem["loc"][:-1]:
-        section = section.model_fields[part].annotation
+        # of a list, as stages are one, the part is a number
+        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
     known = list(section.model_fields)
     hint = nearest(str(problem["loc"][-1]), known) or f" Known: {', '.join(known)}."
     return f"unknown setting {place!r}.{hint}"

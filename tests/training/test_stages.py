@@ -60,6 +60,13 @@ def test_a_stage_has_the_runs_settings_and_its_own_over_them(photos: Path, tmp_p
             "[{name: a, steps: 2, overrides: {data: {cropp: 3}}}]",
             "unknown setting 'data.cropp'. Did you mean",
         ),
+        (
+            "[{name: a, steps: 2, overides: {}}]",
+            r"unknown setting 'stages\.0\.overides'\. Did you mean 'overrides'",
+        ),
+        ("[{name: a, steps: 2, overrides: {train: 5}}]", "train: input should be a valid dictionary"),
+        ("[{name: a, steps: 2}, {name: b, steps: 2, overrides: {model: x}}]", "model: input should be"),
+        ("[{name: a, steps: 2}, {name: b, steps: 2, overrides: {distil: [1]}}]", "distil: input should be"),
         ("[{name: a, steps: 2, overrides: {data: {crop: 33}}}]", "stages, a: data.crop=33 is not a multiple"),
         ("[{name: a, steps: 2, overrides: {output: x}}]", "output is the run's"),
         ("[{name: a, steps: 2, overrides: {train: {max_steps: 3}}}]", "train.max_steps is the run's"),
