@@ -328,21 +328,21 @@ def list_members(shard: Place, extension: str | None = None) -> Listed:
     """
     try:
         if isinstance(shard, Path):
-            return _list(tarfile.open(shard, "r:"), shard, extension)
-        # a connection that breaks in the middle begins again
-        return shard.ask(
-            lambda files, path: _list(
-                tarfile.open(fileobj=shard.opened(files, path, BLOCK), mode="r:"), shard, extension
-            )
-        )
+            return _list(lambda: tarfile.open(shard, "r:"), shard, extension)
+
+        def listed(files: Any, path: str) -> Listed:
+            file = shard.opened(files, path, BLOCK)
+            return _list(lambda: tarfile.open(fileobj=file, mode="r:"), shard, extension)
+
+        return shard.ask(listed)  # a connection that breaks in the middle begins again
     except (OSError, tarfile.TarError, ValueError) as error:
         raise _unlisted(shard, error) from error
 
 
-def _list(tar: tarfile.TarFile, shard: Place, extension: str | None) -> Listed:
+def _list(opened: Callable[[], tarfile.TarFile], shard: Place, extension: str | None) -> Listed:
     found = Listed([], [], Counter())
     try:
-        with tar:
+        with opened() as tar:  # which reads the first header: damage there is no connection's fault either
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers it has seen
                 if member.isreg() and not member.issparse():

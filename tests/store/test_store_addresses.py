@@ -190,11 +190,19 @@ def test_an_image_whose_connection_stays_broken_is_tried_by_the_next_run(
 
 
 def test_what_is_not_there_is_named_as_it_was_typed(tiny_vae: Any, tmp_path: Path) -> None:
-    at = put({"cut.tar": tar(pictures())[:900], "texts/a.txt": b"x"}, "shaky://data")
+    whole = tar(pictures())
+    files = {"cut.tar": whole[:900], "short.tar": whole[:300], "text.tar": b"no tar at all" * 100}
+    at = put({**files, "texts/a.txt": b"x"}, "shaky://data")
     for spec, kind, message in (
         (f"{at}/none.tar", ImageError, r"^shaky://data/none\.tar does not exist\. Wanted: a folder"),
         (f"{at}/no/{{0..1}}.tar", ImageError, r"^shaky://data/no/0\.tar does not exist \(shaky://"),
         (f"{at}/cut.tar", ImageError, r"^shaky://data/cut\.tar cannot be listed \(unexpected end of data\)"),
+        (
+            f"{at}/short.tar",
+            ImageError,
+            r"^shaky://data/short\.tar cannot be listed \(truncated header\), but a",
+        ),
+        (f"{at}/text.tar", ImageError, r"^shaky://data/text\.tar cannot be listed \(invalid header\), but a"),
         (f"{at}/texts", ImageError, r"^no image in the folder shaky://data/texts\."),
         ("odd://data/a.tar", SourceError, r"^odd://data/a\.tar cannot be read: odd:// is no kind of address"),
     ):
