@@ -144,19 +144,21 @@ def restore(state: TrainingState, checkpoint: Path) -> None:
     if before is not None and before != now:
         first = next(iter(sorted(set(before) ^ set(now))), "their order")
         raise ConfigError(
-            f"{checkpoint} was written with other parameters to train ({first}, for one). Keep model.freeze "
-            f"and model.mode, or `latentvae export {checkpoint} -o FOLDER` and start with model.init=FOLDER."
+            f"{checkpoint} was written with other parameters to train ({first}, for one). Keep model.freeze, "
+            "model.mode and the model's shape (model.preset, model.overrides), or "
+            f"`latentvae export {checkpoint} -o FOLDER` and start with model.init=FOLDER."
         )
-    _load_module(state.vae, checkpoint / "model.safetensors")
-    _load_module(state.ema.model, checkpoint / "ema.safetensors")
+    for module, name in ((state.vae, "model.safetensors"), (state.ema.model, "ema.safetensors")):
+        _load_module(module, checkpoint / name, "model.preset, model.overrides and model.init")
     _load_optimizer(state.optimizer, checkpoint / "optimizer.safetensors")
     if state.adversary is not None and (checkpoint / WEIGHTS).is_file():
-        _load_module(state.adversary.discriminator, checkpoint / WEIGHTS)
+        shape = "adversarial.features, .width and .layers"
+        _load_module(state.adversary.discriminator, checkpoint / WEIGHTS, shape)
         _load_optimizer(state.adversary.optimizer, checkpoint / "disc_optimizer.safetensors")
         if (checkpoint / LECAM).is_file():
             state.adversary.averages.copy_(load_file(checkpoint / LECAM)["averages"])
     if state.alignment is not None and (checkpoint / PROJECTION).is_file():
-        _load_module(state.alignment.projection, checkpoint / PROJECTION)
+        _load_module(state.alignment.projection, checkpoint / PROJECTION, "regularise.align.model")
         _load_optimizer(state.alignment.optimizer, checkpoint / "align_optimizer.safetensors")
     if state.scaler is not None and "scaler" in saved:
         state.scaler.load_state_dict(saved["scaler"])
@@ -275,9 +277,10 @@ def _seal(partial: Path, final: Path) -> None:
     put_in_place(partial, final, durable=True)
 
 
-def _load_module(module: nn.Module, path: Path) -> None:
+def _load_module(module: nn.Module, path: Path, settings: str) -> None:
+    """Load what a checkpoint holds of a module whose shape follows from `settings`, as messages name them."""
     tensors = load_file(path)
-    check_keys(tensors, module.state_dict(), path)
+    check_keys(tensors, module.state_dict(), path, f"Keep {settings} as the run began (its config.yaml).")
     module.load_state_dict(tensors)
 
 
