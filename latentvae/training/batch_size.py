@@ -75,12 +75,13 @@ def find_batch_size(config: Config) -> BatchFit:
 
 
 def _measure(run: Run) -> tuple[int, int]:
-    """Bytes of an image and of all else, from the first two batches that take more than setting up did.
+    """Bytes of an image and of all else, from the first two batches that take more than one image did.
 
-    On a CPU small batches hide in what loading took, so larger ones are tried. Where none shows, all that is
-    in use counts for the images of the largest: rather too much than too little.
+    On a CPU small batches hide in what loading took, or in what the optimizer takes for a moment, so larger
+    ones are tried: a line through a hidden one would be too flat. Where none shows, all that is in use counts
+    for the images of the largest: rather too much than too little.
     """
-    floor, smaller, before = peak_memory(), 0, 0
+    floor, smaller, before = _peak(run, 1), 0, 0
     for size in PROBES:
         peak = _peak(run, size)
         if before > floor * SHOWS and peak > before * SHOWS:
