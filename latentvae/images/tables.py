@@ -357,14 +357,17 @@ def image_column(features: dict[str, Any], wanted: str | None, place: str) -> st
     Raises:
         ConfigError: it is not there or of another type, or none or several are.
     """
-    listing = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+
+    def listing(names: Iterable[str]) -> str:
+        return ", ".join(f"{name} ({_kind(features[name])})" for name in names)
+
     if wanted is not None:
         if wanted in features and (_kind(features[wanted]) in ("image", *FILES)):
             return wanted
         came = f"is of the type {_kind(features[wanted])}" if wanted in features else "is not there"
         raise ConfigError(
-            f"the column {wanted!r} {came} in {place}, which has {listing}. Name a column of images, of "
-            f"their files' bytes, or of their paths: {COLUMN}."
+            f"the column {wanted!r} {came} in {place}, which has {listing(features)}. Name a column of "
+            f"images, of their files' bytes, or of their paths: {COLUMN}."
         )
     found = [name for name, feature in features.items() if _kind(feature) == "image"]
     if not found and _kind(features.get("image")) in FILES:
@@ -372,7 +375,7 @@ def image_column(features: dict[str, Any], wanted: str | None, place: str) -> st
     if len(found) == 1 or "image" in found:
         return "image" if "image" in found else found[0]
     count = "several image columns" if found else "no image column"
-    raise ConfigError(f"{place} has {count}: {listing}. Name the one to take: {COLUMN}.")
+    raise ConfigError(f"{place} has {count}: {listing(found or features)}. Name the one to take: {COLUMN}.")
 
 
 def _kind(feature: Any) -> str:

@@ -544,7 +544,11 @@ def test_the_image_column_is_found_by_type_or_named():
     assert image_column({"x": data}, "x", "d") == "x"
     for features, wanted, message in (
         ({"x": number, "y": data}, None, r"d has no image column: x \(int64\), y \(binary\)\. Name"),
-        ({"a": image, "b": image}, None, r"d has several image columns: a \(image\), b \(image\)\. Name"),
+        (
+            {"a": image, "b": image, "x": number},
+            None,
+            r"d has several image columns: a \(image\), b \(image\)\. Name",
+        ),
         ({"a": image}, "c", r"the column 'c' is not there in d, which has a \(image\)"),
         ({"x": number}, "x", r"the column 'x' is of the type int64 in d"),
     ):
