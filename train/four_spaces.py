@@ -172,8 +172,17 @@ def piece(group: list[Student], seconds: float) -> None:
         student.start = max(1.0, time.monotonic() - began - (student.seconds - trained))
         if code not in (0, STOPPED):
             log = student.run.with_suffix(".log")
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            print(f"{student.recipe} ended with code {code}: {''.join(said)} ({log})", file=sys.stderr)
+            print(f"{student.recipe} ended with code {code}: {reason(code, log)} ({log})", file=sys.stderr)
+
+
+def reason(code: int, log: Path) -> str:
+    """Why a run failed: what it said last, or that it was ended here, of which its log knows nothing."""
+    if code == -signal.SIGTERM:  # a run that has begun to train saves and ends with STOPPED
+        return (
+            f"{GRACE:.0f} s after its time it was still setting up; give more --minutes, or let fewer runs "
+            "share this machine (without --together)"
+        )
+    return "".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:])
 
 
 def together(lines: list[list[str]], logs: list[Path], timeout: float) -> list[int]:

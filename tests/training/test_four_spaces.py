@@ -109,7 +109,11 @@ def test_a_run_that_does_not_end_is_ended(
     sleeper.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(script.sys, "executable", str(sleeper))
-    assert script.together([[], []], [tmp_path / "logs" / name for name in "ab"], 0.1) == [-15, -15]
+    logs = [tmp_path / "logs" / name for name in "ab"]
+    assert script.together([[], []], logs, 0.1) == [-15, -15]
+    logs[0].write_text("a warning\nthe error\n")
+    assert script.reason(2, logs[0]) == "the error"
+    assert "still setting up; give more --minutes" in script.reason(-15, logs[0])
 
 
 @pytest.mark.slow
