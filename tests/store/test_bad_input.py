@@ -62,7 +62,7 @@ CASES = [
     (
         "photos",
         "--size 16",
-        r"store was encoded with preprocessing .*Give the same options, or another",
+        r"store was encoded with preprocessing as-is \(.*; preprocessing size 16 \(.*Give the same options",
     ),
 ]
 
