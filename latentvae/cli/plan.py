@@ -10,7 +10,7 @@ import typer
 
 from latentvae import runtime
 from latentvae.base.errors import LatentVAEError
-from latentvae.cli.options import TileSize, duration, tell
+from latentvae.cli.options import duration, tell
 from latentvae.cli.session import Session, takes
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="As --model of the o
 Size = Annotated[str, typer.Argument(metavar="SIDE|WxH", help="Pixels: 2048, or 1920x1080.")]
 Memory = Annotated[
     float | None, typer.Option(metavar="GB", help="Memory that an image may take. Default: what is free now.")
+]
+TileSize = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Side of the tiles, in pixels: smaller ones take less memory and more time. Default: the "
+        "largest of 512, 256, 128, 64 that fits.",
+    ),
 ]
 Stages = Annotated[bool, typer.Option("--stages", help="Also a line for each stage of exact tiling.")]
 
