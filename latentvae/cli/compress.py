@@ -91,7 +91,7 @@ def compress(
     session.finish(len(run.rows) + kept)
 
 
-@takes("model", "device", "tile_size", "scratch", ..., "json")
+@takes("model", "device", "tile_size", "scratch", ..., "json", default="the bundled one it was made by")
 def decompress(
     session: Session,
     source: Annotated[

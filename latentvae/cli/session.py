@@ -246,7 +246,7 @@ class Session:
 
 
 def takes(
-    *order: str | EllipsisType, bundled: str = DEFAULT_MODEL
+    *order: str | EllipsisType, bundled: str = DEFAULT_MODEL, default: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb, whose first parameter is its `session`, options of Session on the command line.
 
@@ -259,18 +259,20 @@ def takes(
         order: of the options in `--help`. `...` stands for the verb's own; one of those may also be named, to
             stand between shared ones.
         bundled: the model of this verb where none is named.
+        default: what `--help` calls that, where it is not always `bundled`.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         # in the order of the verb; evaluated, because many annotations of verbs are strings
         own = dict(signature(verb, eval_str=True).parameters)
         del own["session"]
+        model = options.model_option(default or bundled)
         shared = {
             option.name: Parameter(
                 option.name,
                 Parameter.POSITIONAL_OR_KEYWORD,
                 default=option.default,
-                annotation=options.model_option(bundled) if option.name == "model" else option.type,
+                annotation=model if option.name == "model" else option.type,
             )
             for option in fields(Session)
             # a verb's own option of that name wins, with its own help: --tile-size of `fill`

@@ -169,6 +169,15 @@ def test_the_help_says_which_way_quality_is_better(capsys, monkeypatch):
         main(["compress", "--help"])
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert "1: smallest file, 100: best picture" in said
+    assert "[default: (f8c4-small)]" in said
+
+
+def test_the_help_says_that_a_file_knows_its_model(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        main(["decompress", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "[default: (the bundled one it was made by)]" in said
 
 
 @pytest.mark.parametrize("quality", [0, 101])
