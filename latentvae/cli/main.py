@@ -41,7 +41,7 @@ VERBS = {
     "compress": "Compress an image, or a folder; prints the bits per pixel of whole files, and what decoding "
     "them gives.",
     "decompress": "Decompress an image that `latentvae compress` wrote, or a folder of them.",
-    "sample": "Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.",
+    "sample": "Draw new images: writes samples/*.png, samples.png (a grid) and samples.json.",
     "interpolate": "Interpolate between images: writes a strip, an animation and the size of each step.",
     "vary": "Vary images: writes copies (their captions too) and a contact sheet, and prints how far they "
     "are.",

@@ -43,7 +43,7 @@ def sample(
         int | None, typer.Option(min=8, help="Pixels of each side, without a prior.", show_default="256")
     ] = None,
 ) -> None:
-    """Draw new images: writes samples/NUMBER.png, samples.png (a grid) and samples.json.
+    """Draw new images: writes samples/*.png, samples.png (a grid) and samples.json.
 
     Image n depends on the prior, the seed and n alone: a larger --count does not change the first ones.
     """
