@@ -133,9 +133,15 @@ def _as_dict(each: priors.diffusability.Diffusability) -> dict[str, Any]:
 
 
 def _foot(seeds: int) -> str:
+    # of one seed ± is 0, which looks like certainty
+    spread = "One seed has no spread: how much of a difference is chance, --seeds 2 or more would say."
+    if seeds > 1:
+        spread = (
+            f"± is half of the distance between the largest and the smallest of {seeds} seeds: a smaller "
+            "difference of two VAEs says nothing."
+        )
     return (
-        f"± is half of the distance between the largest and the smallest of {counted(seeds, 'seed')}: a "
-        "smaller difference of two VAEs says nothing.\n"
+        f"{spread}\n"
         "Denoising loss: of v, normalised latents, on images not trained on; lower is easier. Losses compare "
         "between latents of one shape.\n"
         "Distance: Frechet, of LPIPS's features to those of the training images; not FID, compare within "

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import latentvae
+from latentvae.cli.diffusability import _foot
 from latentvae.cli.main import main
 from latentvae.measure.rfid import FeatureStatistics
 from latentvae.models.exporting import export
@@ -121,6 +122,11 @@ def test_the_table_has_means_with_half_the_distance_of_seeds() -> None:
     printed = table(0.03, [Diffusability("mine", (4, 16, 16), 20.0, None, 0.1, 1000, runs)])
     assert "| photographs not trained on | | | | 0.0300 | | |" in printed
     assert "| mine | 4x16x16 | 20.00 | - | 0.1000 | 0.5500 ± 0.0500 | 0.2000 ± 0.0000 |" in printed
+
+
+def test_one_seed_is_said_to_tell_no_spread() -> None:
+    assert "One seed has no spread" in _foot(1)
+    assert "smallest of 3 seeds: a smaller difference" in _foot(3)
 
 
 @pytest.mark.slow
