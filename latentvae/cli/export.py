@@ -94,9 +94,8 @@ def export(
         _refuse_of_hub({"--subfolder": subfolder, "--private": private})
     output = out or output
     # before anything is measured; again when it is written
-    check_folder(
-        output, "export", models.loading.SIDECAR, overwrite=overwrite, instead="Choose another --output"
-    )
+    instead = "Choose another --output"
+    check_folder(output, "export", models.loading.SIDECAR, overwrite=overwrite, instead=instead)
     vae, state = _load_halves(source, decoder, ema)
     if to != "diffusers":
         given = {"--half": half, "--for": program, "--max-shard-size": max_shard_size}
