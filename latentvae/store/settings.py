@@ -139,6 +139,7 @@ def _listed(names: Iterable[str], manifest: Manifest) -> str:
         if isinstance(value, Preprocessing):
             samples = f", samples {value.range[0]:g} to {value.range[1]:g}" if value.range else ""
             kind = f"version {value.version}, {value.channels} channels{samples}"
-            value = " ".join([value.policy, *([str(value.size)] if value.size else []), f"({kind})"])
+            size = f" {value.size}" if value.size else ""
+            value = f"{value.policy}{size} ({kind})"
         parts.append(f"{name} {value}")
     return ", ".join(parts)
